@@ -1,0 +1,53 @@
+# Everything below needs Python 3.11 or newer and make, nothing else.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last, so that it exists only after an install that finished.
+STAMP := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: .venv demo reproduce test lint types docs format clean help
+
+.venv: $(STAMP)  ## Create .venv and install the package with everything needed to work on it
+
+# Without a stamp whatever is there is unfinished: start from nothing. With an old one, bring it up to date.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("noetherflow needs Python 3.11 or newer, this is " + sys.version + "; say which with make PYTHON=...")'
+	@if test -f $@; then rm $@; else $(PYTHON) -m venv --clear $(VENV); fi
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)  ## Reproduce the figures at a reduced size and analyse an example model (minutes)
+	$(BIN)/noetherflow reproduce --quick --out results/demo
+	$(BIN)/noetherflow analyze examples/digits_mlp.py --out results/demo
+	@echo
+	@echo "The results are in results/demo:"
+	@cd results/demo && find . -type f ! -name '.*' | sort | sed 's|^\./|  |'
+
+reproduce: $(STAMP)  ## Reproduce the figures at full size, then run the slow tests (minutes)
+	$(BIN)/noetherflow reproduce
+	$(BIN)/python -m pytest -m slow || test $$? -eq 5  # 5: there are no slow tests
+
+test: $(STAMP)  ## Run the tests and the examples in docstrings
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## Check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(STAMP)  ## Repair what lint complains about, as far as that can be done by machine
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(STAMP)  ## Check types
+	$(BIN)/mypy
+
+docs: $(STAMP)  ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean:  ## Remove builds and caches; .venv and results stay
+	rm -rf site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+help:  ## Show this list
+	@awk -F ':.*  ## ' '/^[a-z.]+:.*  ## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -1,0 +1,75 @@
+"""noetherflow: parameter symmetry and gradient noise in deep learning."""
+
+from noetherflow._errors import (
+    CoupledExamplesError,
+    EmptyDataError,
+    EquilibriumError,
+    FrozenParameterError,
+    FunctionChangedError,
+    LossError,
+    NoetherflowError,
+    NonFiniteError,
+    NotASymmetryError,
+    ParameterNameError,
+    ParameterShapeError,
+    SettingsError,
+    UserFileError,
+)
+from noetherflow._sgd import SGD
+from noetherflow._types import Batch, Loss, Params
+from noetherflow.drift import drift, expected_step
+from noetherflow.equilibrium import Equilibrium, Outcome, Status, potential, solve_equilibrium
+from noetherflow.noise import NoiseMoments, estimate_noise
+from noetherflow.rebalance import rebalance_
+from noetherflow.report import Analysis, SymmetryReport, analyze
+from noetherflow.simulate import GradientDescent, GradientFlow, Langevin, NoetherFlow, Trajectory, simulate
+from noetherflow.symmetry import Axis, DenseSymmetry, DiagonalSymmetry, Grams, MatrixSymmetry, ScalarSymmetry, Symmetry
+from noetherflow.verify import Residual, verify_symmetry
+
+__all__ = [
+    "Analysis",
+    "Axis",
+    "Batch",
+    "CoupledExamplesError",
+    "DenseSymmetry",
+    "DiagonalSymmetry",
+    "EmptyDataError",
+    "Equilibrium",
+    "EquilibriumError",
+    "FrozenParameterError",
+    "FunctionChangedError",
+    "GradientDescent",
+    "GradientFlow",
+    "Grams",
+    "Langevin",
+    "Loss",
+    "LossError",
+    "MatrixSymmetry",
+    "NoetherFlow",
+    "NoetherflowError",
+    "NoiseMoments",
+    "NonFiniteError",
+    "NotASymmetryError",
+    "Outcome",
+    "ParameterNameError",
+    "ParameterShapeError",
+    "Params",
+    "Residual",
+    "SGD",
+    "ScalarSymmetry",
+    "SettingsError",
+    "Status",
+    "Symmetry",
+    "SymmetryReport",
+    "Trajectory",
+    "UserFileError",
+    "analyze",
+    "drift",
+    "estimate_noise",
+    "expected_step",
+    "potential",
+    "rebalance_",
+    "simulate",
+    "solve_equilibrium",
+    "verify_symmetry",
+]

@@ -1,0 +1,74 @@
+"""Batches of any shape: taken apart into their tensors and put together again."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noetherflow._types import Batch
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """Apply a function to every tensor of a batch, keeping the containers and their types.
+
+    Tuples, named tuples, lists, mappings (a `BatchEncoding` too) and dataclasses are entered; anything else is kept as
+    it is.
+
+    Returns:
+        A batch of the same structure.
+    """
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        mapped = {key: map_tensors(function, value) for key, value in batch.items()}
+        return mapped if type(batch) is dict else _rebuild(type(batch), mapped)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(function, value) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map_tensors(function, value) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.init}
+        return dataclasses.replace(batch, **{name: map_tensors(function, value) for name, value in fields.items()})
+    return batch
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """The tensors of a batch, in the order `map_tensors` meets them."""
+    found: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(collect, batch)
+    return found
+
+
+def with_tensors(batch: Batch, tensors: list[Tensor]) -> Batch:
+    """The same batch around other tensors, given in the order of `tensors_of`."""
+    supply = iter(tensors)
+    return map_tensors(lambda _: next(supply), batch)
+
+
+def cast(batch: Batch, dtype: torch.dtype | None, device: torch.device) -> Batch:
+    """The batch on a device, its floating-point tensors in a dtype (or as they are, for None)."""
+    return map_tensors(lambda t: t.to(device, dtype if t.is_floating_point() else None), batch)
+
+
+def select(batch: Batch, index: Tensor, size: int) -> Batch:
+    """Some examples of a batch of a given size; a tensor without that leading dimension is shared by all examples."""
+    return map_tensors(lambda t: t[index] if is_per_example(t, size) else t, batch)
+
+
+def is_per_example(tensor: Tensor, size: int) -> bool:
+    """Whether a tensor of a batch has one entry per example."""
+    return tensor.ndim > 0 and tensor.shape[0] == size
+
+
+def _rebuild(kind: type, mapped: dict[Any, Any]) -> Any:
+    try:
+        return kind(mapped)
+    except TypeError:
+        return mapped

@@ -1,0 +1,53 @@
+"""What can go wrong, one class per cause, so that callers can catch exactly what they mean."""
+
+
+class NoetherflowError(Exception):
+    """Any error raised on purpose by this package."""
+
+
+class SettingsError(NoetherflowError, ValueError):
+    """A setting (learning rate, batch size, ...) is outside the range where the theory means anything."""
+
+
+class ParameterNameError(NoetherflowError, LookupError):
+    """A symmetry or a set of tensors names parameters that are not there."""
+
+
+class ParameterShapeError(NoetherflowError, ValueError):
+    """A tensor does not have the shape, size or rank that was promised."""
+
+
+class FrozenParameterError(NoetherflowError, ValueError):
+    """A symmetry would move a parameter that does not require gradients."""
+
+
+class NotASymmetryError(NoetherflowError, ValueError):
+    """The declared transformation changes the loss of at least one example."""
+
+
+class LossError(NoetherflowError, ValueError):
+    """The loss does not return one differentiable floating-point number per example."""
+
+
+class CoupledExamplesError(NoetherflowError, ValueError):
+    """The loss of one example depends on the others in its batch, so it has no gradient of its own."""
+
+
+class NonFiniteError(NoetherflowError, ArithmeticError):
+    """A loss, a gradient or a parameter is NaN or infinite."""
+
+
+class EmptyDataError(NoetherflowError, ValueError):
+    """There was no example to look at."""
+
+
+class EquilibriumError(NoetherflowError, ArithmeticError):
+    """The noise equilibrium asked for does not exist, or could not be found."""
+
+
+class FunctionChangedError(NoetherflowError, RuntimeError):
+    """A move that should have left the function unchanged did not; the model was put back."""
+
+
+class UserFileError(NoetherflowError, ValueError):
+    """A file given on the command line does not define what it should."""

@@ -1,0 +1,125 @@
+"""The loss and the gradient of every single example, exactly, and what stands in the way of them."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad_and_value, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from noetherflow._batch import is_per_example, tensors_of, with_tensors
+from noetherflow._errors import CoupledExamplesError, EmptyDataError, LossError, NonFiniteError
+from noetherflow._types import Batch, Params
+
+Losses = Callable[[Params, Batch], Tensor]
+
+
+def require_uncoupled(model: nn.Module) -> None:
+    """Raise if a layer of the model normalises over the batch, so that no example has a gradient of its own."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise CoupledExamplesError(
+                f"{name!r} ({type(module).__name__}) normalises with the statistics of the batch, which couples its "
+                "examples: the gradient of one example does not exist. Call model.eval() to use the running "
+                "statistics, or use GroupNorm or LayerNorm"
+            )
+
+
+def require_losses(values: Tensor, where: str) -> int:
+    """Raise unless these are losses, one finite floating-point number per example; returns the number of examples."""
+    if not isinstance(values, Tensor):
+        raise LossError(f"{where}: loss(model, batch) must return a tensor of shape (B,), got {type(values).__name__}")
+    if not values.is_floating_point():
+        raise LossError(
+            f"{where}: loss(model, batch) must return floating-point numbers, got {values.dtype}, which has no gradient"
+        )
+    if values.ndim != 1:
+        raise LossError(
+            f"{where}: loss(model, batch) must return one loss per example, shape (B,), got shape "
+            f"{tuple(values.shape)}. "
+            'Use reduction="none", and average over tokens or outputs but not over examples'
+        )
+    if len(values) == 0:
+        raise EmptyDataError(f"{where}: the batch is empty")
+    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteError(
+            f"{where}: the loss of example {bad[0]} is {values[bad[0]].item()} ({len(bad)} of {len(values)} not finite)"
+        )
+    return len(values)
+
+
+def require_differentiable(losses: Losses, params: Params, batch: Batch, needed: set[str], where: str) -> None:
+    """Raise if the loss is detached from the parameters, or reaches one of the needed parameters in no way."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
+    with torch.enable_grad():
+        total = losses(leaves, batch).sum()
+    if not total.requires_grad:
+        raise LossError(
+            f"{where}: the loss does not depend differentiably on any trainable parameter. Look for .detach(), "
+            ".item(), argmax or torch.no_grad() in the loss or the model"
+        )
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(leaves, gradients, strict=True) if gradient is None and name in needed]
+    if unused:
+        raise LossError(
+            f"{where}: the loss does not depend on {unused}, on which a symmetry acts: no gradient reaches them"
+        )
+
+
+def example_gradients(
+    losses: Losses, params: Params, batch: Batch, size: int, examples: slice, where: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of some examples of a batch, shape (b,), and its gradients, shape (b, *parameter shape) by name.
+
+    Every example is evaluated alone, as a batch of one, vectorised over the slice. Tensors whose leading dimension is
+    not the size of the whole batch are shared by all examples.
+
+    Returns:
+        Losses and gradients.
+
+    Raises:
+        LossError: If no tensor of the batch has an entry per example.
+    """
+    leaves = tensors_of(batch)
+    own = [is_per_example(leaf, size) for leaf in leaves]
+    if not any(own):
+        shapes = [tuple(leaf.shape) for leaf in leaves]
+        raise LossError(
+            f"{where}: the loss has {size} examples, but no tensor of the batch has that leading dimension: {shapes}"
+        )
+
+    def one(params: Params, *example: Tensor) -> Tensor:
+        single = [leaf.unsqueeze(0) if mine else leaf for leaf, mine in zip(example, own, strict=True)]
+        return losses(params, with_tensors(batch, single)).sum()
+
+    each = vmap(grad_and_value(one), in_dims=(None, *(0 if mine else None for mine in own)), randomness="different")
+    chosen = [leaf[examples] if mine else leaf for leaf, mine in zip(leaves, own, strict=True)]
+    gradients, values = each(dict(params), *chosen)
+    return values, gradients
+
+
+def require_independent(alone: Tensor, together: Tensor, where: str) -> None:
+    """Raise if examples have another loss on their own than within their batch."""
+    difference = (alone - together).abs()
+    scale = together.abs().mean() + together.abs()
+    tolerance = torch.finfo(together.dtype).eps ** 0.5
+    worst = int((difference / scale.clamp_min(torch.finfo(together.dtype).tiny)).argmax())
+    if not difference[worst] <= tolerance * scale[worst]:
+        raise CoupledExamplesError(
+            f"{where}: example {worst} has loss {together[worst].item():.6g} within its batch and "
+            f"{alone[worst].item():.6g} on its own. Either (a) the loss couples examples (contrastive losses, a "
+            "normalisation over the batch), and no example has a gradient of its own; or (b) a tensor of the batch "
+            "that all examples share happens to have the batch size as its leading dimension"
+        )
+
+
+@contextlib.contextmanager
+def own_randomness(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """A block that may draw random numbers (dropout) and leaves the global generators as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield

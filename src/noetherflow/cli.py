@@ -1,0 +1,163 @@
+"""The command line: `noetherflow analyze FILE.py` and `noetherflow reproduce [FIGURES]`."""
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from torch import nn
+
+from noetherflow import _files
+from noetherflow._errors import NoetherflowError, UserFileError
+from noetherflow._progress import track
+from noetherflow._sgd import SGD
+from noetherflow.paper import experiment, results, runner
+from noetherflow.report.analysis import analyze as run_analysis
+from noetherflow.report.analysis import rebalanced_copy
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Parameter symmetry and gradient noise of SGD.")
+_console = Console()
+_errors = Console(stderr=True)
+
+
+@app.callback()
+def main() -> None:
+    """Parameter symmetry and gradient noise of SGD."""
+
+
+@app.command()
+def analyze(
+    file: Annotated[Path, typer.Argument(help="A Python file with build() -> (model, loss, loader, symmetries, sgd).")],
+    out: Annotated[Path, typer.Option(help="Folder for the JSON file and the figure.")] = Path("results"),
+    save: Annotated[Path | None, typer.Option(help="Write the rebalanced weights to this .safetensors file.")] = None,
+) -> None:
+    """Verify a model's symmetries, measure their noise, and find the equilibrium SGD takes them to."""
+    try:
+        if save is not None and save.suffix != ".safetensors":
+            raise UserFileError(f"--save writes safetensors, so the file must end in .safetensors, got {save}")
+        model, loss, loader, symmetries, sgd = load_build(file)
+        analysis = run_analysis(model, loss, loader, symmetries, sgd)
+        from noetherflow.report import figure, table
+
+        _console.print(table.render(analysis))
+        analysis.save_json(out / f"{file.stem}.json")
+        written = [out / f"{file.stem}.json", *figure.save(analysis, out / file.stem)]
+        if save is not None:
+            save_weights(rebalanced_copy(model, analysis), save)
+            written.append(save)
+    except NoetherflowError as error:
+        _fail(error)
+    _console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True)
+
+
+@app.command()
+def reproduce(
+    figures: Annotated[list[str] | None, typer.Argument(help="Which figures, such as f1 f2; all by default.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Reduced sizes: a fraction of the time.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random draw.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Override a setting, for all figures that have it or as f1.NAME."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
+    force: Annotated[
+        bool, typer.Option("--force", help="Run also what is finished with the same settings and code.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="How many experiments to run at a time.")] = 1,
+) -> None:
+    """Rerun the paper's experiments and check every claim; what is finished from before is kept."""
+    try:
+        chosen = list(dict.fromkeys(experiment.choose(figures or [])))
+        configs = experiment.configure(chosen, quick=quick, seed=seed, overrides=settings or [])
+    except NoetherflowError as error:
+        _fail(error)
+    endings: dict[str, runner.Ending] = {}
+    try:
+        with contextlib.closing(runner.run(configs, out, quick=quick, force=force, jobs=jobs)) as coming:
+            for ending in track(coming, "experiments", total=len(chosen)):
+                endings[ending.name] = ending
+                # Through click: it writes above a bar, where a console of its own would write over it.
+                typer.echo(f"[{len(endings)}/{len(chosen)}] {_line(ending)}", err=True)
+    except KeyboardInterrupt:
+        _errors.print(f"Stopped. {len(endings)} of {len(chosen)} are finished; the same command does the rest.")
+        raise typer.Exit(130) from None
+    done = [result for name in chosen if (result := endings[name].result) is not None]
+    lost = [name for name in chosen if endings[name].result is None]
+    _console.print(results.table(done))
+    _console.print(f"Results, with settings and pictures: {out}", soft_wrap=True)
+    _console.print(f"All of it on one page: {out / 'report.html'}", soft_wrap=True)
+    failed = sum(not claim.holds for result in done for claim in result.claims)
+    if failed:
+        _errors.print(f"[red]{failed} claims do not hold[/red]")
+    if lost:
+        _errors.print(f"[red]did not finish: {', '.join(lost)}[/red]")
+    if failed or lost:
+        raise typer.Exit(1)
+
+
+def load_build(file: Path) -> tuple[nn.Module, Any, Any, Mapping[str, Any], SGD]:
+    """Run the `build()` of a user's file and check what it returns.
+
+    Returns:
+        Model, loss, loader, symmetries, settings.
+
+    Raises:
+        UserFileError: If there is no such file or function, or if it returns something else.
+    """
+    if not file.is_file():
+        raise UserFileError(f"there is no file {file}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise UserFileError(f"{file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # So that the file can import its neighbours, as a script can, and worker processes of a DataLoader can find it.
+    sys.path.insert(0, str(file.parent.resolve()))
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    build = getattr(module, "build", None)
+    expected = "build() -> (model, loss, loader, symmetries, sgd)"
+    if not callable(build):
+        raise UserFileError(f"{file} does not define {expected}; see examples/digits_mlp.py")
+    built = build()
+    if not isinstance(built, (tuple, list)) or len(built) != 5:
+        size = f" of length {len(built)}" if isinstance(built, (tuple, list)) else ""
+        raise UserFileError(f"{file}: expected {expected}, got {type(built).__name__}{size}")
+    model, loss, loader, symmetries, sgd = built
+    checks = (
+        ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
+        ("loss", loss, callable(loss), "a function (model, batch) -> one loss per example"),
+        ("loader", loader, hasattr(loader, "__iter__"), "a DataLoader or another iterable of batches"),
+        ("symmetries", symmetries, isinstance(symmetries, Mapping), "a mapping from names to symmetries"),
+        ("sgd", sgd, isinstance(sgd, SGD), "a noetherflow.SGD"),
+    )
+    for name, value, good, wanted in checks:
+        if not good:
+            raise UserFileError(f"{file}: build() must return {wanted} as {name}, got {type(value).__name__}")
+    return model, loss, loader, symmetries, sgd
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's weights as safetensors, whole or not at all; tied weights are written once."""
+    from safetensors.torch import save_model
+
+    with _files.atomic(path) as temporary:
+        save_model(model, str(temporary))
+
+
+def _line(ending: runner.Ending) -> str:
+    if ending.result is None:
+        return f"{ending.trace}{ending.name}: {typer.style(ending.error, fg='red')}"
+    kept = ", kept from an earlier run" if ending.kept else ""
+    return f"{typer.style(ending.name, bold=True)} {ending.result.title}: {results.verdict(ending.result)}{kept}"
+
+
+def _fail(error: NoetherflowError) -> None:
+    _errors.print(f"[red]{type(error).__name__}[/red]: ", end="")
+    _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(2)

@@ -1,0 +1,127 @@
+"""How fast the charges move: the Noether flow."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from noetherflow._params import snapshot
+from noetherflow._sgd import SGD
+from noetherflow._types import Params
+from noetherflow.noise import NoiseMoments
+from noetherflow.symmetry import Grams, Symmetry
+
+
+class Forces(NamedTuple):
+    """What drives the charge up (P) and what drives it down (R), both positive; their difference is the drift."""
+
+    push: Tensor
+    pull: Tensor
+
+
+def forces(symmetry: Symmetry, params: Params, noise: Grams, sgd: SGD) -> Forces:
+    r"""Noise drives the charge to its own side, weight decay away from it.
+
+    Returns:
+        $P = 2\sigma^2 N_+ + 4\gamma C_-(\theta)$ and $R = 2\sigma^2 N_- + 4\gamma C_+(\theta)$, of the charge's shape.
+    """
+    squares = symmetry.grams(params)
+    noisy, decay = 2 * sgd.temperature, 4 * sgd.gamma
+    # The charge takes its minus half with a minus sign, which these take back.
+    push = symmetry.charge_of(Grams(noisy * noise.plus, -decay * squares.minus))
+    pull = symmetry.charge_of(Grams(decay * squares.plus, -noisy * noise.minus))
+    return Forces(push, pull)
+
+
+def drift(
+    symmetries: Mapping[str, Symmetry], params: nn.Module | Params, noise: NoiseMoments, sgd: SGD
+) -> dict[str, Tensor]:
+    r"""The deterministic speed of every charge under SGD.
+
+    $$\frac{dC}{dt} = -4\gamma C + 2\sigma^2 (N_+ - N_-) , \qquad t = \mathrm{lr} \times \text{steps}$$
+
+    There is no random term: the noise moves a charge, but never makes it fluctuate in this limit.
+
+    Args:
+        symmetries: What to compute it for, by name.
+        params: The parameters at which the noise was measured, or the model that holds them.
+        noise: From `estimate_noise`.
+        sgd: The settings of the optimizer.
+
+    Returns:
+        Per symmetry a tensor of the shape of its charge, float64, per unit of time: multiply by `sgd.effective_lr` for
+        the drift per step.
+
+    Raises:
+        ParameterNameError: If the noise was not measured for a symmetry, or parameters are missing.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> into, out_of = [nf.Axis("0.weight", 0), nf.Axis("0.bias", 0)], [nf.Axis("2.weight", 1)]
+        >>> symmetries = {"hidden": nf.DiagonalSymmetry(into, out_of)}
+        >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(3)]
+        >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
+        >>> noise = nf.estimate_noise(net, loss, batches, symmetries)
+        >>> nf.drift(symmetries, net, noise, nf.SGD(lr=0.1, batch_size=8))["hidden"].shape
+        torch.Size([3])
+
+    Source: Ziyin et al. (2024), the Noether flow.
+    """
+    theta = snapshot(params)
+    rates = {}
+    for name, symmetry in noise.require(symmetries).items():
+        symmetry.check(theta)
+        push, pull = forces(symmetry, theta, noise.grams[name], sgd)
+        rates[name] = push - pull
+    return rates
+
+
+def expected_step(
+    symmetries: Mapping[str, Symmetry], params: nn.Module | Params, noise: NoiseMoments, sgd: SGD
+) -> dict[str, Tensor]:
+    r"""The exact mean move of every charge in one discrete step of plain SGD.
+
+    $$E[C'] - C = \big((1 - 2\,\mathrm{lr}\,\gamma)^2 - 1\big)\, C + \mathrm{lr}^2
+    \left(\frac{f}{S}\,\mathrm{Tr}[\Sigma Q] + C(\nabla L)\right)$$
+
+    with f = 1, or (N - S)/(N - 1) without replacement. The last term is what full-batch gradient descent with a finite
+    step keeps.
+
+    Args:
+        symmetries: What to compute it for, by name.
+        params: The parameters at which the noise was measured, or the model that holds them.
+        noise: From `estimate_noise`, over the whole data set from which minibatches are drawn.
+        sgd: The settings of the optimizer; momentum must be 0, since the identity needs the momentum buffer otherwise.
+
+    Returns:
+        Per symmetry a tensor of the shape of its charge, float64, per step.
+
+    Raises:
+        ValueError: If the settings have momentum.
+        ParameterNameError: If the noise was not measured for a symmetry.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> into, out_of = [nf.Axis("0.weight", 0), nf.Axis("0.bias", 0)], [nf.Axis("2.weight", 1)]
+        >>> symmetries = {"hidden": nf.DiagonalSymmetry(into, out_of)}
+        >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(3)]
+        >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
+        >>> noise = nf.estimate_noise(net, loss, batches, symmetries)
+        >>> nf.expected_step(symmetries, net, noise, nf.SGD(lr=0.1, batch_size=8))["hidden"].shape
+        torch.Size([3])
+
+    Source: expand the step; the cross term vanishes because gradients are orthogonal to the orbit.
+    """
+    if sgd.momentum:
+        raise ValueError(
+            f"the mean move of one step is exact for plain SGD only, got momentum={sgd.momentum}: use drift()"
+        )
+    theta = snapshot(params)
+    shrink = (1 - 2 * sgd.lr * sgd.gamma) ** 2 - 1
+    moves = {}
+    for name, symmetry in noise.require(symmetries).items():
+        noisy = sgd.sampling_factor / sgd.batch_size * symmetry.charge_of(noise.grams[name])
+        moves[name] = shrink * symmetry.charge(theta) + sgd.lr**2 * (noisy + symmetry.charge(noise.mean))
+    return moves

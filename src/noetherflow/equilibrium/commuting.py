@@ -1,0 +1,266 @@
+"""Scalings and rescalings together: damped Newton on a sum of exponentials."""
+
+from collections.abc import Mapping
+from typing import final
+
+import torch
+from torch import Tensor
+
+from noetherflow._sgd import SGD
+from noetherflow._types import Params
+from noetherflow.equilibrium.orbit import Orbit
+from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
+from noetherflow.equilibrium.roles import Commuting, roles_of
+
+# A relative imbalance |P - R| / (P + R) below this is a drift of zero: a hundred times float64 rounding.
+_BALANCED = 1e-13
+_MOST_STEPS = 100
+# Closed-form sweeps before Newton. They are exact where nothing is shared, and elsewhere bring Newton into its
+# quadratic range.
+_SWEEPS = 4
+# What float64 leaves of a zero in sums of this kind.
+_ROUNDING = 1e-13
+# A coordinate beyond this scales weights by more than e^30: it is on its way to infinity.
+_FAR = 30.0
+
+
+@final
+class CommutingOrbit(Orbit):
+    r"""The orbit of commuting diagonal generators, with joint coordinates x.
+
+    Every entry p of a parameter is scaled by $e^{s_p(x)}$ with $s_p$ linear, so the potential is
+    $\Phi(x) = \sum_p a_p e^{2 s_p(x)} + b_p e^{-2 s_p(x)}$, $a_p = 2\gamma\theta_p^2$, $b_p = \sigma^2 \Sigma_{pp}$:
+    smooth and convex.
+    """
+
+    def __init__(self, symmetries: Mapping[str, Commuting], params: Params, variance: Params, sgd: SGD) -> None:
+        self._symmetries = dict(symmetries)
+        names = dict.fromkeys(name for symmetry in symmetries.values() for name in symmetry.names)
+        self._params = {name: params[name] for name in names}
+        self._variance = {name: variance[name] for name in names}
+        self._roles = {name: roles_of(symmetry, self._params) for name, symmetry in symmetries.items()}
+        self._ones = {name: torch.ones_like(tensor) for name, tensor in self._params.items()}
+        self._decay = {name: 2 * sgd.gamma * tensor.square() for name, tensor in self._params.items()}
+        self._noise = {name: sgd.temperature * tensor for name, tensor in self._variance.items()}
+        identities = {name: symmetry.identity(self._params) for name, symmetry in symmetries.items()}
+        self._shapes = {name: identity.shape for name, identity in identities.items()}
+        self._origin = torch.cat([identity.reshape(-1) for identity in identities.values()])
+
+    def trace(self, coordinates: Mapping[str, Tensor]) -> Tensor:
+        """Tr Sigma over the entries that this orbit moves, at a point of it; shape ()."""
+        scales = self._scales(self._flatten(coordinates))
+        return torch.stack([(self._variance[name] * torch.exp(-2 * s)).sum() for name, s in scales.items()]).sum()
+
+    def minimise(self) -> OrbitMinimum:
+        """Where all drifts are zero together."""
+        if not all(torch.isfinite(t).all() for part in (self._decay, self._noise) for t in part.values()):
+            return self._result(self._origin, Status.NON_FINITE, 0)
+        push, pull = self._forces(self._origin)
+        free = (push > 0) & (pull > 0)
+        x = self._sweep(self._origin, free)
+        status = Status.NOT_CONVERGED
+        for step in range(_MOST_STEPS + 1):
+            gradient, weight = self._gradient(x), self._weight(x)
+            size = self._sides(weight, 2).sum(0)
+            imbalance = torch.where(free, gradient.abs() / (2 * size), 0.0)
+            if imbalance.max() <= _BALANCED:
+                status = Status.CONVERGED
+                break
+            if (x.abs() > _FAR).any() or step == _MOST_STEPS:
+                break
+            direction = self._newton_direction(
+                gradient, weight, size, free, forcing=float(imbalance.max().clamp_max(0.1))
+            )
+            moved = self._line_search(x, direction, gradient)
+            if torch.equal(moved, x):
+                # Rounding has the last word: no step along the direction lowers the potential any more.
+                status = Status.CONVERGED if imbalance.max() <= 1e3 * _BALANCED else Status.NOT_CONVERGED
+                break
+            x = moved
+        return self._result(x, status, step)
+
+    # The four maps that everything is made of.
+
+    def _scales(self, x: Tensor) -> dict[str, Tensor]:
+        """The exponents s_p(x), by parameter."""
+        total = {name: torch.zeros_like(tensor) for name, tensor in self._params.items()}
+        for name, coordinate in self._unflatten(x).items():
+            for parameter, part in self._symmetries[name].generate(coordinate, self._ones).items():
+                total[parameter] = total[parameter] + part
+        return total
+
+    def _sides(self, values: Params, power: int = 1) -> Tensor:
+        """Sums of entries over the plus and over the minus side of every coordinate, shape (2, n)."""
+        # Entries count by a power of their coefficient: the first for slopes, the second for curvatures.
+        sides: list[list[Tensor]] = [[], []]
+        for name, symmetry in self._symmetries.items():
+            for side, sign in zip(sides, (1, -1), strict=True):
+                total = self._origin.new_zeros(self._shapes[name])
+                for axis, coefficient in self._roles[name]:
+                    share = (sign * coefficient).clamp_min(0).pow(power)
+                    if coefficient.ndim:
+                        total = total + symmetry.reduce(axis.rows(share * values[axis.name]))
+                    elif share > 0:
+                        total = total + symmetry.reduce(axis.rows(values[axis.name]))
+                side.append(total.reshape(-1))
+        return torch.stack([torch.cat(side) for side in sides])
+
+    def _terms(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Both terms of the potential, entry by entry: weight decay and noise."""
+        scales = self._scales(x)
+        decay = {name: self._decay[name] * torch.exp(2 * s) for name, s in scales.items()}
+        noise = {name: self._noise[name] * torch.exp(-2 * s) for name, s in scales.items()}
+        return decay, noise
+
+    def _value(self, x: Tensor) -> Tensor:
+        decay, noise = self._terms(x)
+        return torch.stack([(decay[name] + noise[name]).sum() for name in decay]).sum()
+
+    def _gradient(self, x: Tensor) -> Tensor:
+        decay, noise = self._terms(x)
+        plus, minus = self._sides({name: 2 * (decay[name] - noise[name]) for name in decay})
+        return plus - minus
+
+    def _weight(self, x: Tensor) -> dict[str, Tensor]:
+        decay, noise = self._terms(x)
+        return {name: decay[name] + noise[name] for name in decay}
+
+    def _forces(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """P, which drives a coordinate up, and R, which drives it down."""
+        decay, noise = self._terms(x)
+        (decay_plus, decay_minus), (noise_plus, noise_minus) = self._sides(decay), self._sides(noise)
+        return 2 * (decay_minus + noise_plus), 2 * (decay_plus + noise_minus)
+
+    # The search.
+
+    def _sweep(self, x: Tensor, free: Tensor) -> Tensor:
+        """One symmetry at a time to its own closed form, x = log(P / R) / 4, as long as that lowers the potential."""
+        value = self._value(x)
+        for _ in range(_SWEEPS):
+            for index in self._blocks():
+                push, pull = self._forces(x)
+                mine = free & index
+                moved = torch.where(mine, x + 0.25 * torch.log(push / pull), x)
+                if (lowered := self._value(moved)) < value:
+                    x, value = moved, lowered
+        return x
+
+    def _blocks(self) -> list[Tensor]:
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self._origin.device)
+        return [labels == label for label in range(len(sizes))]
+
+    def _newton_direction(self, gradient: Tensor, weight: Params, size: Tensor, free: Tensor, forcing: float) -> Tensor:
+        """Conjugate gradients on the Newton equation; preconditioned, so that every coordinate counts alike."""
+
+        def hessian(direction: Tensor) -> Tensor:
+            scales = self._scales(direction)
+            plus, minus = self._sides({name: 4 * weight[name] * s for name, s in scales.items()})
+            return torch.where(free, plus - minus, 0.0)
+
+        diagonal = torch.where(free, 4 * size, 1.0)
+        x = torch.zeros_like(gradient)
+        residual = torch.where(free, -gradient, 0.0)
+        scaled = residual / diagonal
+        target = max(forcing * forcing, _ROUNDING) * float(scaled.abs().max())
+        direction, energy = scaled.clone(), residual @ scaled
+        for _ in range(10 * len(gradient) + 100):
+            curved = hessian(direction)
+            curvature = direction @ curved
+            # Symmetries that contain each other leave directions in which nothing changes.
+            if not curvature > _ROUNDING * (direction * diagonal) @ direction:
+                break
+            length = energy / curvature
+            x = x + length * direction
+            residual = residual - length * curved
+            scaled = residual / diagonal
+            if scaled.abs().max() <= target:
+                break
+            energy, previous = residual @ scaled, energy
+            direction = scaled + (energy / previous) * direction
+        return x
+
+    def _line_search(self, x: Tensor, direction: Tensor, gradient: Tensor) -> Tensor:
+        value, slope = self._value(x), gradient @ direction
+        # Below this, differences of the potential are rounding, and the convex model is better than they are.
+        slack = 1e-13 * value
+        length = 1.0
+        while length > 1e-6:
+            moved = x + length * direction
+            if self._value(moved) <= value + 1e-4 * length * slope + slack:
+                return moved
+            length /= 2
+        return x
+
+    # Reporting.
+
+    def _result(self, x: Tensor, status: Status, steps: int) -> OrbitMinimum:
+        push, pull = self._forces(x)
+        squares = {name: self._params[name].square() * torch.exp(2 * s) for name, s in self._scales(x).items()}
+        # Both the drift and the charge change with the coordinate; their ratio is the rate at which a departure decays.
+        rate = 4 * self._sides(self._weight(x), 2).sum(0) / (2 * self._sides(squares, 2).sum(0))
+        free = (push > 0) & (pull > 0)
+        relaxation = torch.where(free, 1 / rate, torch.inf)
+        parts = (self._unflatten(t) for t in (x, push - pull, relaxation))
+        coordinates, drift, times = parts
+        forces = (self._unflatten(push), self._unflatten(pull))
+        outcomes = {
+            name: _outcome(coordinates[name], forces[0][name], forces[1][name], status) for name in self._symmetries
+        }
+        return OrbitMinimum(coordinates, drift, times, outcomes, steps)
+
+    def _flatten(self, coordinates: Mapping[str, Tensor]) -> Tensor:
+        pieces = [
+            torch.as_tensor(coordinates.get(name, torch.zeros(shape))).expand(shape)
+            for name, shape in self._shapes.items()
+        ]
+        return torch.cat([piece.to(self._origin).reshape(-1) for piece in pieces])
+
+    def _unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        pieces = flat.split([shape.numel() for shape in self._shapes.values()])
+        return {name: piece.reshape(shape) for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)}
+
+
+def _outcome(x: Tensor, push: Tensor, pull: Tensor, status: Status) -> Outcome:
+    if status is Status.NON_FINITE:
+        return Outcome(
+            status, "the noise or the parameters hold NaN or infinity: look at the training run before this point"
+        )
+    push, pull, x = push.reshape(-1), pull.reshape(-1), x.reshape(-1)
+    rows = {
+        "dead": (push <= 0) & (pull <= 0),
+        "grow": (push > 0) & (pull <= 0),
+        "shrink": (push <= 0) & (pull > 0),
+    }
+    found = {kind: tuple(where.nonzero().flatten().tolist()) for kind, where in rows.items()}
+    sentences = []
+    if found["dead"]:
+        sentences.append(
+            f"rows {_listing(found['dead'])} carry neither gradient noise nor weight decay (dead neurons?)"
+        )
+    if found["grow"]:
+        sentences.append(f"rows {_listing(found['grow'])} have nothing that keeps the plus side from growing for ever")
+    if found["shrink"]:
+        sentences.append(
+            f"rows {_listing(found['shrink'])} have nothing that keeps the plus side from shrinking to zero"
+        )
+    stuck = tuple(sorted(row for found_rows in found.values() for row in found_rows))
+    if sentences:
+        sentences.append("left where they are; weight_decay > 0 and noise on both sides give them an equilibrium")
+    if status is Status.CONVERGED:
+        at_infinity = found["grow"] or found["shrink"]
+        status = Status.AT_INFINITY if at_infinity else Status.SINGULAR if found["dead"] else Status.CONVERGED
+    elif status is Status.NOT_CONVERGED and (x.abs() > _FAR).any():
+        far = tuple((x.abs() > _FAR).nonzero().flatten().tolist())
+        return Outcome(
+            Status.AT_INFINITY,
+            f"rows {_listing(far)} run away together with other symmetries: their sum has no noise to hold it",
+            far,
+        )
+    elif status is Status.NOT_CONVERGED:
+        sentences.append(f"Newton's method did not converge in {_MOST_STEPS} steps")
+    return Outcome(status, "; ".join(sentences), stuck)
+
+
+def _listing(rows: tuple[int, ...]) -> str:
+    return ", ".join(map(str, rows[:8])) + (f", ... ({len(rows)} in all)" if len(rows) > 8 else "")

@@ -1,0 +1,98 @@
+"""One generator with any eigenvalues: a root on a line."""
+
+from collections.abc import Mapping
+from typing import final
+
+import torch
+from torch import Tensor
+
+from noetherflow._sgd import SGD
+from noetherflow._types import Params
+from noetherflow.equilibrium.orbit import Orbit
+from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
+from noetherflow.symmetry import DenseSymmetry, Grams
+
+_MOST_STEPS = 200
+
+
+@final
+class DenseOrbit(Orbit):
+    r"""The orbit of one generator with eigenvalues $q_i$.
+
+    The potential on it, $\Phi(x) = \sum_i a_i e^{2 q_i x} + b_i e^{-2 q_i x}$, is strictly convex.
+    """
+
+    def __init__(self, name: str, symmetry: DenseSymmetry, params: Params, noise: Grams, sgd: SGD) -> None:
+        self._name = name
+        self._eigenvalues = torch.cat(symmetry.eigenvalues)
+        self._variances = torch.cat(noise)
+        self._squares = torch.cat(symmetry.grams(params))
+        self._decay = 2 * sgd.gamma * self._squares
+        self._noise = sgd.temperature * self._variances
+        # Noise in the directions that the generator does not scale stays as it is, and is not counted.
+
+    def trace(self, coordinates: Mapping[str, Tensor]) -> Tensor:
+        """Tr Sigma over the directions that the generator scales, at a point of the orbit; shape ()."""
+        x = torch.as_tensor(coordinates.get(self._name, 0.0)).to(self._eigenvalues)
+        return (self._variances * torch.exp(-2 * x * self._eigenvalues)).sum()
+
+    def minimise(self) -> OrbitMinimum:
+        """Where the drift is zero."""
+        q, decay, noise = self._eigenvalues, self._decay, self._noise
+        if not (torch.isfinite(decay).all() and torch.isfinite(noise).all()):
+            message = "the noise or the parameters hold NaN or infinity: look at the training run before this point"
+            return self._result(torch.zeros_like(q.sum()), Outcome(Status.NON_FINITE, message), 0)
+        # What grows without bound as x -> +infinity, and as x -> -infinity.
+        ceiling = bool((decay[q > 0] > 0).any() or (noise[q < 0] > 0).any())
+        floor = bool((decay[q < 0] > 0).any() or (noise[q > 0] > 0).any())
+        if not (ceiling and floor):
+            return self._result(torch.zeros_like(q.sum()), _unbounded(ceiling, floor), 0)
+        low = high = torch.zeros_like(q.sum())
+        width = 1 / q.abs().max()
+        while self._slope(high) < 0:
+            high, width = high + width, 2 * width
+        width = 1 / q.abs().max()
+        while self._slope(low) > 0:
+            low, width = low - width, 2 * width
+        # Newton where it stays inside the bracket, bisection where it does not.
+        x = (low + high) / 2
+        steps = 0
+        while steps < _MOST_STEPS:
+            steps += 1
+            slope = self._slope(x)
+            low, high = (x, high) if slope < 0 else (low, x)
+            newton = x - slope / self._curvature(x)
+            moved = newton if low < newton < high else (low + high) / 2
+            if (moved - x).abs() <= 4 * torch.finfo(x.dtype).eps * (x.abs() + 1 / q.abs().max()):
+                x = moved
+                break
+            x = moved
+        return self._result(x, Outcome(Status.CONVERGED), steps)
+
+    def _slope(self, x: Tensor) -> Tensor:
+        q = self._eigenvalues
+        return (2 * q * (self._decay * torch.exp(2 * q * x) - self._noise * torch.exp(-2 * q * x))).sum()
+
+    def _curvature(self, x: Tensor) -> Tensor:
+        q = self._eigenvalues
+        return (4 * q.square() * (self._decay * torch.exp(2 * q * x) + self._noise * torch.exp(-2 * q * x))).sum()
+
+    def _result(self, x: Tensor, outcome: Outcome, steps: int) -> OrbitMinimum:
+        q = self._eigenvalues
+        stretch = (2 * q.square() * torch.exp(2 * q * x) * self._squares).sum()
+        settled = outcome.status is Status.CONVERGED
+        relaxation = stretch / self._curvature(x) if settled else torch.full_like(stretch, torch.inf)
+        one = self._name
+        return OrbitMinimum({one: x}, {one: -self._slope(x)}, {one: relaxation}, {one: outcome}, steps)
+
+
+def _unbounded(ceiling: bool, floor: bool) -> Outcome:
+    if not (ceiling or floor):
+        return Outcome(
+            Status.SINGULAR, "the generator carries neither gradient noise nor weight decay; left where it is", (0,)
+        )
+    way = "growing" if floor else "falling"
+    message = (
+        f"nothing keeps the coordinate from {way} for ever; left where it is. weight_decay > 0 gives it an equilibrium"
+    )
+    return Outcome(Status.AT_INFINITY, message, (0,))

@@ -1,0 +1,84 @@
+"""A double rotation: the geometric mean."""
+
+from collections.abc import Mapping
+from typing import final
+
+import torch
+from torch import Tensor
+
+from noetherflow import _spd
+from noetherflow._sgd import SGD
+from noetherflow._types import Params
+from noetherflow.drift import forces
+from noetherflow.equilibrium.orbit import Orbit
+from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
+from noetherflow.symmetry import Grams, MatrixSymmetry
+
+
+@final
+class MatrixOrbit(Orbit):
+    r"""The orbit of one matrix symmetry that shares no entry with any other.
+
+    With $R = 4\gamma C_+(\theta) + 2\sigma^2 N_-$ and $P = 4\gamma C_-(\theta) + 2\sigma^2 N_+$ the drift at $e^{x}$ is
+    $e^{-x} P e^{-x} - e^{x} R e^{x}$; it vanishes at $e^{2x} = R^{-1} \# P$.
+    """
+
+    def __init__(self, name: str, symmetry: MatrixSymmetry, params: Params, noise: Grams, sgd: SGD) -> None:
+        self._name = name
+        self._noise = noise
+        self._squares = symmetry.grams(params)
+        self._push, self._pull = forces(symmetry, params, noise, sgd)
+
+    def trace(self, coordinates: Mapping[str, Tensor]) -> Tensor:
+        """Tr Sigma over the entries that this orbit moves, at a point of it; shape ()."""
+        x = torch.as_tensor(coordinates.get(self._name, torch.zeros_like(self._push))).to(self._push)
+        square = _spd.expm(2 * _spd.symmetric(x))
+        return (torch.linalg.inv(square) * self._noise.plus).sum() + (square * self._noise.minus).sum()
+
+    def minimise(self) -> OrbitMinimum:
+        """Where the drift is zero, on the directions that have something on both sides."""
+        push, pull = self._push, self._pull
+        if not (torch.isfinite(push).all() and torch.isfinite(pull).all()):
+            message = "the noise or the parameters hold NaN or infinity: look at the training run before this point"
+            return self._result(torch.zeros_like(push), Outcome(Status.NON_FINITE, message))
+        if not (push.any() or pull.any()):
+            return self._result(torch.zeros_like(push), _outcome(len(push), 0, 0))
+        split = _spd.ranges(push, pull)
+        basis = split.both
+        x = torch.zeros_like(push)
+        if basis.shape[1]:
+            square = _spd.riccati(_spd.symmetric(basis.mT @ pull @ basis), _spd.symmetric(basis.mT @ push @ basis))
+            x = _spd.symmetric(basis @ (_spd.logm(square) / 2) @ basis.mT)
+        return self._result(x, _outcome(split.neither.shape[1], split.only_left.shape[1], split.only_right.shape[1]))
+
+    def _result(self, x: Tensor, outcome: Outcome) -> OrbitMinimum:
+        grow, shrink = _spd.expm(x), _spd.expm(-x)
+        push, pull = shrink @ self._push @ shrink, grow @ self._pull @ grow
+        squares = grow @ self._squares.plus @ grow + shrink @ self._squares.minus @ shrink
+        drift = push - pull
+        # d(drift)/dx and d(charge)/dx are the anticommutators with P + R and C+ + C-; their slowest ratio is that of
+        # the pencil.
+        relaxation = torch.tensor(torch.inf, dtype=x.dtype)
+        if outcome.status is Status.CONVERGED:
+            relaxation = 1 / _spd.pencil(push + pull, squares)[0]
+        one = self._name
+        return OrbitMinimum({one: x}, {one: drift}, {one: relaxation}, {one: outcome}, 0)
+
+
+def _outcome(dead: int, grow: int, shrink: int) -> Outcome:
+    if not dead + grow + shrink:
+        return Outcome(Status.CONVERGED)
+    sentences = []
+    if dead:
+        sentences.append(f"{dead} directions carry neither gradient noise nor weight decay")
+    if grow:
+        sentences.append(f"{grow} directions have nothing that keeps the plus side from growing for ever")
+    if shrink:
+        sentences.append(f"{shrink} directions have nothing that keeps the plus side from shrinking to zero")
+    sentences.append(
+        "left where they are. Causes: (a) fewer outputs or inputs than hidden units: the spare directions carry "
+        "nothing, and only weight decay moves them; (b) a factor that is zero (a fresh LoRA): train until it is not; "
+        "(c) fewer examples than directions: measure the noise on more data"
+    )
+    status = Status.AT_INFINITY if grow + shrink else Status.SINGULAR
+    return Outcome(status, "; ".join(sentences), tuple(range(dead + grow + shrink)))

@@ -1,0 +1,205 @@
+"""The noise equilibrium of a whole model: one orbit at a time, each solved jointly."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from noetherflow._errors import EquilibriumError
+from noetherflow._params import require_names, snapshot
+from noetherflow._sgd import SGD
+from noetherflow._types import Params
+from noetherflow.equilibrium.commuting import CommutingOrbit
+from noetherflow.equilibrium.dense import DenseOrbit
+from noetherflow.equilibrium.matrix import MatrixOrbit
+from noetherflow.equilibrium.orbit import Orbit, entangled
+from noetherflow.equilibrium.result import Equilibrium, OrbitMinimum, Status
+from noetherflow.noise import NoiseMoments
+from noetherflow.symmetry import DenseSymmetry, DiagonalSymmetry, MatrixSymmetry, ScalarSymmetry, Symmetry
+
+
+def potential(
+    symmetries: Mapping[str, Symmetry],
+    params: nn.Module | Params,
+    noise: NoiseMoments,
+    sgd: SGD,
+    coordinates: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    r"""The potential that the Noether flow descends, here or elsewhere on the orbit.
+
+    $$\Phi(x) = 2\gamma\,|\theta_x|^2 + \sigma^2\,\mathrm{Tr}\,\Sigma(\theta_x), \qquad \theta_x = e^{Q_x}\theta$$
+
+    Convex along every symmetry, with $d\Phi/dx$ equal to minus the drift of the charge. Its minimum is the quietest
+    point of the orbit. The noise elsewhere on the orbit follows from the noise here,
+    $\Sigma \to e^{-Q_x}\Sigma e^{-Q_x}$.
+
+    Args:
+        symmetries: The symmetries that span the orbit, by name.
+        params: The parameters at which the noise was measured, or the model that holds them.
+        noise: From `estimate_noise`.
+        sgd: The settings of the optimizer.
+        coordinates: Per symmetry the coordinates x of the point; absent ones are zero.
+
+    Returns:
+        The potential over all trained parameters, shape (), float64.
+
+    Raises:
+        EquilibriumError: If symmetries share entries in a way that has no closed transport of the noise.
+        ParameterNameError: If the noise was not measured for a symmetry, or parameters are missing.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> into, out_of = [nf.Axis("0.weight", 0), nf.Axis("0.bias", 0)], [nf.Axis("2.weight", 1)]
+        >>> symmetries = {"hidden": nf.DiagonalSymmetry(into, out_of)}
+        >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(9)]
+        >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
+        >>> noise, sgd = nf.estimate_noise(net, loss, batches, symmetries), nf.SGD(lr=0.1, batch_size=8)
+        >>> minimum = nf.solve_equilibrium(symmetries, net, noise, sgd).coordinates
+        >>> nf.potential(symmetries, net, noise, sgd, minimum) < nf.potential(symmetries, net, noise, sgd)
+        tensor(True)
+
+    Source: Ziyin et al. (2024), the proof that the equilibrium is unique; a Kempf-Ness function.
+    """
+    theta, resolved = _prepare(symmetries, params, noise)
+    x = {name: torch.as_tensor(value) for name, value in (coordinates or {}).items()}
+    require_names(resolved, x, "coordinates")
+    orbits = _orbits(resolved, theta, noise, sgd)
+    return _potential(resolved, theta, noise, sgd, orbits, x)[0]
+
+
+def solve_equilibrium(
+    symmetries: Mapping[str, Symmetry],
+    params: nn.Module | Params,
+    noise: NoiseMoments,
+    sgd: SGD,
+    *,
+    throw: bool = False,
+) -> Equilibrium:
+    r"""Find the point of the orbit at which every charge stands still.
+
+    It is the unique minimum of `potential` up to rotations. A single symmetry has it in closed form:
+    $x = \tfrac14 \log(P/R)$ row by row, or $e^{2x} = R^{-1} \# P$ for a matrix, with $P = 4\gamma C_- + 2\sigma^2 N_+$
+    and $R = 4\gamma C_+ + 2\sigma^2 N_-$. Scalings and rescalings that share a tensor (neighbouring layers) are solved
+    jointly by damped Newton, to rounding.
+
+    Args:
+        symmetries: The symmetries to bring to rest, by name.
+        params: The parameters at which the noise was measured, or the model that holds them.
+        noise: From `estimate_noise`.
+        sgd: The settings of the optimizer.
+        throw: Raise unless every symmetry converged.
+
+    Returns:
+        The equilibrium. A direction that has none is left where it is, and `outcomes` says which and why.
+
+    Raises:
+        EquilibriumError: If `throw` is set and a symmetry did not converge; or if a matrix symmetry or a dense
+            generator shares entries with another symmetry, for which there is no solver.
+        ParameterNameError: If the noise was not measured for a symmetry, or parameters are missing.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> into, out_of = [nf.Axis("0.weight", 0), nf.Axis("0.bias", 0)], [nf.Axis("2.weight", 1)]
+        >>> symmetries = {"hidden": nf.DiagonalSymmetry(into, out_of)}
+        >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(9)]
+        >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
+        >>> noise = nf.estimate_noise(net, loss, batches, symmetries)
+        >>> nf.solve_equilibrium(symmetries, net, noise, nf.SGD(lr=0.1, batch_size=8)).coordinates["hidden"].shape
+        torch.Size([3])
+
+    Source: Ziyin et al. (2024), the noise equilibrium theorem; the joint solution is ours.
+    """
+    theta, resolved = _prepare(symmetries, params, noise)
+    orbits = _orbits(resolved, theta, noise, sgd)
+    minima = [orbit.minimise() for orbit in orbits]
+    merged = _merge(minima, list(resolved))
+    before, trace_before = _potential(resolved, theta, noise, sgd, orbits, {})
+    after, trace_after = _potential(resolved, theta, noise, sgd, orbits, merged.coordinates)
+    equilibrium = Equilibrium(
+        params=_move(resolved, theta, merged.coordinates),
+        coordinates=merged.coordinates,
+        outcomes=merged.outcomes,
+        drift=merged.drift,
+        relaxation_steps={name: time / sgd.effective_lr for name, time in merged.relaxation.items()},
+        potential_before=before.item(),
+        potential_after=after.item(),
+        trace_before=trace_before.item(),
+        trace_after=trace_after.item(),
+        iterations=merged.iterations,
+        symmetries=resolved,
+        witness=noise.witness,
+    )
+    if throw and equilibrium.status is not Status.CONVERGED:
+        raise EquilibriumError(f"{equilibrium.status.value}:\n{equilibrium.message}")
+    return equilibrium
+
+
+def _prepare(
+    symmetries: Mapping[str, Symmetry], params: nn.Module | Params, noise: NoiseMoments
+) -> tuple[dict[str, Tensor], dict[str, Symmetry]]:
+    if not symmetries:
+        raise EquilibriumError("there is no symmetry to bring to rest: symmetries is empty")
+    theta = snapshot(params)
+    resolved = noise.require(symmetries)
+    for symmetry in resolved.values():
+        symmetry.check(theta)
+    require_names(theta, noise.mean, "the noise")
+    return theta, resolved
+
+
+def _orbits(symmetries: Mapping[str, Symmetry], theta: Params, noise: NoiseMoments, sgd: SGD) -> list[Orbit]:
+    groups, doubled = entangled(symmetries, theta)
+    grams, variance = noise.grams, noise.variance
+    orbits: list[Orbit] = []
+    for group in groups:
+        members = {name: symmetries[name] for name in group}
+        commuting = {n: s for n, s in members.items() if isinstance(s, (ScalarSymmetry, DiagonalSymmetry))}
+        name, symmetry = next(iter(members.items()))
+        if len(commuting) == len(members):
+            orbits.append(CommutingOrbit(commuting, theta, variance, sgd))
+        elif len(members) == 1 and isinstance(symmetry, MatrixSymmetry) and name not in doubled:
+            orbits.append(MatrixOrbit(name, symmetry, theta, grams[name], sgd))
+        elif len(members) == 1 and isinstance(symmetry, DenseSymmetry):
+            orbits.append(DenseOrbit(name, symmetry, theta, grams[name], sgd))
+        else:
+            kinds = ", ".join(f"{n!r} ({type(s).__name__})" for n, s in members.items())
+            raise EquilibriumError(
+                "these symmetries act on the same entries of a tensor and do not commute, so they have no joint "
+                f"solution here: {kinds}. Solve them one at a time, measuring the noise again in between, until "
+                "nothing moves"
+            )
+    return orbits
+
+
+def _potential(
+    symmetries: Mapping[str, Symmetry],
+    theta: Params,
+    noise: NoiseMoments,
+    sgd: SGD,
+    orbits: list[Orbit],
+    x: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The potential and Tr Sigma at a point of the orbit."""
+    moved = _move(symmetries, theta, x)
+    norm = torch.stack([moved[name].square().sum() for name in noise.mean]).sum()
+    trace = noise.trace + sum(orbit.trace(x) - orbit.trace({}) for orbit in orbits)
+    return 2 * sgd.gamma * norm + sgd.temperature * trace, trace
+
+
+def _move(symmetries: Mapping[str, Symmetry], theta: Params, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    moved = dict(theta)
+    for name, coordinate in x.items():
+        moved = symmetries[name].act(coordinate, moved)
+    return moved
+
+
+def _merge(minima: list[OrbitMinimum], order: list[str]) -> OrbitMinimum:
+    """The results of all orbits, by symmetry name in the order they were asked for."""
+    columns = []
+    for column in ("coordinates", "drift", "relaxation", "outcomes"):
+        found = {name: value for minimum in minima for name, value in getattr(minimum, column).items()}
+        columns.append({name: found[name] for name in order})
+    coordinates, drift, relaxation, outcomes = columns
+    return OrbitMinimum(coordinates, drift, relaxation, outcomes, max(minimum.iterations for minimum in minima))

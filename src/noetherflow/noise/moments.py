@@ -1,0 +1,229 @@
+"""What the symmetries need to know of the gradient noise."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from noetherflow._errors import EmptyDataError, ParameterNameError
+from noetherflow._types import Batch, Loss, Params
+from noetherflow.symmetry import DiagonalSymmetry, Grams, ScalarSymmetry, Symmetry
+
+
+class Witness(NamedTuple):
+    """A loss and some examples, kept so that a later move of the model can be checked against them."""
+
+    loss: Loss
+    batch: Batch
+
+
+class StandardErrors(NamedTuple):
+    """Of N_+, of N_- and of their difference: of the charge's shape, or of its diagonal's."""
+
+    plus: Tensor
+    minus: Tensor
+    net: Tensor
+
+
+class Spread(NamedTuple):
+    """Sums over examples of each half of a charge and of their difference, and of the squares: shape (3, ...)."""
+
+    total: Tensor
+    squares: Tensor
+
+    def merge(self, other: "Spread") -> "Spread":
+        """The sums over both sets of examples."""
+        return Spread(self.total + other.total, self.squares + other.squares)
+
+    def standard_errors(self, count: int) -> StandardErrors:
+        """Of the means; NaN for a single example."""
+        if count < 2:
+            return StandardErrors(*torch.full_like(self.total, torch.nan))
+        variance = (self.squares - self.total.square() / count) / (count - 1)
+        return StandardErrors(*(variance.clamp_min(0) / count).sqrt())
+
+
+@final
+@dataclass(frozen=True)
+class NoiseMoments:
+    r"""The centred second moments of per-example gradients, as far as the symmetries need them.
+
+    With $\Sigma = E[g g^T] - E[g]\,E[g]^T$ the covariance of the gradient of one example (the data set being the
+    population), it holds $N_\pm = E[C_\pm(g)] - C_\pm(E g)$ for every symmetry, so that
+    $\mathrm{Tr}[\Sigma Q] = N_+ - N_-$; the mean gradient; and the variances of single parameters. Everything is
+    float64.
+
+    Args:
+        count: Number of examples seen.
+        mean: The mean gradient by parameter name.
+        scatter: Per symmetry, the sum over examples of the Grams of the centred gradient.
+        square_scatter: Per parameter on which a scaling or rescaling acts, the sum of squares of the centred gradient,
+            entry by entry.
+        total_scatter: The sum of squares of the centred gradient over all parameters, shape ().
+        spreads: Per symmetry, sums of every example's contribution to plus, minus and their difference, for the
+            standard errors.
+        symmetries: The symmetries it was measured for, with parameters under their canonical names.
+        aliases: Canonical name by any name of a parameter, where they differ.
+        witness: The loss and the first batch seen.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> into, out_of = [nf.Axis("0.weight", 0), nf.Axis("0.bias", 0)], [nf.Axis("2.weight", 1)]
+        >>> hidden = nf.DiagonalSymmetry(into, out_of)
+        >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(3)]
+        >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
+        >>> noise = nf.estimate_noise(net, loss, batches, {"hidden": hidden})
+        >>> noise.count, noise.grams["hidden"].plus.shape
+        (24, torch.Size([3]))
+
+    Source: Ziyin et al. (2024), section 3; merging is the pairwise update of Chan, Golub, LeVeque (1979).
+    """
+
+    count: int
+    mean: dict[str, Tensor]
+    scatter: dict[str, Grams]
+    square_scatter: dict[str, Tensor]
+    total_scatter: Tensor
+    spreads: dict[str, Spread] = field(repr=False)
+    symmetries: dict[str, Symmetry]
+    aliases: dict[str, str] = field(default_factory=dict, repr=False)
+    witness: Witness | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls, gradients: Params, symmetries: Mapping[str, Symmetry], *, reference: Params | None = None
+    ) -> "NoiseMoments":
+        """The moments of a stack of per-example gradients, of shape (B, *parameter shape) by name.
+
+        Args:
+            gradients: The stack, of any floating-point dtype.
+            symmetries: What to measure.
+            reference: The best known mean gradient, about which the standard errors are taken; the stack's own by
+                default.
+
+        Returns:
+            The moments of these examples alone, to be merged with others.
+        """
+        stack = {name: tensor.detach().to(torch.float64) for name, tensor in gradients.items()}
+        count = len(next(iter(stack.values())))
+        mean = {name: tensor.mean(0) for name, tensor in stack.items()}
+        centred = {name: tensor - mean[name] for name, tensor in stack.items()}
+        about = centred if reference is None else {name: tensor - reference[name] for name, tensor in stack.items()}
+        return cls(
+            count=count,
+            mean=mean,
+            scatter={name: symmetry.grams(centred, batched=True) for name, symmetry in symmetries.items()},
+            square_scatter={name: centred[name].square().sum(0) for name in _names_with_variances(symmetries)},
+            total_scatter=torch.stack([tensor.square().sum() for tensor in centred.values()]).sum(),
+            spreads={name: _spread(symmetry.example_charges(about)) for name, symmetry in symmetries.items()},
+            symmetries=dict(symmetries),
+        )
+
+    def merge(self, other: "NoiseMoments") -> "NoiseMoments":
+        """The moments of both sets of examples together, exactly: batches, shards and ranks commute.
+
+        Args:
+            other: Moments of other examples at the same parameters, for the same symmetries.
+
+        Returns:
+            The combined moments.
+
+        Raises:
+            ParameterNameError: If the two were not measured for the same parameters and symmetries.
+        """
+        if self.mean.keys() != other.mean.keys() or self.symmetries != other.symmetries:
+            raise ParameterNameError(
+                "moments can be merged only if they were measured for the same parameters and symmetries: "
+                f"{self.symmetries} over {sorted(self.mean)}, and {other.symmetries} over {sorted(other.mean)}"
+            )
+        count = self.count + other.count
+        gap = {name: other.mean[name] - mean for name, mean in self.mean.items()}
+        weight = self.count * other.count / count
+        scatter = {}
+        for name, symmetry in self.symmetries.items():
+            between = symmetry.grams(gap)
+            sides = zip(self.scatter[name], other.scatter[name], between, strict=True)
+            scatter[name] = Grams(*(mine + theirs + weight * square for mine, theirs, square in sides))
+        return replace(
+            self,
+            count=count,
+            mean={name: mean + gap[name] * (other.count / count) for name, mean in self.mean.items()},
+            scatter=scatter,
+            square_scatter={
+                name: mine + other.square_scatter[name] + weight * gap[name].square()
+                for name, mine in self.square_scatter.items()
+            },
+            total_scatter=self.total_scatter
+            + other.total_scatter
+            + weight * torch.stack([difference.square().sum() for difference in gap.values()]).sum(),
+            spreads={name: spread.merge(other.spreads[name]) for name, spread in self.spreads.items()},
+            witness=self.witness or other.witness,
+        )
+
+    @property
+    def grams(self) -> dict[str, Grams]:
+        r"""Per symmetry $N_+$ and $N_-$, per example: shape (), (n,), (n, n), or one entry per eigenvalue."""
+        return {name: Grams(*(side / self.count for side in sides)) for name, sides in self.scatter.items()}
+
+    @property
+    def variance(self) -> dict[str, Tensor]:
+        """The variance of every entry of the parameters on which scalings and rescalings act, per example."""
+        return {name: square / self.count for name, square in self.square_scatter.items()}
+
+    @property
+    def trace(self) -> Tensor:
+        r"""$\mathrm{Tr}\,\Sigma$ over all parameters that were trained, per example, shape ()."""
+        return self.total_scatter / self.count
+
+    @property
+    def standard_errors(self) -> dict[str, StandardErrors]:
+        """Per symmetry, the standard errors of N_+, N_- and their difference (diagonals, for matrices).
+
+        They say how far another sample of this size would fall from this one; for a data set seen whole, treat it as a
+        sample of its source.
+        """
+        return {name: spread.standard_errors(self.count) for name, spread in self.spreads.items()}
+
+    def require(self, symmetries: Mapping[str, Symmetry]) -> dict[str, Symmetry]:
+        """The symmetries asked for, under canonical parameter names.
+
+        Args:
+            symmetries: By the names under which they were given to `estimate_noise`.
+
+        Returns:
+            The same, renamed.
+
+        Raises:
+            ParameterNameError: If the noise was not measured for one, or for another one of that name.
+            EmptyDataError: If nothing was measured.
+        """
+        missing = [name for name in symmetries if name not in self.scatter]
+        if missing:
+            raise ParameterNameError(
+                f"no noise was measured for {missing}; estimate_noise was given {sorted(self.scatter)}"
+            )
+        if self.count == 0:
+            raise EmptyDataError("the noise moments hold no examples")
+        resolved = {name: symmetry.rename(self.aliases) for name, symmetry in symmetries.items()}
+        for name, symmetry in resolved.items():
+            if symmetry != self.symmetries[name]:
+                raise ParameterNameError(
+                    f"the noise was measured for another symmetry named {name!r}: {self.symmetries[name]}, not "
+                    f"{symmetry}"
+                )
+        return resolved
+
+
+def _names_with_variances(symmetries: Mapping[str, Symmetry]) -> list[str]:
+    commuting = [
+        symmetry for symmetry in symmetries.values() if isinstance(symmetry, (ScalarSymmetry, DiagonalSymmetry))
+    ]
+    return list(dict.fromkeys(name for symmetry in commuting for name in symmetry.names))
+
+
+def _spread(charges: Grams) -> Spread:
+    kinds = torch.stack([charges.plus, charges.minus, charges.plus - charges.minus])
+    return Spread(kinds.sum(1), kinds.square().sum(1))

@@ -1,0 +1,83 @@
+"use strict";
+
+// The table: one filter, and a heading sorts, the other way at the second click.
+const table = document.getElementById("verdicts");
+document.getElementById("only-failed").addEventListener("change", (event) => {
+  table.classList.toggle("only-failed", event.target.checked);
+});
+table.querySelectorAll("th").forEach((heading, column) => {
+  heading.querySelector("button").addEventListener("click", () => {
+    const descending = heading.getAttribute("aria-sort") === "ascending";
+    table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
+    heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
+    const value = (row) => row.cells[column].dataset.sort;
+    const rows = [...table.tBodies[0].rows].sort((a, b) => compare(value(a), value(b)) * (descending ? -1 : 1));
+    table.tBodies[0].append(...rows);
+  });
+});
+
+function compare(a, b) {
+  const [x, y] = [Number(a), Number(b)];
+  return Number.isNaN(x) || Number.isNaN(y) ? a.localeCompare(b, "en", { numeric: true }) : x < y ? -1 : Number(x > y);
+}
+
+// The figures: what was measured in colours, what was predicted dashed and in the colour of the text.
+const COLOURS = ["#2f86a6", "#d1603d", "#5f9440", "#9a6cb4", "#b98a14", "#6478d6", "#c4598f", "#7d8288"];
+const DASHES = ["dash", "dot", "dashdot", "longdash"];
+
+function traces(panel, ink) {
+  const groups = [...new Set(panel.curves.filter((c) => c.kind !== "prediction").map((c) => c.group || c.name))];
+  const predictions = panel.curves.filter((curve) => curve.kind === "prediction");
+  const met = new Set();
+  return panel.curves.map((curve) => {
+    const group = curve.group || curve.name;
+    const predicted = curve.kind === "prediction";
+    const colour = predicted ? ink : COLOURS[groups.indexOf(group) % COLOURS.length];
+    const first = !met.has(group);
+    met.add(group);
+    const name = curve.group && curve.group !== curve.name ? curve.group + ", " + curve.name : curve.name;
+    return {
+      type: "scatter", x: curve.x, y: curve.y, name: group, legendgroup: group, showlegend: first,
+      mode: curve.kind === "points" ? "markers" : "lines",
+      opacity: curve.group && !predicted ? 0.6 : 1,
+      marker: { color: colour, size: 7 },
+      line: predicted
+        ? { color: colour, width: 2, dash: DASHES[predictions.indexOf(curve) % DASHES.length] }
+        : { color: colour, width: curve.group ? 1 : 1.5 },
+      hovertemplate: name + "<br>%{x:.4g}, %{y:.4g}<extra></extra>",
+    };
+  });
+}
+
+function layout(panel, ink, ground, line) {
+  const axis = (title, log) => ({
+    title: { text: title }, type: log ? "log" : "linear", exponentformat: "power",
+    gridcolor: line, zeroline: false, linecolor: ink, automargin: true,
+  });
+  const made = {
+    title: { text: panel.title, font: { size: 15 } },
+    xaxis: axis(panel.x_label, panel.log_x),
+    yaxis: axis(panel.y_label, panel.log_y),
+    paper_bgcolor: ground, plot_bgcolor: ground, font: { color: ink, family: "system-ui, sans-serif", size: 13 },
+    margin: { l: 50, r: 10, t: 50, b: 40 }, hovermode: "closest",
+    legend: { orientation: "h", y: -0.25, yanchor: "top" },
+  };
+  if (panel.equal) Object.assign(made.yaxis, { scaleanchor: "x", scaleratio: 1 });
+  return made;
+}
+
+function draw() {
+  const style = getComputedStyle(document.documentElement);
+  const [ink, ground, line] = ["--text", "--ground", "--line"].map((name) => style.getPropertyValue(name).trim());
+  document.querySelectorAll(".panel").forEach((place) => {
+    const panel = data[place.dataset.figure][Number(place.dataset.panel)];
+    const options = { responsive: true, displaylogo: false };
+    Plotly.react(place, traces(panel, ink), layout(panel, ink, ground, line), options);
+  });
+}
+
+const data = JSON.parse(document.getElementById("data").textContent);
+if (window.Plotly) {
+  draw();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+}

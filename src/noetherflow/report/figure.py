@@ -1,0 +1,85 @@
+"""The analysis as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from noetherflow import _files
+from noetherflow.drift import forces
+from noetherflow.report.analysis import Analysis
+
+matplotlib.rcParams["svg.hashsalt"] = "noetherflow"
+_MARKERS = "osD^vP*X"
+
+
+def draw(analysis: Analysis) -> Figure:
+    """Push against pull of every coordinate; how far each coordinate is from the equilibrium; the totals."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    balance, distance, totals = figure.subplots(1, 3, width_ratios=(4, 4, 2))
+    _draw_balance(analysis, balance)
+    _draw_distance(analysis, distance)
+    _draw_totals(analysis, totals)
+    return figure
+
+
+def save(analysis: Analysis, stem: Path) -> list[Path]:
+    """Write the picture beside a stem as PNG and SVG; returns the paths."""
+    figure = draw(analysis)
+    paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
+    for path in paths:
+        with _files.atomic(path) as temporary:
+            figure.savefig(temporary, dpi=160)
+    return paths
+
+
+def _draw_balance(analysis: Analysis, axes: Axes) -> None:
+    for index, (name, symmetry) in enumerate(analysis.equilibrium.symmetries.items()):
+        push, pull = forces(symmetry, analysis.initial, analysis.noise.grams[name], analysis.sgd)
+        if push.ndim == 2:
+            push, pull = push.diagonal(), pull.diagonal()
+        axes.plot(pull.reshape(-1), push.reshape(-1), **_points(index), label=name)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="pull on the charge (R)",
+        ylabel="push on the charge (P)",
+        title="balance now; on the line: at rest",
+    )
+    low, high = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
+    axes.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=0)
+    axes.legend(fontsize=8)
+
+
+def _draw_distance(analysis: Analysis, axes: Axes) -> None:
+    for index, (name, x) in enumerate(analysis.equilibrium.coordinates.items()):
+        coordinates = (torch.linalg.eigvalsh(x) if x.ndim == 2 else x.reshape(-1)).sort().values
+        position = torch.linspace(0, 1, len(coordinates) + 2)[1:-1]
+        axes.plot(position, coordinates, **_points(index), label=name)
+    axes.axhline(0, color="0.6", linewidth=1, zorder=0)
+    axes.set(
+        xlabel="coordinates, sorted",
+        ylabel="log-scale x to the equilibrium",
+        xticks=[],
+        title="how far each coordinate will move",
+    )
+
+
+def _draw_totals(analysis: Analysis, axes: Axes) -> None:
+    equilibrium = analysis.equilibrium
+    after = (
+        equilibrium.trace_after / equilibrium.trace_before,
+        equilibrium.potential_after / equilibrium.potential_before,
+    )
+    bars = axes.bar(("noise\nTr Sigma", "potential"), after, color="0.45", width=0.6)
+    axes.bar_label(bars, fmt="%.3f")
+    axes.axhline(1, color="0.6", linewidth=1)
+    axes.set(title="equilibrium / now", ylim=(0, max(1.05, *after) * 1.1))
+
+
+def _points(index: int) -> dict[str, Any]:
+    """One symbol per symmetry, so that the picture survives a grey printer."""
+    return {"linestyle": "none", "marker": _MARKERS[index % len(_MARKERS)], "markersize": 4, "color": f"C{index}"}

@@ -1,0 +1,120 @@
+"""What moves the parameters: SGD, gradient descent and their continuous limits, as settings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+from noetherflow._errors import SettingsError
+from noetherflow._sgd import SGD
+
+
+@final
+@dataclass(frozen=True)
+class GradientDescent:
+    r"""Full-batch gradient descent: SGD without its noise.
+
+    $$\theta' = \theta - \mathrm{lr}\,(\nabla L + 2\gamma\theta)$$
+
+    Args:
+        lr: Learning rate, positive.
+        weight_decay: As in `torch.optim.SGD`, $2\gamma$.
+        momentum: Heavy-ball momentum in [0, 1).
+
+    Raises:
+        SettingsError: If a setting is out of range.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> net, loss = torch.nn.Linear(2, 1), lambda model, x: model(x).square().sum(1)
+        >>> trajectory = nf.simulate(nf.GradientDescent(lr=0.1), net, loss, torch.randn(16, 2), steps=50)
+        >>> bool(trajectory.loss[-1] < trajectory.loss[0])
+        True
+    """
+
+    lr: float
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.settings()
+
+    def settings(self) -> SGD:
+        """The same as settings of SGD, which check themselves; the batch size has no meaning here."""
+        return SGD(self.lr, batch_size=1, weight_decay=self.weight_decay, momentum=self.momentum)
+
+
+@final
+@dataclass(frozen=True)
+class GradientFlow:
+    r"""Gradient flow, $d\theta/dt = -\nabla L - 2\gamma\theta$, by the classical Runge-Kutta method of order four.
+
+    Args:
+        dt: Time step, positive. A step of SGD takes time lr.
+        weight_decay: $2\gamma$.
+
+    Raises:
+        SettingsError: If a setting is out of range.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> net, loss = torch.nn.Linear(2, 1), lambda model, x: model(x).square().sum(1)
+        >>> trajectory = nf.simulate(nf.GradientFlow(dt=0.1), net, loss, torch.randn(16, 2), steps=50)
+        >>> bool(trajectory.loss[-1] < trajectory.loss[0])
+        True
+    """
+
+    dt: float
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_time_step(self.dt)
+        SGD(1.0, 1, weight_decay=self.weight_decay)
+
+
+@final
+@dataclass(frozen=True)
+class Langevin:
+    r"""The diffusion limit of SGD, by Euler-Maruyama.
+
+    $$d\theta = -(\nabla L + 2\gamma\theta)\,dt + \sqrt{2\sigma^2\Sigma(\theta)}\,dW$$
+
+    The noise needs no covariance matrix: with independent normal $\xi_i$, one for each of the N examples,
+    $N^{-1/2} \sum_i (\xi_i - \bar\xi)\,\nabla\ell_i$ has covariance $\Sigma$, and is the gradient of one weighted loss.
+
+    Args:
+        sgd: The settings whose limit it is: $\gamma$ and $\sigma^2$.
+        dt: Time step; by default the learning rate, so that a step stands for a step of SGD.
+
+    Raises:
+        SettingsError: If the time step is not positive.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> net, loss = torch.nn.Linear(2, 1), lambda model, x: model(x).square().sum(1)
+        >>> dynamics = nf.Langevin(nf.SGD(lr=0.1, batch_size=4))
+        >>> nf.simulate(dynamics, net, loss, torch.randn(16, 2), steps=50, replicas=3).loss.shape
+        torch.Size([51, 3])
+
+    Source: Ziyin et al. (2024), section 3.
+    """
+
+    sgd: SGD
+    dt: float | None = None
+
+    def __post_init__(self) -> None:
+        require_time_step(self.time_step)
+
+    @property
+    def time_step(self) -> float:
+        """The time step taken."""
+        return self.sgd.effective_lr if self.dt is None else self.dt
+
+
+# A factor on the learning rate by step, such as a warmup.
+Schedule = Callable[[int], float]
+
+
+def require_time_step(dt: float) -> None:
+    """Raise unless a time step is a finite number above 0."""
+    if not 0 < dt < float("inf"):
+        raise SettingsError(f"dt must be a finite number above 0, got {dt!r}")

@@ -1,0 +1,160 @@
+"""What was seen along a simulation, kept and stored."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from noetherflow._errors import SettingsError
+from noetherflow._files import atomic
+
+_METADATA = "noetherflow"
+
+
+@final
+@dataclass(frozen=True)
+class Trajectory:
+    """Records of any number of replicas over time.
+
+    Args:
+        steps: The steps at which something was recorded, shape (T,); a record precedes the update of its step.
+        loss: Mean loss per example of the data of that step, shape (T, R).
+        charges: Per symmetry, shape (T, R, *charge).
+        observables: Per observable, shape (T, R, *observable).
+        params: The parameters at the end, shape (R, *parameter), by name.
+
+    Examples:
+        >>> import torch, tempfile, pathlib, noetherflow as nf
+        >>> net, loss = torch.nn.Linear(2, 1), lambda model, x: model(x).square().sum(1)
+        >>> trajectory = nf.simulate(nf.SGD(lr=0.1, batch_size=4), net, loss, torch.randn(16, 2), steps=10, replicas=3)
+        >>> trajectory.loss.shape
+        torch.Size([11, 3])
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.npz"
+        >>> trajectory.save(path)
+        >>> torch.equal(nf.Trajectory.load(path).loss, trajectory.loss)
+        True
+    """
+
+    steps: Tensor
+    loss: Tensor
+    charges: dict[str, Tensor] = field(default_factory=dict)
+    observables: dict[str, Tensor] = field(default_factory=dict)
+    params: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def diverged(self) -> Tensor:
+        """Which replicas ended with a parameter that is not finite, shape (R,)."""
+        finite = [torch.isfinite(stack).reshape(len(stack), -1).all(1) for stack in self.params.values()]
+        return ~torch.stack(finite).all(0)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one file, whole or not at all.
+
+        Args:
+            path: Ends in `.npz`; or in `.parquet`, for a table with a row per record and replica, whose columns of
+                final parameters are filled in the rows of the last record.
+
+        Raises:
+            SettingsError: If the path ends in something else.
+        """
+        path = Path(path)
+        writer = {".npz": self._save_npz, ".parquet": self._save_parquet}.get(path.suffix)
+        if writer is None:
+            raise SettingsError(f"a trajectory is saved as .npz or .parquet, got {path.name!r}")
+        with atomic(path) as temporary:
+            writer(temporary)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Trajectory":
+        """Read what `save` has written.
+
+        Args:
+            path: A file ending in `.npz` or `.parquet`.
+
+        Returns:
+            The trajectory, with the same numbers, types and shapes.
+
+        Raises:
+            SettingsError: If the path ends in something else.
+        """
+        path = Path(path)
+        reader = {".npz": _load_npz, ".parquet": _load_parquet}.get(path.suffix)
+        if reader is None:
+            raise SettingsError(f"a trajectory is saved as .npz or .parquet, got {path.name!r}")
+        arrays = {key: torch.from_numpy(np.array(array)) for key, array in reader(path).items()}
+        groups: dict[str, dict[str, Tensor]] = {"charges": {}, "observables": {}, "params": {}}
+        for key, tensor in arrays.items():
+            kind, slash, name = key.partition("/")
+            if slash:
+                groups[kind][name] = tensor
+        return cls(arrays["steps"], arrays["loss"], **groups)
+
+    def _arrays(self) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+        """Every quantity under one flat key."""
+        yield "steps", self.steps.numpy()
+        yield "loss", self.loss.numpy()
+        for kind in ("charges", "observables", "params"):
+            for name, tensor in getattr(self, kind).items():
+                yield f"{kind}/{name}", tensor.cpu().numpy()
+
+    def _save_npz(self, path: Path) -> None:
+        with path.open("wb") as file:
+            arrays: dict[str, Any] = dict(self._arrays())
+            np.savez_compressed(file, **arrays)
+
+    def _save_parquet(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        records, replicas = self.loss.shape
+        columns: dict[str, Any] = {
+            "steps": np.repeat(self.steps.numpy(), replicas),
+            "replica": np.tile(np.arange(replicas), records),
+        }
+        shapes: dict[str, list[int]] = {}
+        for key, array in self._arrays():
+            if key == "steps":
+                continue
+            over_time = not key.startswith("params/")
+            shapes[key] = list(array.shape[2 if over_time else 1 :])
+            cells = array.reshape(-1, *shapes[key])
+            if not over_time:
+                # Known at the end only: empty in the rows of all earlier records.
+                rows = [None] * ((records - 1) * replicas) + [cell.ravel() for cell in cells]
+                columns[key] = pa.array(rows, type=pa.list_(pa.from_numpy_dtype(array.dtype)))
+            elif shapes[key]:
+                columns[key] = pa.FixedSizeListArray.from_arrays(pa.array(cells.ravel()), int(np.prod(shapes[key])))
+            else:
+                columns[key] = pa.array(cells)
+        table = pa.table(columns).replace_schema_metadata(
+            {_METADATA: json.dumps({"shapes": shapes, "replicas": replicas})}
+        )
+        pq.write_table(table, path)
+
+
+def _load_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    with np.load(path) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+def _load_parquet(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    layout = json.loads(table.schema.metadata[_METADATA.encode()])
+    replicas = layout["replicas"]
+    arrays = {"steps": table["steps"].to_numpy()[::replicas]}
+    for key, shape in layout["shapes"].items():
+        column = table[key].combine_chunks().drop_null()
+        if shape:
+            column = column.flatten()
+        leading = (replicas,) if key.startswith("params/") else (-1, replicas)
+        if shape and not key.startswith("params/"):
+            leading = (len(arrays["steps"]), replicas)
+        arrays[key] = column.to_numpy(zero_copy_only=False).reshape(*leading, *shape)
+    return arrays

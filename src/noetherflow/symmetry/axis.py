@@ -1,0 +1,93 @@
+"""Where a group acts: one axis of one tensor, unfolded into rows."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from noetherflow._errors import ParameterShapeError
+
+
+@final
+@dataclass(frozen=True)
+class Axis:
+    """One axis of one named parameter, or a slice of it, on which a group acts row by row.
+
+    Args:
+        name: The parameter, as in `named_parameters()`.
+        dim: Which dimension of it is the axis; negative counts from the end.
+        start: First index of a slice (one head of a packed projection, one input of a concatenation); None is the
+            beginning.
+        stop: One past the last index of the slice; None is the end.
+        repeat: How many neighbouring indices form one row. After conv -> flatten, each channel owns height * width
+            neighbouring inputs of the linear layer: `repeat=height * width`.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> weight = torch.arange(6.0).reshape(2, 3)
+        >>> nf.Axis("weight", dim=1).rows(weight)  # its columns, one a row
+        tensor([[0., 3.],
+                [1., 4.],
+                [2., 5.]])
+    """
+
+    name: str
+    dim: int
+    start: int | None = None
+    stop: int | None = None
+    repeat: int = 1
+
+    def size(self, tensor: Tensor) -> int:
+        """Number of rows of this axis in a tensor; raises if the axis is not there."""
+        shape = tuple(tensor.shape)
+        if not -tensor.ndim <= self.dim < tensor.ndim:
+            raise ParameterShapeError(
+                f"{self}: {self.name!r} has shape {shape}, so dim must lie in [{-tensor.ndim}, {tensor.ndim})"
+            )
+        length = shape[self.dim]
+        start, stop = self._bounds(length)
+        if not 0 <= start < stop <= length:
+            raise ParameterShapeError(
+                f"{self}: the slice [{start}:{stop}] does not fit dimension {self.dim} of {self.name!r}, shape {shape}"
+            )
+        if self.repeat < 1 or (stop - start) % self.repeat:
+            raise ParameterShapeError(
+                f"{self}: {stop - start} entries along dimension {self.dim} of {self.name!r}, shape {shape}, cannot "
+                f"be cut into groups of repeat={self.repeat}"
+            )
+        return (stop - start) // self.repeat
+
+    def rows(self, tensor: Tensor, *, batch_dims: int = 0) -> Tensor:
+        """The axis unfolded, shape (*batch, rows, everything else); `batch_dims` leading dimensions are left alone."""
+        part, dim = self._part(tensor, batch_dims)
+        batch = part.shape[:batch_dims]
+        count = part.shape[dim] // self.repeat
+        columns = part.numel() // max(1, batch.numel() * count)
+        return part.movedim(dim, batch_dims).reshape(*batch, count, columns)
+
+    def fold(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `rows`: the slice of the tensor, in its own shape."""
+        part, dim = self._part(like, 0)
+        moved = part.movedim(dim, 0).shape
+        return rows.reshape(moved).movedim(0, dim)
+
+    def replace(self, tensor: Tensor, rows: Tensor) -> Tensor:
+        """A copy of the tensor with the rows of this axis replaced."""
+        dim = self.dim % tensor.ndim
+        start, stop = self._bounds(tensor.shape[dim])
+        folded = self.fold(rows, tensor)
+        before, after = tensor.narrow(dim, 0, start), tensor.narrow(dim, stop, tensor.shape[dim] - stop)
+        return torch.cat([before, folded, after], dim=dim)
+
+    def embed(self, rows: Tensor, like: Tensor) -> Tensor:
+        """A tensor of the shape of `like` that holds these rows and is zero elsewhere."""
+        return self.replace(torch.zeros_like(like), rows)
+
+    def _bounds(self, length: int) -> tuple[int, int]:
+        return self.start or 0, length if self.stop is None else self.stop
+
+    def _part(self, tensor: Tensor, batch_dims: int) -> tuple[Tensor, int]:
+        dim = self.dim % (tensor.ndim - batch_dims) + batch_dims
+        start, stop = self._bounds(tensor.shape[dim])
+        return tensor.narrow(dim, start, stop - start), dim

@@ -1,0 +1,152 @@
+"""Is it a symmetry? A numerical certificate."""
+
+from collections.abc import Iterator
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from noetherflow import _spd
+from noetherflow._batch import cast, select
+from noetherflow._params import aliases, bind, require_finite, snapshot
+from noetherflow._per_example import Losses, own_randomness, require_losses
+from noetherflow._types import Batch, Loss, Params
+from noetherflow.symmetry import Symmetry
+
+# Typical size of the coordinates of the finite transformations that are tried: tensors change by factors of about
+# e^{+-1/2}.
+_SIZE = 0.5
+
+
+@final
+class Residual(float):
+    """How far a transformation is from being a symmetry: the larger of its two parts, as a number.
+
+    Attributes:
+        loss: Largest change of the loss of a single example under a finite transformation, relative to the size of
+            that loss or of the batch's mean, whichever is larger.
+        gradient: Largest cosine between the gradient of a single example and the direction of motion Q theta.
+        example: Index in the batch of the example that is worst.
+
+    Examples:
+        >>> import noetherflow as nf
+        >>> residual = nf.Residual(loss=1e-14, gradient=2e-15, example=3)
+        >>> residual < 1e-12, residual.example
+        (True, 3)
+    """
+
+    loss: float
+    gradient: float
+    example: int
+
+    def __new__(cls, loss: float, gradient: float, example: int) -> "Residual":
+        """Combine both parts."""
+        self = super().__new__(cls, max(loss, gradient))
+        self.loss, self.gradient, self.example = loss, gradient, example
+        return self
+
+
+def verify_symmetry(
+    symmetry: Symmetry,
+    model: nn.Module,
+    loss: Loss,
+    batch: Batch,
+    *,
+    draws: int = 3,
+    dtype: torch.dtype = torch.float64,
+    generator: torch.Generator | None = None,
+) -> Residual:
+    r"""Measure how much a declared symmetry changes the loss of any single example.
+
+    A symmetry leaves $\ell(e^{Q_x}\theta, z) = \ell(\theta, z)$ for every example z, and so
+    $\nabla\ell \cdot Q_x\theta = 0$. Both are tried on random coordinates x, on a copy of the model in float64: an
+    exact symmetry leaves only rounding, about 1e-14.
+
+    Args:
+        symmetry: What to test.
+        model: The model, in the mode (train or eval) in which the question is asked. It is not changed.
+        loss: `loss(model, batch)` with one loss per example, shape (B,).
+        batch: Some examples.
+        draws: How many finite transformations to try.
+        dtype: Floating-point type of the check.
+        generator: Source of the random coordinates; a fixed one by default.
+
+    Returns:
+        The residual, a float that also knows its two parts and the worst example; dimensionless.
+
+    Raises:
+        ParameterNameError: If the symmetry names parameters that the model does not have.
+        ParameterShapeError: If its axes do not fit.
+        NonFiniteError: If a parameter or a loss is not finite to begin with.
+        LossError: If the loss does not return one number per example.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> batch = torch.randn(8, 4), torch.randn(8, 1)
+        >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
+        >>> into, out_of = [nf.Axis("0.weight", 0), nf.Axis("0.bias", 0)], [nf.Axis("2.weight", 1)]
+        >>> hidden = nf.DiagonalSymmetry(into, out_of)
+        >>> forgot_the_bias = nf.DiagonalSymmetry([nf.Axis("0.weight", 0)], [nf.Axis("2.weight", 1)])
+        >>> nf.verify_symmetry(hidden, net, loss, batch) < 1e-12
+        True
+        >>> nf.verify_symmetry(forgot_the_bias, net, loss, batch) > 1e-3
+        True
+
+    Source: Ziyin et al. (2024), the definition of an exponential symmetry.
+    """
+    symmetry = symmetry.rename(aliases(model))
+    params = snapshot(model, dtype)
+    require_finite(params, "parameter")
+    symmetry.check(params)
+    device = next(iter(params.values())).device
+    batch = cast(batch, dtype, device)
+    losses = bind(model, loss, dtype)
+    generator = generator or torch.Generator().manual_seed(0)
+    # The same seed before every evaluation, so that dropout drops the same units before and after.
+    with own_randomness(device, seed=0), torch.no_grad():
+        before = losses(params, batch)
+    size = require_losses(before, "verify_symmetry")
+    change = torch.zeros_like(before)
+    for x in _random_coordinates(symmetry, params, draws, generator):
+        with own_randomness(device, seed=0), torch.no_grad():
+            after = losses(symmetry.act(x, params), batch)
+        scale = torch.maximum(before.abs(), before.abs().mean()).clamp_min(torch.finfo(dtype).tiny)
+        change = torch.maximum(change, ((after - before).abs() / scale).nan_to_num(nan=torch.inf))
+    cosine = _worst_cosines(symmetry, losses, params, batch, size, generator)
+    worst = torch.maximum(change, cosine)
+    return Residual(change.max().item(), cosine.max().item(), int(worst.argmax()))
+
+
+def _random_coordinates(symmetry: Symmetry, params: Params, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
+    identity = symmetry.identity(params)
+    for _ in range(draws):
+        x = _SIZE * torch.randn(identity.shape, generator=generator, dtype=torch.float64)
+        if x.ndim == 2:
+            x = _spd.symmetric(x) / len(x) ** 0.5
+        yield x.to(identity)
+
+
+def _worst_cosines(
+    symmetry: Symmetry, losses: Losses, params: dict[str, Tensor], batch: Batch, size: int, generator: torch.Generator
+) -> Tensor:
+    """|g . Q theta| / (|g| |Q theta|) of every example, over the parameters on which the symmetry acts; shape (B,)."""
+    (x,) = _random_coordinates(symmetry, params, 1, generator)
+    direction = symmetry.generate(x, params)
+    length = torch.stack([direction[name].square().sum() for name in symmetry.names]).sum().sqrt()
+    cosines = []
+    # One example at a time: this is a certificate for models of any size, and must not need B copies of their
+    # gradients.
+    for index in range(size):
+        one = select(batch, torch.tensor([index], device=length.device), size)
+        leaves = {name: tensor.detach().requires_grad_(name in symmetry.names) for name, tensor in params.items()}
+        with own_randomness(length.device, seed=0), torch.enable_grad():
+            value = losses(leaves, one).sum()
+        touched = [leaves[name] for name in symmetry.names]
+        gradients = torch.autograd.grad(value, touched, allow_unused=True, materialize_grads=True)
+        along = torch.stack(
+            [(g * direction[name]).sum() for g, name in zip(gradients, symmetry.names, strict=True)]
+        ).sum()
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        cosines.append((along.abs() / (norm * length)).nan_to_num(nan=0.0))
+    return torch.stack(cosines)

@@ -1,0 +1,331 @@
+"""The equilibrium against brute force, against a fresh measurement after the move, and where there is none."""
+
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import checks
+import noetherflow as nf
+from cases import Case, case, cases, mlp, rescaling, squared_error
+from noetherflow.drift import forces
+
+ONE_SIDED = "scalar, plus only"
+ALL = [(one, wd) for one in cases() for wd in (0.0, 0.02) if one.name != ONE_SIDED or wd]
+IDS = [f"{one}, weight decay {wd}" for one, wd in ALL]
+
+
+@pytest.mark.parametrize("one", cases(), ids=str)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.02])
+def test_the_potential_is_what_it_says(one: Case, weight_decay: float) -> None:
+    checks.potential_matches_definition(one, weight_decay)
+
+
+@pytest.mark.parametrize(("one", "weight_decay"), ALL, ids=IDS)
+def test_the_equilibrium_is_the_minimum_that_scipy_finds(one: Case, weight_decay: float) -> None:
+    checks.equilibrium_matches_scipy(one, weight_decay)
+
+
+@pytest.mark.parametrize(("one", "weight_decay"), ALL, ids=IDS)
+def test_no_drift_is_left_when_measured_anew(one: Case, weight_decay: float) -> None:
+    checks.no_drift_after_rebalance(case(one.name), weight_decay)
+
+
+@pytest.mark.parametrize(("one", "weight_decay"), ALL, ids=IDS)
+def test_the_drift_is_minus_the_slope_of_the_potential(one: Case, weight_decay: float) -> None:
+    sgd, noise = nf.SGD(0.1, 5, weight_decay), checks.noise_of(one)
+    rates = nf.drift(one.symmetries, one.model, noise, sgd)
+    step = 1e-5
+    for name, symmetry in one.symmetries.items():
+        for basis in checks.along(symmetry, one.model):
+            ahead = nf.potential(one.symmetries, one.model, noise, sgd, {name: step * basis})
+            behind = nf.potential(one.symmetries, one.model, noise, sgd, {name: -step * basis})
+            slope = (ahead - behind) / (2 * step)
+            torch.testing.assert_close(-(rates[name] * basis).sum(), slope, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("one", "weight_decay"), ALL, ids=IDS)
+def test_the_relaxation_time_is_that_of_the_flow(one: Case, weight_decay: float) -> None:
+    """A small departure of one coordinate, the others held, shrinks at the ratio of two finite differences."""
+    sgd = nf.SGD(0.1, 5, weight_decay)
+    equilibrium = nf.solve_equilibrium(one.symmetries, one.model, checks.noise_of(one), sgd)
+    nf.rebalance_(one.model, equilibrium)
+    noise = checks.noise_of(one)
+    step = 1e-4
+    for name, symmetry in equilibrium.symmetries.items():
+        rates = []
+        for basis in checks.along(symmetry, one.model):
+            moved = symmetry.act(step * basis, dict(equilibrium.params))
+            charge = symmetry.charge(moved) - symmetry.charge(equilibrium.params)
+            ahead = nf.potential(one.symmetries, equilibrium.params, noise, sgd, {name: step * basis})
+            behind = nf.potential(one.symmetries, equilibrium.params, noise, sgd, {name: -step * basis})
+            here = nf.potential(one.symmetries, equilibrium.params, noise, sgd)
+            curvature = (ahead + behind - 2 * here) / step**2
+            rates.append((curvature * step / (charge * basis).sum()).item())
+        found = equilibrium.relaxation_steps[name] * sgd.lr
+        if isinstance(symmetry, nf.MatrixSymmetry):
+            # The slowest direction is no slower than the slowest of these and no faster than any.
+            assert found * min(rates) >= 1 - 1e-3
+        else:
+            torch.testing.assert_close(1 / found.reshape(-1), torch.tensor(rates).double(), rtol=1e-3, atol=0)
+
+
+def test_relaxation_of_a_rotation_against_its_linearised_flow() -> None:
+    one = case("matrix")
+    sgd = nf.SGD(0.1, 5, 0.02)
+    equilibrium = nf.solve_equilibrium(one.symmetries, one.model, checks.noise_of(one), sgd)
+    nf.rebalance_(one.model, equilibrium)
+    noise = checks.noise_of(one)
+    start = {n: p.detach().clone() for n, p in one.model.named_parameters()}
+    symmetry = one.symmetries["rotation"]
+    push, pull = forces(symmetry, start, noise.grams["rotation"], sgd)
+    # The slowest departure is along one direction of the hidden units.
+    squares = symmetry.grams(start)
+    slowest = torch.from_numpy(scipy.linalg.eigh(push + pull, squares.plus + squares.minus)[1][:, 0])
+    shift = 1e-4 * torch.outer(slowest, slowest) / slowest.square().sum()
+    moved = symmetry.act(shift, start)
+    carried = nf.NoiseMoments(
+        1, noise.mean, {"rotation": _carried(noise.grams["rotation"], shift)}, {}, noise.trace, {}, noise.symmetries
+    )
+    steps = int(4 * equilibrium.relaxation_steps["rotation"])
+    flow = nf.simulate(
+        nf.NoetherFlow(sgd, dt=sgd.lr, noise=carried),
+        one.model,
+        one.loss,
+        one.batch,
+        steps=steps,
+        start={name: tensor.unsqueeze(0) for name, tensor in moved.items()},
+        symmetries=one.symmetries,
+    )
+    gap = torch.linalg.norm((flow.charges["rotation"][:, 0] - symmetry.charge(start)).flatten(1), dim=1)
+    times = flow.steps - flow.steps.double().mean()
+    rate = -(times @ gap.log()) / (times @ times)
+    torch.testing.assert_close(1 / rate, equilibrium.relaxation_steps["rotation"], rtol=1e-3, atol=0)
+
+
+def _carried(grams: nf.Grams, x: Tensor) -> nf.Grams:
+    grow, shrink = torch.linalg.matrix_exp(x), torch.linalg.matrix_exp(-x)
+    return nf.Grams(shrink @ grams.plus @ shrink, grow @ grams.minus @ grow)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.floats(-8, 8), min_size=16, max_size=16), st.sampled_from([0.0, 1e-6, 1e-2]))
+def test_newton_forgets_a_badly_scaled_start(exponents: list[float], weight_decay: float) -> None:
+    """From anywhere on the orbit, scaled by factors up to e^8 per neuron, the same point is reached."""
+    one = case("diagonal, coupled layers")
+    sgd = nf.SGD(0.1, 5, weight_decay)
+    home = nf.solve_equilibrium(one.symmetries, one.model, checks.noise_of(one), sgd)
+    theta, x = one.params, torch.tensor(exponents).double()
+    for name, part in zip(one.symmetries, x.split([6, 4, 6]), strict=True):
+        theta = one.symmetries[name].act(part, theta)
+    with torch.no_grad():
+        for name, parameter in one.model.named_parameters():
+            parameter.copy_(theta[name])
+    found = nf.solve_equilibrium(one.symmetries, one.model, checks.noise_of(one), sgd)
+    assert found.status is nf.Status.CONVERGED
+    assert found.iterations <= 15
+    torch.testing.assert_close(found.params, home.params, rtol=1e-7, atol=1e-9)
+
+
+def test_one_symmetry_alone_is_the_closed_form() -> None:
+    one = case("diagonal")
+    sgd, noise = nf.SGD(0.1, 4, 0.03), checks.noise_of(one)
+    grams, theta = noise.grams["hidden"], one.params
+    p, m = one.symmetries["hidden"].grams(theta)
+    push = 4 * 0.015 * m + 0.1 / 4 * grams.plus
+    pull = 4 * 0.015 * p + 0.1 / 4 * grams.minus
+    found = nf.solve_equilibrium(one.symmetries, one.model, noise, sgd).coordinates["hidden"]
+    torch.testing.assert_close(found, torch.log(push / pull) / 4, rtol=1e-11, atol=1e-12)
+
+
+def test_the_fourth_power_law_of_a_scale_invariant_weight() -> None:
+    one = case(ONE_SIDED)
+    lr, size, weight_decay = 0.1, 4, 0.03
+    noise = checks.noise_of(one)
+    equilibrium = nf.solve_equilibrium(one.symmetries, one.model, noise, nf.SGD(lr, size, weight_decay))
+    invariant = one.params["weight"].square().sum() * noise.trace
+    expected = lr * invariant / (2 * weight_decay * size)
+    torch.testing.assert_close(equilibrium.params["weight"].square().sum() ** 2, expected)
+
+
+def test_layer_by_layer_is_not_the_joint_solution() -> None:
+    one = case("diagonal, coupled layers")
+    sgd, noise = nf.SGD(0.1, 5), checks.noise_of(one)
+    joint = nf.solve_equilibrium(one.symmetries, one.model, noise, sgd)
+    alone = {
+        name: nf.solve_equilibrium({name: symmetry}, one.model, noise, sgd).coordinates[name]
+        for name, symmetry in one.symmetries.items()
+    }
+    assert max((joint.coordinates[name] - alone[name]).abs().max() for name in alone) > 1e-2
+
+
+# Where there is no equilibrium.
+
+
+def network_with(dead: tuple[int, ...] = (), mute: tuple[int, ...] = ()) -> Case:
+    """The diagonal case with neurons that never fire, and neurons that nobody listens to."""
+    one = case("diagonal")
+    with torch.no_grad():
+        for row in dead:
+            one.model[0].weight[row] = 0.0
+            one.model[0].bias[row] = -1.0
+        for row in mute:
+            one.model[2].weight[:, row] = 0.0
+    return one
+
+
+def solve(one: Case, weight_decay: float = 0.0) -> nf.Equilibrium:
+    return nf.solve_equilibrium(one.symmetries, one.model, checks.noise_of(one), nf.SGD(0.1, 5, weight_decay))
+
+
+def test_a_dead_neuron_is_left_where_it_is() -> None:
+    one = network_with(dead=(1, 3))
+    equilibrium = solve(one)
+    outcome = equilibrium.outcomes["hidden"]
+    assert outcome.status is nf.Status.SINGULAR
+    assert outcome.directions == (1, 3)
+    assert "1, 3" in outcome.message
+    assert "dead" in outcome.message
+    x = equilibrium.coordinates["hidden"]
+    assert x[1] == x[3] == 0.0
+    assert (x[[0, 2, 4]] != 0).all()
+    assert equilibrium.relaxation_steps["hidden"][1] == torch.inf
+    assert equilibrium.drift["hidden"].abs().max() < 1e-12
+    nf.rebalance_(one.model, equilibrium)
+
+
+def test_a_dead_neuron_under_weight_decay_shrinks_for_ever_or_balances() -> None:
+    """Bias -1 and outgoing weights both decay: balanced norms, by weight decay alone."""
+    one = network_with(dead=(1,))
+    equilibrium = solve(one, 0.01)
+    assert equilibrium.status is nf.Status.CONVERGED
+    row = equilibrium.params["0.bias"][1].square() + equilibrium.params["0.weight"][1].square().sum()
+    torch.testing.assert_close(row, equilibrium.params["2.weight"][:, 1].square().sum())
+
+
+def test_a_nearly_dead_neuron_is_solved_like_any_other() -> None:
+    one = case("diagonal")
+    with torch.no_grad():
+        one.model[0].weight[2] *= 1e-7
+        one.model[0].bias[2] = 1e-9
+        one.model[2].weight[:, 2] *= 1e-7
+    before = nf.drift(one.symmetries, one.model, checks.noise_of(one), nf.SGD(0.1, 5))["hidden"]
+    nf.rebalance_(one.model, solve(one))
+    after = nf.drift(one.symmetries, one.model, checks.noise_of(one), nf.SGD(0.1, 5))["hidden"]
+    assert (after.abs() <= 1e-9 * before.abs()).all()
+
+
+def test_a_neuron_that_nobody_listens_to_grows_for_ever() -> None:
+    equilibrium = solve(network_with(mute=(2,)))
+    outcome = equilibrium.outcomes["hidden"]
+    assert outcome.status is nf.Status.AT_INFINITY
+    assert outcome.directions == (2,)
+    assert equilibrium.coordinates["hidden"][2] == 0.0
+
+
+def test_growing_for_ever_is_said_of_the_right_side() -> None:
+    # Nothing comes back through outgoing weights of zero, so only they have noise: the minus side grows.
+    assert "shrinking" in solve(network_with(mute=(2,))).outcomes["hidden"].message
+    one = case(ONE_SIDED)
+    assert "growing" in solve(one).outcomes["length"].message
+
+
+def test_throw_turns_a_status_into_an_error() -> None:
+    one = network_with(dead=(1,))
+    with pytest.raises(nf.EquilibriumError, match="dead"):
+        nf.solve_equilibrium(one.symmetries, one.model, checks.noise_of(one), nf.SGD(0.1, 5), throw=True)
+
+
+def test_a_fresh_lora_has_no_equilibrium_and_is_not_collapsed() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 2, bias=False), nn.Linear(2, 5, bias=False)).double()
+    nn.init.zeros_(net[1].weight)
+    one = case("matrix")
+    rotation = {"rank": nf.MatrixSymmetry(nf.Axis("0.weight", 0), nf.Axis("1.weight", 1))}
+    for weight_decay in (0.0, 0.1):
+        noise = nf.estimate_noise(net, one.loss, one.loader(), rotation)
+        equilibrium = nf.solve_equilibrium(rotation, net, noise, nf.SGD(0.1, 5, weight_decay))
+        assert equilibrium.outcomes["rank"].status is nf.Status.AT_INFINITY
+        assert "LoRA" in equilibrium.message
+        assert not equilibrium.coordinates["rank"].any()
+        nf.rebalance_(net, equilibrium)
+        assert net[0].weight.abs().max() > 0.1
+
+
+def test_fewer_outputs_than_hidden_units_leave_directions_without_noise() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 2, bias=False)).double()
+    x, y = torch.randn(40, 6).double(), torch.randn(40, 2).double()
+    rotation = {"hidden": nf.MatrixSymmetry(nf.Axis("0.weight", 0), nf.Axis("1.weight", 1))}
+    noise = nf.estimate_noise(net, squared_error, [(x, y)], rotation)
+    equilibrium = nf.solve_equilibrium(rotation, net, noise, nf.SGD(0.1, 5))
+    outcome = equilibrium.outcomes["hidden"]
+    assert outcome.status is nf.Status.AT_INFINITY
+    assert len(outcome.directions) == 2
+    assert "2 directions" in outcome.message
+    losses = squared_error(net, (x, y))
+    nf.rebalance_(net, equilibrium)
+    torch.testing.assert_close(squared_error(net, (x, y)), losses)
+    # Weight decay cannot help: what feeds the spare directions only shrinks, and nothing comes back.
+    decayed = nf.solve_equilibrium(rotation, net, noise, nf.SGD(0.1, 5, 0.01)).outcomes["hidden"]
+    assert decayed.status is nf.Status.AT_INFINITY
+    assert "2 directions have nothing that keeps the plus side from shrinking" in decayed.message
+
+
+def test_a_generator_with_one_sign_has_no_equilibrium_without_weight_decay() -> None:
+    one = case(ONE_SIDED)
+    generator = {"length": nf.DenseSymmetry(torch.eye(8), names="weight")}
+    noise = checks.noise_of(one, generator)
+    outcome = nf.solve_equilibrium(generator, one.model, noise, nf.SGD(0.1, 5)).outcomes["length"]
+    assert outcome.status is nf.Status.AT_INFINITY
+    assert "growing" in outcome.message
+    found = nf.solve_equilibrium(generator, one.model, noise, nf.SGD(0.1, 5, 0.1)).coordinates["length"]
+    expected = nf.solve_equilibrium(one.symmetries, one.model, checks.noise_of(one), nf.SGD(0.1, 5, 0.1))
+    torch.testing.assert_close(found, expected.coordinates["length"])
+
+
+@pytest.mark.parametrize("name", ["diagonal", "matrix", "dense, eigenvalues 1 and -2"])
+def test_noise_that_is_not_finite_is_a_status(name: str) -> None:
+    one = case(name)
+    noise = checks.noise_of(one)
+    for tensor in noise.square_scatter.values():
+        tensor.fill_(torch.nan)
+    for sides in noise.scatter.values():
+        sides.plus.fill_(torch.nan)
+    equilibrium = nf.solve_equilibrium(one.symmetries, one.model, noise, nf.SGD(0.1, 5))
+    assert equilibrium.status is nf.Status.NON_FINITE
+    with pytest.raises(nf.EquilibriumError, match="no equilibrium to move to"):
+        nf.rebalance_(one.model, equilibrium)
+
+
+def test_rotations_that_share_a_tensor_are_refused() -> None:
+    net = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(3))).double()
+    rotations = {f"{k}": nf.MatrixSymmetry(nf.Axis(f"{k}.weight", 0), nf.Axis(f"{k + 1}.weight", 1)) for k in range(2)}
+    x = torch.randn(20, 3).double()
+    noise = nf.estimate_noise(net, squared_error, [(x, x)], rotations)
+    with pytest.raises(nf.EquilibriumError, match="do not commute"):
+        nf.solve_equilibrium(rotations, net, noise, nf.SGD(0.1, 5))
+    nf.solve_equilibrium({"0": rotations["0"]}, net, noise, nf.SGD(0.1, 5))
+
+
+def test_no_symmetry_at_all_is_refused() -> None:
+    one = case("diagonal")
+    with pytest.raises(nf.EquilibriumError, match="empty"):
+        nf.solve_equilibrium({}, one.model, checks.noise_of(one), nf.SGD(0.1, 5))
+
+
+def test_an_equilibrium_of_a_wide_layer_keeps_neurons_apart() -> None:
+    """Each neuron has its own solution: one that has a thousand times the noise does not blur the others."""
+    net = mlp(4, 50, 3).double()
+    with torch.no_grad():
+        net[0].weight[0] *= 1e3
+    one = case("diagonal")
+    symmetries = {"hidden": rescaling(0)}
+    sgd, noise = nf.SGD(0.1, 5), nf.estimate_noise(net, one.loss, one.loader(), symmetries)
+    before = nf.drift(symmetries, net, noise, sgd)["hidden"]
+    nf.rebalance_(net, nf.solve_equilibrium(symmetries, net, noise, sgd))
+    after = nf.drift(symmetries, net, nf.estimate_noise(net, one.loss, one.loader(), symmetries), sgd)["hidden"]
+    alive = before != 0
+    assert (after.abs()[alive] <= 1e-9 * before.abs()[alive]).all()

@@ -1,0 +1,247 @@
+"""The report page, in a real browser."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from fake_experiments import Fake, install
+from noetherflow.paper import experiment, page, runner
+from noetherflow.paper.claim import Claim
+from noetherflow.paper.curves import Curve, Panel, replicas
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no Chromium: chromium, chromium-browser, google-chrome"
+)
+STEPS = torch.arange(1.0, 50.0)
+PANELS = [
+    Panel("growth", "steps", "C<sup>2</sup>", [
+        *replicas("SGD", STEPS, STEPS[:, None] + torch.arange(4.0)),
+        Curve("theory", STEPS, STEPS, "prediction"),
+        Curve("late", [1.0, 2.0, float("nan")], [3.0, float("inf"), 4.0], "points"),
+    ]),
+    Panel("decay", "steps", "</script><b>distance", [Curve("SGD", STEPS, (-STEPS).exp())], log_x=True, log_y=True),
+]  # fmt: skip
+# Of the luminances of two colours, as WCAG defines it; 4.5 is readable.
+CONTRAST = """() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = (text) => parse(text).slice(0, 3).map((v) => v / 255)
+    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (node) => {
+    for (; node; node = node.parentElement) {
+      const colour = getComputedStyle(node).backgroundColor;
+      const alpha = parse(colour)[3];
+      if (alpha === undefined || alpha > 0) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const found = [];
+  for (const node of document.querySelectorAll("h1, h2, h2 span, p, li, a, td, td span, td strong, th button, label, "
+      + "summary, pre, dt, dd, .panel text")) {
+    if (!node.textContent.trim() || !node.getClientRects().length) continue;
+    const style = getComputedStyle(node);
+    const [a, b] = [light(node.tagName === "text" ? style.fill : style.color), light(ground(node))];
+    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.tagName, node.textContent.slice(0, 40)]);
+  }
+  return found;
+}"""
+
+
+def report(out: Path) -> Path:
+    configs = experiment.configure(experiment.choose([]), quick=True, seed=None, overrides=[])
+    for ending in runner.run(configs, out, quick=True):
+        assert ending.name == "f3" or ending.result is not None, ending
+    return out / "report.html"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with a figure to explore, one that is a picture with a failed claim, and one that did not finish."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        many = tuple(Claim(f"claim {number} of {'long' * 9}", 0.0, 10.0**-number, high=1.0) for number in range(9))
+        failed = Claim("<i>less</i> & less", predicted=float("inf"), measured=0.0421, low=0.5, error=0.003)
+        install(
+            monkeypatch,
+            f1=Fake(panels=PANELS, extra=many),
+            f2=Fake(extra=(failed, Claim("no number", 1.0, float("nan"), low=0.0))),
+            f3=Fake(error=ZeroDivisionError("by <b>nothing</b>")),
+        )
+        return report(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+def opened(browser: Browser, path: Path, width: int = 1400, scheme: Any = "light") -> tuple[Page, list[str]]:
+    """A page, and a list of everything in it that went wrong or went out."""
+    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    wrong: list[str] = []
+    tab.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("requestfailed", lambda request: wrong.append(request.url))
+    local = (path.as_uri(), "data:", "blob:")
+    tab.on("request", lambda request: None if request.url.startswith(local) else wrong.append(request.url))
+    tab.goto(path.as_uri())
+    return tab, wrong
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_every_figure_is_drawn_and_readable(browser: Browser, written: Path, width: int, scheme: str) -> None:
+    tab, wrong = opened(browser, written, width, scheme)
+    tab.locator("details").evaluate_all("all => all.forEach((one) => { one.open = true; })")
+    assert tab.locator("section").count() == 2
+    for place in [*tab.locator(".panel .main-svg").all(), *tab.locator(".scroll > svg").all()]:
+        box = place.bounding_box()
+        assert box is not None
+        assert box["width"] > 250
+        assert box["height"] > 100
+        assert box["x"] + box["width"] <= width
+    assert tab.locator(".panel .scatterlayer .trace").count() == 4 + 2 + 1
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.evaluate("document.body.scrollWidth") <= width
+    ratios = tab.evaluate(CONTRAST)
+    assert len(ratios) > 60
+    assert not [one for one in ratios if one[0] < 4.5]
+    ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+    assert not wrong
+    tab.close()
+
+
+@needs_chromium
+def test_a_failed_claim_shows_its_number_and_can_be_singled_out(browser: Browser, written: Path) -> None:
+    tab, wrong = opened(browser, written)
+    assert "2 of 13 claims FAIL" in tab.inner_text("header")
+    assert "<i>less</i> & less: FAILS with 0.042 ± 0.003, not in >= 0.5" in tab.inner_text("header").replace(
+        "0.0421", "0.042"
+    )
+    rows = tab.locator("#verdicts tbody tr:visible")
+    assert rows.count() == 13
+    tab.check("#only-failed")
+    assert rows.count() == 2
+    assert "FAILS with 0.0421 ± 0.003" in rows.first.inner_text()
+    assert "FAILS with nan" in rows.last.inner_text()
+    assert "ZeroDivisionError: by <b>nothing</b>" in tab.inner_text("header")
+    assert not wrong
+    tab.close()
+
+
+@needs_chromium
+def test_the_table_sorts_by_number_both_ways(browser: Browser, written: Path) -> None:
+    tab, _ = opened(browser, written)
+    cells = "all => all.map((row) => row.cells[3].dataset.sort)"
+    for direction, extreme in (("ascending", 1e-8), ("descending", 1.0)):
+        tab.click("th button:text('measured')")
+        assert tab.get_attribute("th:nth-child(4)", "aria-sort") == direction
+        numbers = [float(text) for text in tab.locator("#verdicts tbody tr").evaluate_all(cells)]
+        numbers = [number for number in numbers if number == number]
+        assert numbers[0] == pytest.approx(extreme)
+        assert numbers == sorted(numbers, reverse=direction == "descending")
+    tab.close()
+
+
+@needs_chromium
+def test_a_value_is_read_by_pointing_and_replicas_are_hidden_together(browser: Browser, written: Path) -> None:
+    tab, wrong = opened(browser, written)
+    panel = tab.locator(".panel").first
+    panel.scroll_into_view_if_needed()
+    point = panel.locator(".points path").first.bounding_box()
+    assert point is not None
+    tab.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+    panel.locator(".hovertext").wait_for()
+    said = panel.locator(".hovertext").text_content() or ""
+    assert "late" in said
+    assert "1.000, 3.000" in said
+    legend = panel.locator(".legend .traces")
+    assert legend.count() == 3  # four replicas are one entry
+    panel.locator(".legendtoggle").first.click()
+    tab.wait_for_function(
+        "document.querySelectorAll('.panel')[0].querySelectorAll('.scatterlayer .trace').length === 2"
+    )
+    # Zooming changes what the axis shows.
+    before = panel.locator(".xtick").all_inner_texts()
+    area = panel.locator(".nsewdrag").bounding_box()
+    assert area is not None
+    tab.mouse.move(area["x"] + 0.2 * area["width"], area["y"] + 0.2 * area["height"])
+    tab.mouse.down()
+    tab.mouse.move(area["x"] + 0.3 * area["width"], area["y"] + 0.8 * area["height"], steps=4)
+    tab.mouse.up()
+    tab.wait_for_function(
+        "before => [...document.querySelectorAll('.panel')[0].querySelectorAll('.xtick')]"
+        ".map((tick) => tick.textContent).join() !== before",
+        arg=",".join(before),
+    )
+    assert not wrong
+    tab.close()
+
+
+@needs_chromium
+def test_a_picture_can_be_enlarged_without_widening_the_page(browser: Browser, written: Path) -> None:
+    tab, _ = opened(browser, written, width=400)
+    small = tab.locator(".scroll > svg").bounding_box()
+    tab.check(".picture input")
+    large = tab.locator(".scroll > svg").bounding_box()
+    assert small is not None
+    assert large is not None
+    assert large["width"] > 2.5 * small["width"]
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 400
+    tab.close()
+
+
+@needs_chromium
+def test_an_error_in_the_page_would_be_noticed(browser: Browser, written: Path, tmp_path: Path) -> None:
+    """The twin of all the empty lists above: a request to the outside, and a script that fails."""
+    broken = tmp_path / "report.html"
+    spoilt = '<img src="https://example.org/x.png"><script>missing()</script></body>'
+    broken.write_text(written.read_text().replace("</body>", spoilt))
+    tab, wrong = opened(browser, broken)
+    assert any("Content Security Policy" in text for text in wrong)
+    assert any("missing is not defined" in text for text in wrong)
+    tab.close()
+
+
+@needs_chromium
+def test_without_plotly_there_are_pictures(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "plotly", lambda: "")
+    install(monkeypatch, f1=Fake(panels=PANELS), f2=Fake())
+    path = report(tmp_path)
+    assert path.stat().st_size < 500_000
+    tab, wrong = opened(browser, path)
+    assert tab.locator(".scroll > svg").count() == 2
+    assert tab.locator(".panel").count() == 0
+    assert not wrong
+    tab.close()
+
+
+def test_plotly_is_there_once_and_only_where_it_is_used(written: Path) -> None:
+    assert written.read_text().count("plotly.js v") == 1
+    assert page.plotly()
+
+
+def test_nothing_in_the_page_leads_outside(written: Path) -> None:
+    text = written.read_text().replace(page.plotly(), "")
+    assert not re.search(r"""\b(src|href)=["'](?!#|data:)""", text)
+    assert "@import" not in text
+
+
+def test_ids_of_two_pictures_do_not_meet(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "plotly", lambda: "")
+    install(monkeypatch, f1=Fake(), f2=Fake())
+    text = report(tmp_path).read_text()
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:url\(#|href="#)([^")]+)', text)
+    assert used
+    assert set(used) <= set(ids)

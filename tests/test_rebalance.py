@@ -1,0 +1,159 @@
+"""A move changes no example's loss, or does not happen."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import checks
+import noetherflow as nf
+import oracles
+from cases import Case, case, cases, mlp, rescaling
+
+SGD = nf.SGD(0.1, 5, 0.02)
+
+
+def equilibrium_of(one: Case) -> nf.Equilibrium:
+    return nf.solve_equilibrium(one.symmetries, one.model, checks.noise_of(one), SGD)
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("one", cases(), ids=str)
+def test_the_model_lands_on_the_equilibrium(one: Case) -> None:
+    equilibrium = equilibrium_of(one)
+    losses = one.loss(one.model, one.batch).detach()
+    change = nf.rebalance_(one.model, equilibrium)
+    assert 0 <= change < 1e-11
+    torch.testing.assert_close(dict(one.model.named_parameters()), equilibrium.params, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(one.loss(one.model, one.batch).detach(), losses, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("one", [one for one in cases() if one.wrong], ids=str)
+def test_a_move_that_changes_a_loss_is_undone(one: Case) -> None:
+    equilibrium = equilibrium_of(one)
+    name, wrong = next(iter(one.wrong.items()))
+    wrong = wrong.rename({alias: oracles.canonical(one.model, alias) for alias in wrong.names})
+    x = wrong.identity(one.params) + 0.3
+    false = dataclasses.replace(equilibrium, symmetries={name: wrong}, coordinates={name: x})
+    before = state(one.model)
+    with pytest.raises(nf.FunctionChangedError, match=r"example \d+ would change from"):
+        nf.rebalance_(one.model, false)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in one.model.state_dict().items())
+
+
+def test_a_tolerance_below_rounding_refuses_every_move() -> None:
+    one = case("diagonal")
+    before = state(one.model)
+    with pytest.raises(nf.FunctionChangedError, match="put back"):
+        nf.rebalance_(one.model, equilibrium_of(one), tolerance=0.0)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in one.model.state_dict().items())
+
+
+def test_an_error_in_the_users_loss_leaves_the_model_as_it_was() -> None:
+    one = case("diagonal")
+    calls = []
+
+    def fragile(model: nn.Module, batch: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("out of memory")
+        return one.loss(model, batch)
+
+    before = state(one.model)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        nf.rebalance_(one.model, equilibrium_of(one), fragile, one.batch)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in one.model.state_dict().items())
+
+
+def test_a_move_that_makes_losses_nan_is_undone() -> None:
+    one = case("diagonal")
+    equilibrium = equilibrium_of(one)
+    equilibrium.coordinates["hidden"].fill_(2000.0)
+    before = state(one.model)
+    with pytest.raises(nf.NoetherflowError):
+        nf.rebalance_(one.model, equilibrium)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in one.model.state_dict().items())
+
+
+def test_a_float32_model_is_moved_within_its_own_precision() -> None:
+    net = mlp(4, 8, 3)
+    data = [(torch.randn(8, 4), torch.randn(8, 3)) for _ in range(4)]
+    loss, symmetries = case("diagonal").loss, {"hidden": rescaling(0)}
+    noise = nf.estimate_noise(net, loss, data, symmetries)
+    before = net[0].weight.detach().clone()
+    change = nf.rebalance_(net, nf.solve_equilibrium(symmetries, net, noise, SGD))
+    assert change < 1e-5
+    assert (net[0].weight - before).abs().max() > 1e-2
+    assert net[0].weight.dtype == torch.float32
+
+
+def test_momentum_moves_like_a_gradient() -> None:
+    """After the move, one more step lands where the moved model's own optimizer would have landed."""
+    one = case("diagonal")
+    optimizer = torch.optim.SGD(one.model.parameters(), lr=0.1, momentum=0.9)
+    for batch in one.loader():
+        optimizer.zero_grad()
+        one.loss(one.model, batch).mean().backward()
+        optimizer.step()
+    named = dict(one.model.named_parameters())
+    buffers = {name: optimizer.state[p]["momentum_buffer"].clone() for name, p in named.items()}
+    equilibrium = equilibrium_of(one)
+    nf.rebalance_(one.model, equilibrium, optimizer=optimizer)
+    expected = one.symmetries["hidden"].act(-equilibrium.coordinates["hidden"], buffers)
+    found = {name: optimizer.state[p]["momentum_buffer"] for name, p in named.items()}
+    torch.testing.assert_close(found, expected)
+    # The pairing of momentum and motion along the orbit is the same before and after.
+    direction = one.symmetries["hidden"].generate(torch.ones(5), dict(named))
+    there = sum((found[name] * direction[name]).sum() for name in named)
+    assert torch.isfinite(there)
+
+
+def test_momentum_that_is_not_there_yet_needs_no_move() -> None:
+    one = case("diagonal")
+    optimizer = torch.optim.SGD(one.model.parameters(), lr=0.1)
+    nf.rebalance_(one.model, equilibrium_of(one), optimizer=optimizer)
+    assert not optimizer.state
+
+
+def test_the_state_of_another_optimizer_is_refused_before_anything_moves() -> None:
+    one = case("diagonal")
+    before = state(one.model)
+    with pytest.raises(nf.SettingsError, match="Adam"):
+        nf.rebalance_(one.model, equilibrium_of(one), optimizer=torch.optim.Adam(one.model.parameters()))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in one.model.state_dict().items())
+
+
+def test_loss_and_batch_go_together() -> None:
+    one = case("diagonal")
+    with pytest.raises(nf.SettingsError, match="both loss and batch"):
+        nf.rebalance_(one.model, equilibrium_of(one), one.loss)
+
+
+def test_a_model_of_other_names_is_refused() -> None:
+    one, other = case("diagonal"), case("a tied weight, named by its alias")
+    with pytest.raises(nf.ParameterNameError):
+        nf.rebalance_(other.model, equilibrium_of(one))
+
+
+def test_dropout_does_not_look_like_a_change() -> None:
+    one = case("diagonal")
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Dropout(0.5), nn.Linear(5, 3)).double()
+    symmetry = {"hidden": nf.DiagonalSymmetry([nf.Axis("0.weight", 0), nf.Axis("0.bias", 0)], nf.Axis("3.weight", 1))}
+    noise = nf.estimate_noise(net, one.loss, one.loader(), symmetry)
+    assert nf.rebalance_(net, nf.solve_equilibrium(symmetry, net, noise, SGD)) < 1e-11
+    assert net.training
+
+
+def test_a_later_move_is_relative_to_where_the_model_is_then() -> None:
+    """The group element is applied to the parameters as they are, so a frozen snapshot is not written back."""
+    one = case("diagonal")
+    equilibrium = equilibrium_of(one)
+    with torch.no_grad():
+        one.model[2].bias += 1.0
+    bias = one.model[2].bias.detach().clone()
+    nf.rebalance_(one.model, equilibrium)
+    assert torch.equal(one.model[2].bias, bias)

@@ -1,0 +1,349 @@
+"""What is finished is kept, what is stale is run again, and nothing that ends badly takes anything else with it."""
+
+import ast
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import noetherflow as nf
+from fake_experiments import Config, Fake, install
+from noetherflow.paper import experiment, page, results, runner
+from noetherflow.paper.claim import Claim
+from noetherflow.paper.curves import Curve, Panel, replicas, thinned
+
+SMALL = ["f1.steps=60", "f1.replicas=2", "kicks=50", "identity_steps=5"]
+SMALL_F2 = ["f2.steps=300", "cool_steps=50", "fit_steps=50", "f2.replicas=2"]
+PAPER = Path(runner.__file__).parent
+
+
+def run(out: Path, names: tuple[str, ...] = (), *, jobs: int = 1, force: bool = False, overrides: Any = ()) -> Any:
+    """Every ending, by figure."""
+    configs = experiment.configure(experiment.choose(names), quick=True, seed=None, overrides=overrides)
+    return {ending.name: ending for ending in runner.run(configs, out, quick=True, jobs=jobs, force=force)}
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fake]:
+    """Two experiments; the curves of one of them do not all exist."""
+    gap = Panel("gap", "x", "y", [Curve("c", [1.0, 2.0], [math.inf, math.nan])])
+    made = {"f1": Fake(panels=[gap]), "f2": Fake(extra=(Claim("out of reach", math.inf, math.nan, low=0.0),))}
+    install(monkeypatch, **made)
+    monkeypatch.setattr(page, "plotly", lambda: "")
+    return made
+
+
+def test_a_finished_experiment_is_kept_with_all_it_said(fakes: dict[str, Fake], tmp_path: Path) -> None:
+    fresh = run(tmp_path, ("f1",))
+    assert not fresh["f1"].kept
+    again = run(tmp_path)
+    assert (again["f1"].kept, again["f2"].kept) == (True, False)
+    assert (fakes["f1"].runs, fakes["f2"].runs) == (1, 1)
+    last = run(tmp_path)
+    assert last["f1"].result == dataclasses.replace(fresh["f1"].result, seconds=last["f1"].result.seconds)
+    # What JSON has no word for is what it was.
+    unreachable = last["f2"].result.claims[1]
+    assert (unreachable.predicted, unreachable.holds) == (math.inf, False)
+    assert math.isnan(unreachable.measured)
+    written = json.loads((tmp_path / "f1.json").read_text(), parse_constant=pytest.fail)
+    assert written["panels"][0]["curves"][0]["y"] == [None, None]
+
+
+def test_an_experiment_runs_on_one_thread_whatever_the_machine_has(fakes: dict[str, Fake], tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    try:
+        run(tmp_path, ("f1",))
+        assert (fakes["f1"].threads, torch.get_num_threads()) == (1, 2)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_force_runs_what_is_finished(fakes: dict[str, Fake], tmp_path: Path) -> None:
+    run(tmp_path)
+    assert not run(tmp_path, force=True)["f1"].kept
+    assert fakes["f1"].runs == 2
+
+
+def test_other_settings_are_another_result(fakes: dict[str, Fake], tmp_path: Path) -> None:
+    run(tmp_path, ("f1",))
+    assert not run(tmp_path, ("f1",), overrides=["sizes=3,4"])["f1"].kept
+    assert not run(tmp_path, ("f1",))["f1"].kept
+    assert fakes["f1"].runs == 3
+
+
+def test_a_result_of_other_code_is_run_again_and_not_shown_before(
+    fakes: dict[str, Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path)
+    assert (tmp_path / "report.html").read_text().count("twice the value</span>") == 2
+    monkeypatch.setattr(results, "code_version", lambda name: "other")
+    coming = runner.run(experiment.configure(["f1"], quick=True, seed=None, overrides=[]), tmp_path, quick=True)
+    assert not next(coming).kept
+    coming.close()
+    # f2 was not asked for, but its verdict is no longer true either.
+    shown = (tmp_path / "report.html").read_text()
+    assert shown.count("twice the value</span>") == 1
+    assert "out of date" in shown
+    fakes["f1"].error = ValueError("broken since")
+    failed = run(tmp_path, ("f1",), force=True)
+    assert failed["f1"].result is None
+    shown = (tmp_path / "report.html").read_text()
+    assert "twice the value</span>" not in shown
+    assert "broken since" in shown
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_text(path.read_text()[:300]),
+        lambda path: path.write_text(""),
+        lambda path: path.write_text("[]"),
+        lambda path: path.write_bytes(b"\xff\xfe"),
+        lambda path: path.write_text(path.read_text().replace('"measured": 1.0', '"measured": 9.0')),
+        lambda path: path.write_text(path.read_text().replace('"figure": "f1"', '"figure": "f2"')),
+        lambda path: path.with_suffix(".svg").unlink(),
+    ],
+)
+def test_a_result_that_is_not_whole_is_absent(
+    spoil: Callable[[Path], object], fakes: dict[str, Fake], tmp_path: Path
+) -> None:
+    run(tmp_path, ("f1",))
+    spoil(tmp_path / "f1.json")
+    assert not run(tmp_path, ("f1",))["f1"].kept
+    assert run(tmp_path, ("f1",))["f1"].kept
+
+
+def test_one_that_raises_does_not_lose_the_others(fakes: dict[str, Fake], tmp_path: Path) -> None:
+    fakes["f1"].error = ZeroDivisionError("by nothing")
+    endings = run(tmp_path)
+    assert endings["f1"].error == "ZeroDivisionError: by nothing"
+    assert "fake_experiments.py" in endings["f1"].trace
+    assert endings["f2"].result is not None
+    assert {path.name for path in tmp_path.iterdir()} == {"f2.json", "f2.png", "f2.svg", "report.html"}
+    assert "by nothing" in (tmp_path / "report.html").read_text()
+
+
+def test_the_page_is_there_after_every_experiment(fakes: dict[str, Fake], tmp_path: Path) -> None:
+    configs = experiment.configure(["f1", "f2"], quick=True, seed=None, overrides=[])
+    waiting = [
+        (tmp_path / "report.html").read_text().count("not finished yet")
+        for _ in runner.run(configs, tmp_path, quick=True)
+    ]
+    assert waiting == [1, 0]
+
+
+def test_an_interrupt_is_no_ending(fakes: dict[str, Fake], tmp_path: Path) -> None:
+    fakes["f2"].error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    fakes["f2"].error = None
+    assert [ending.kept for ending in run(tmp_path).values()] == [True, False]
+
+
+def test_results_say_how_they_were_made(fakes: dict[str, Fake], tmp_path: Path) -> None:
+    overrides = ["value=0.1", "sizes=3,4", "centred=false", "seed=7"]
+    run(tmp_path / "a b", ("f1",), overrides=overrides)
+    written = json.loads((tmp_path / "a b" / "f1.json").read_text())
+    assert written["settings"] == {"value": 0.1, "sizes": [3, 4], "centred": False, "seed": 7}
+    assert written["versions"]["torch"]
+    assert written["wall_seconds"] >= 0
+    assert written["holds"] is False
+    words = shlex.split(written["command"])
+    assert words[:3] == ["noetherflow", "reproduce", "f1"]
+    assert words[-1] == str(tmp_path / "a b")
+    assert words[words.index("--seed") + 1] == "7"
+    repeated = [setting for option, setting in itertools.pairwise(words) if option == "--set"]
+    config = experiment.configure(["f1"], quick="--quick" in words, seed=7, overrides=repeated)["f1"]
+    assert config == Config(0.1, (3, 4), False, 7)
+
+
+def test_the_key_depends_on_figure_settings_and_code() -> None:
+    keys = {
+        results.key_of("f1", {"lr": 0.1}, "a"),
+        results.key_of("f2", {"lr": 0.1}, "a"),
+        results.key_of("f1", {"lr": 0.2}, "a"),
+        results.key_of("f1", {"lr": 0.1}, "b"),
+    }
+    assert len(keys) == 4
+    assert results.key_of("f1", {"a": (1, 2), "b": 0}, "a") == results.key_of("f1", {"b": 0, "a": [1, 2]}, "a")
+
+
+def test_the_code_of_a_figure_is_all_but_other_figures_and_what_only_shows(tmp_path: Path) -> None:
+    def version(without: frozenset[str] = frozenset({"cli.py"})) -> str:
+        results._hash_of.cache_clear()
+        return results._hash_of(tmp_path, without)
+
+    for name in ("cli.py", "drift.py"):
+        (tmp_path / name).write_text("one = 1\n")
+    before = version()
+    (tmp_path / "cli.py").write_text("one = 2\n")
+    assert version() == before
+    (tmp_path / "drift.py").write_text("one = 2\n")
+    assert version() != before
+    results._hash_of.cache_clear()
+    assert len({results.code_version(name) for name in experiment.FIGURES}) == len(experiment.FIGURES)
+    assert all((PAPER.parent / name).is_file() for name in results.BYSTANDERS)
+
+
+def test_no_figure_imports_another_figure() -> None:
+    """Otherwise a result would not become stale with all of its code."""
+    files = sorted(PAPER.glob("f[0-9]*_*.py"))
+    assert {f"{module}.py" for module in experiment.FIGURES.values()} <= {path.name for path in files}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            source = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            for other in files:
+                assert other.stem not in [*names, *names_in(source, *names)], f"{path.name} imports {other.name}"
+
+
+def names_in(*dotted: str) -> list[str]:
+    return [part for name in dotted for part in name.split(".")]
+
+
+def test_curves_of_unequal_lengths_are_refused() -> None:
+    with pytest.raises(nf.ParameterShapeError, match="2 values of x, 1 of y"):
+        Curve("short", [1.0, 2.0], [1.0])
+
+
+def test_replicas_are_thinned_to_what_can_be_seen() -> None:
+    few = replicas("SGD", torch.arange(3.0), torch.zeros(3, 40), most=5)
+    assert [(curve.name, curve.group) for curve in few][-1] == ("replica 5", "SGD")
+    assert len(few) == 5
+    assert thinned(3).tolist() == [0, 1, 2]
+    assert thinned(1).tolist() == [0]
+    assert thinned(10_001, 3).tolist() == [0, 5000, 10_000]
+
+
+def written(folder: Path) -> dict[str, Any]:
+    """All results of a folder, without what differs from run to run."""
+    found = {path.name: json.loads(path.read_text()) for path in folder.glob("f*.json")}
+    for one in found.values():
+        del one["wall_seconds"], one["command"]
+    return found
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
+    alone = run(tmp_path / "one", ("f1", "f2"), overrides=SMALL + SMALL_F2)
+    assert all(ending.result is not None for ending in alone.values()), alone
+    pooled = run(tmp_path / "two", ("f1", "f2"), jobs=2, overrides=SMALL + SMALL_F2)
+    assert all(ending.result is not None for ending in pooled.values()), pooled
+    assert written(tmp_path / "one") == written(tmp_path / "two")
+    assert (tmp_path / "one" / "f2.svg").stat().st_size == (tmp_path / "two" / "f2.svg").stat().st_size
+
+
+class Deadly:
+    """Ends the process that receives it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
+def test_a_process_that_raises_or_dies_does_not_lose_the_others(tmp_path: Path) -> None:
+    configs = experiment.configure(["f1", "f2"], quick=True, seed=None, overrides=[*SMALL, "f2.lr=-1"])
+    good, bad = (runner.Task(name, config, tmp_path, True, "code") for name, config in configs.items())
+    deadly = runner.Task("f3", Deadly(), tmp_path, True, "code")
+    endings = {ending.name: ending for ending in runner._pooled([deadly, good, bad], 2)}
+    assert "died" in endings["f3"].error
+    assert endings["f1"].result is not None
+    assert endings["f2"].error.startswith("SettingsError: lr")
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "noetherflow", "reproduce", *map(str, arguments)]
+
+
+def test_killed_at_any_moment_everything_there_can_be_read_and_the_rest_completes(tmp_path: Path) -> None:
+    sizes = [word for setting in SMALL for word in ("--set", setting)]
+    arguments = ("f1", "--quick", *sizes, "--out", tmp_path)
+    moments = random.Random(1)
+    for _ in range(5):
+        # Each time anew, so that there is always something to be interrupted.
+        process = subprocess.Popen(command(*arguments, "--force"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(1.0, 4.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in tmp_path.glob("f*.json"):
+            assert json.loads(path.read_text())["figure"] == "f1"
+            assert results.read("f1", tmp_path) is not None
+        for path in tmp_path.glob("report.html"):
+            assert path.read_text().endswith("</html>\n")
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    assert results.read("f1", tmp_path) is not None
+    (tmp_path / "f1.json").touch()
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    assert "kept from an earlier run" in done.stderr
+
+
+@contextlib.contextmanager
+def long_run(out: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A run of two experiments in two processes, and the ids of these, as soon as they are there."""
+    children = Path("/proc/self/task")
+    if not children.is_dir():
+        pytest.skip("children of a process are looked up in /proc, which is not here")
+    process = subprocess.Popen(
+        command("f1", "f2", "--jobs", 2, "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        workers: list[int] = []
+        until = time.monotonic() + 30
+        while len(workers) < 2 and time.monotonic() < until:
+            time.sleep(0.1)
+            listed = [
+                pid
+                for task in Path(f"/proc/{process.pid}/task").iterdir()
+                for pid in (task / "children").read_text().split()
+            ]
+            workers = [int(pid) for pid in listed if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+        assert len(workers) == 2
+        time.sleep(3)  # both are importing, or at work
+        yield process, workers
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ended, even if nobody has asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def all_gone(pids: list[int]) -> bool:
+    until = time.monotonic() + 20
+    while not all(map(gone, pids)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return all(map(gone, pids))
+
+
+def test_an_interrupt_ends_all_processes_and_says_what_is_finished(tmp_path: Path) -> None:
+    with long_run(tmp_path) as (process, workers):
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert "Stopped. 0 of 2 are finished" in errors
+        assert "Traceback" not in errors
+        assert all_gone(workers)
+
+
+def test_workers_do_not_outlive_a_parent_that_was_killed(tmp_path: Path) -> None:
+    with long_run(tmp_path) as (process, workers):
+        process.kill()
+        assert all_gone(workers)
