@@ -114,7 +114,7 @@ def run(config: Config) -> Outcome:
 
 def claims(config: Config, outcome: Outcome) -> list[Claim]:
     """What must hold; a share of inits says what their number does, whatever it is."""
-    rest, count = config.equilibrium_sharpness(), config.inits
+    rest = config.equilibrium_sharpness()
     found = [
         _diverged("SGD from Kaiming, no warmup: diverged of all", outcome.kaiming, low=14 / 16),
         _diverged("warmup without noise (GD), then SGD: diverged", outcome.control, low=14 / 16),
