@@ -18,14 +18,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## Reproduce the figures at a reduced size and analyse an example model (minutes)
-	$(BIN)/noetherflow reproduce --quick --out results/demo
+	$(BIN)/noetherflow reproduce --quick --jobs 2 --out results/demo
 	$(BIN)/noetherflow analyze examples/digits_mlp.py --out results/demo
 	@echo
 	@echo "The results are in results/demo:"
 	@cd results/demo && find . -type f ! -name '.*' | sort | sed 's|^\./|  |'
 
 reproduce: $(STAMP)  ## Reproduce the figures at full size, then run the slow tests (minutes)
-	$(BIN)/noetherflow reproduce
+	$(BIN)/noetherflow reproduce --jobs 2
 	$(BIN)/python -m pytest -m slow || test $$? -eq 5  # 5: there are no slow tests
 
 test: $(STAMP)  ## Run the tests and the examples in docstrings
