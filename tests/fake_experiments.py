@@ -1,7 +1,8 @@
 """Experiments that take no time, for the tests of what runs, keeps and shows them."""
 
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ from matplotlib.figure import Figure
 
 from noetherflow.paper import experiment
 from noetherflow.paper.claim import Claim
-from noetherflow.paper.curves import Panel
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Config:
         return cls(value=0.5)
 
 
+def heat_map(figure: Figure) -> None:
+    """A picture that the page can only show as it is."""
+    figure.subplots().imshow([[0.0, 1.0]])
+
+
 @dataclass
 class Fake:
     """Stands in for a file of the folder paper/, and counts how often it was run."""
@@ -34,7 +39,7 @@ class Fake:
     extra: tuple[Claim, ...] = ()
     runs: int = 0
     error: BaseException | None = None
-    panels: list[Panel] = field(default_factory=list)
+    draw: Callable[[Figure], object] = heat_map
     threads: int = 0
 
     def run(self, config: Config) -> float:
@@ -46,14 +51,11 @@ class Fake:
 
     def plot(self, config: Config, outcome: float) -> Figure:
         figure = Figure(figsize=(6, 3))
-        figure.subplots().plot([0, 1], [0, outcome])
+        self.draw(figure)
         return figure
 
     def claims(self, config: Config, outcome: float) -> list[Claim]:
         return [Claim("twice the value", predicted=1.0, measured=outcome, high=1.5, error=0.25), *self.extra]
-
-    def curves(self, config: Config, outcome: float) -> list[Panel]:
-        return self.panels
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **fakes: Fake) -> None:

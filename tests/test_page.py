@@ -9,26 +9,31 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from fake_experiments import Fake, install
-from noetherflow.paper import experiment, page, runner
+from noetherflow.paper import experiment, page, runner, style
 from noetherflow.paper.claim import Claim
-from noetherflow.paper.curves import Curve, Panel, replicas
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="there is no Chromium: chromium, chromium-browser, google-chrome"
 )
 STEPS = torch.arange(1.0, 50.0)
-PANELS = [
-    Panel("growth", "steps", "C<sup>2</sup>", [
-        *replicas("SGD", STEPS, STEPS[:, None] + torch.arange(4.0)),
-        Curve("theory", STEPS, STEPS, "prediction"),
-        Curve("late", [1.0, 2.0, float("nan")], [3.0, float("inf"), 4.0], "points"),
-    ]),
-    Panel("decay", "steps", "</script><b>distance", [Curve("SGD", STEPS, (-STEPS).exp())], log_x=True, log_y=True),
-]  # fmt: skip
+
+
+def draw(figure: Figure) -> None:
+    """Two panels to explore."""
+    growth, decay = figure.subplots(1, 2)
+    growth.plot(STEPS, STEPS[:, None] + torch.arange(4.0), color="blue", label=["SGD", None, None, None])
+    growth.plot(STEPS, STEPS, **style.PREDICTED, label="theory")
+    growth.plot([1.0, 2.0, 5.0], [3.0, float("nan"), 4.0], "o", label="late")
+    growth.set(title="growth", xlabel="steps", ylabel="$C^2$")
+    decay.plot(STEPS, (-STEPS).exp(), label="SGD")
+    decay.set(title="decay", xlabel="steps", ylabel="</script><b>distance", xscale="log", yscale="log")
+
+
 # Of the luminances of two colours, as WCAG defines it; 4.5 is readable.
 CONTRAST = """() => {
   const parse = (text) => text.match(/[\\d.]+/g).map(Number);
@@ -70,7 +75,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         failed = Claim("<i>less</i> & less", predicted=float("inf"), measured=0.0421, low=0.5, error=0.003)
         install(
             monkeypatch,
-            f1=Fake(panels=PANELS, extra=many),
+            f1=Fake(draw=draw, extra=many),
             f2=Fake(extra=(failed, Claim("no number", 1.0, float("nan"), low=0.0))),
             f3=Fake(error=ZeroDivisionError("by <b>nothing</b>")),
         )
@@ -218,7 +223,7 @@ def test_an_error_in_the_page_would_be_noticed(browser: Browser, written: Path, 
 @needs_chromium
 def test_without_plotly_there_are_pictures(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "plotly", lambda: "")
-    install(monkeypatch, f1=Fake(panels=PANELS), f2=Fake())
+    install(monkeypatch, f1=Fake(draw=draw), f2=Fake())
     path = report(tmp_path)
     assert path.stat().st_size < 500_000
     tab, wrong = opened(browser, path)

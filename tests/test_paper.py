@@ -9,6 +9,7 @@ import pytest
 import noetherflow as nf
 from noetherflow.paper import experiment
 from noetherflow.paper.claim import Claim
+from noetherflow.paper.curves import panels_of
 from paper_runs import outcome
 
 
@@ -32,8 +33,14 @@ def test_the_nearest_mistakes_lie_outside_the_bands(name: str) -> None:
 
 @pytest.mark.parametrize("name", experiment.FIGURES)
 def test_the_picture_can_be_drawn(name: str, tmp_path: Path) -> None:
-    experiment.load(name).plot(*outcome(name)).savefig(tmp_path / "figure.svg")
+    figure = experiment.load(name).plot(*outcome(name))
+    figure.savefig(tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
+    panels = panels_of(figure)
+    assert bool(panels) == (name != "f6")  # which shows matrices
+    labels = [text for panel in panels for text in (panel.title, panel.x_label, panel.y_label)]
+    labels += [str(curve.group) for panel in panels for curve in panel.curves]
+    assert not [text for text in labels if set("\\$^{}") & set(text)]
 
 
 @pytest.mark.parametrize("name", experiment.FIGURES)

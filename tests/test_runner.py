@@ -19,12 +19,13 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import noetherflow as nf
 from fake_experiments import Config, Fake, install
 from noetherflow.paper import experiment, page, results, runner
 from noetherflow.paper.claim import Claim
-from noetherflow.paper.curves import Curve, Panel, replicas, thinned
+from noetherflow.paper.curves import MOST_CURVES, Curve, panels_of, thinned, words
 
 SMALL = ["f1.steps=60", "f1.replicas=2", "kicks=50", "identity_steps=5"]
 SMALL_F2 = ["f2.steps=300", "cool_steps=50", "fit_steps=50", "f2.replicas=2"]
@@ -40,8 +41,10 @@ def run(out: Path, names: tuple[str, ...] = (), *, jobs: int = 1, force: bool = 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fake]:
     """Two experiments; the curves of one of them do not all exist."""
-    gap = Panel("gap", "x", "y", [Curve("c", [1.0, 2.0], [math.inf, math.nan])])
-    made = {"f1": Fake(panels=[gap]), "f2": Fake(extra=(Claim("out of reach", math.inf, math.nan, low=0.0),))}
+    made = {
+        "f1": Fake(draw=lambda figure: figure.subplots().plot([1.0, 2.0], [math.inf, math.nan])),
+        "f2": Fake(extra=(Claim("out of reach", math.inf, math.nan, low=0.0),)),
+    }
     install(monkeypatch, **made)
     monkeypatch.setattr(page, "plotly", lambda: "")
     return made
@@ -220,13 +223,34 @@ def test_curves_of_unequal_lengths_are_refused() -> None:
         Curve("short", [1.0, 2.0], [1.0])
 
 
-def test_replicas_are_thinned_to_what_can_be_seen() -> None:
-    few = replicas("SGD", torch.arange(3.0), torch.zeros(3, 40), most=5)
-    assert [(curve.name, curve.group) for curve in few][-1] == ("replica 5", "SGD")
-    assert len(few) == 5
+def test_a_long_recording_is_thinned_to_what_can_be_seen() -> None:
     assert thinned(3).tolist() == [0, 1, 2]
     assert thinned(1).tolist() == [0]
     assert thinned(10_001, 3).tolist() == [0, 5000, 10_000]
+
+
+def test_a_picture_is_read_off_as_panels() -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([0, 1], torch.rand(2, MOST_CURVES + 3), color="red", label=["SGD"] + [None] * (MOST_CURVES + 2))
+    axes.set_yscale("log")
+    axes.axhline(0.5, color="black", linestyle="--", label="theory")
+    axes.errorbar([0.2, 0.4], [0.1, 0.2], [0.01, 0.03], fmt="o", capsize=2, label="late")
+    axes.set(xlim=(-1, 3), xticks=[0, 1], xticklabels=["first", "last"], ylabel=r"$|\theta_{ij}|^2$")
+    (panel,) = panels_of(figure)
+    assert [curve.group for curve in panel.curves] == ["SGD"] * MOST_CURVES + ["theory", "late"]
+    *_, theory, late = panel.curves
+    assert (theory.kind, list(theory.x), list(theory.y)) == ("prediction", [-1.0, 3.0], [0.5, 0.5])
+    assert (late.kind, late.spread) == ("points", pytest.approx([0.01, 0.03]))
+    assert panel.ticks == [(0.0, "first"), (1.0, "last")]
+    assert (panel.log_x, panel.log_y) == (False, True)
+    assert panel.y_label == "|θ<sub>ij</sub>|<sup>2</sup>"
+    axes.imshow([[0.0]], extent=(0, 1, 0.1, 1))
+    assert panels_of(figure) == []
+
+
+def test_what_no_browser_reads_is_left_as_it_is() -> None:
+    assert words(r"$e^{-\kappa t}$, $\unheard$") == r"e<sup>-κt</sup>, \unheard"
 
 
 def written(folder: Path) -> dict[str, Any]:

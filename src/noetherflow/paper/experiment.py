@@ -41,8 +41,6 @@ class Experiment(Protocol):
     def claims(self, config: Any, outcome: Any) -> list[Claim]:
         """The verdicts."""
 
-    # A file may also define `curves(config, outcome) -> list[Panel]`: what the report page draws, not the picture.
-
 
 def choose(names: Sequence[str]) -> list[str]:
     """The figures asked for, in order; all for none.

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from noetherflow._sgd import SGD
 from noetherflow.paper import style
 from noetherflow.paper.claim import Claim
-from noetherflow.paper.curves import Curve, Panel, replicas, thinned
 from noetherflow.paper.measure import standard_error
 from noetherflow.simulate import GradientFlow, Trajectory, simulate
 from noetherflow.symmetry import Axis, ScalarSymmetry
@@ -218,56 +217,6 @@ def plot(config: Config, outcome: Outcome) -> Figure:
     )
     rest.legend()
     return figure
-
-
-def curves(config: Config, outcome: Outcome) -> list[Panel]:
-    """The three panels of the picture, to read values from."""
-    seen = thinned(len(outcome.sgd.steps))
-    steps, charge = outcome.sgd.steps[seen], outcome.sgd.charges["length"][seen]
-    paths, flow = outcome.sgd.observables["theta"][seen], outcome.flow.observables["theta"][:, 0]
-    flow = flow[thinned(len(flow))]
-    predicted = (1 + 2 * config.lr**2 * config.variances[1] * steps / config.batch_size).sqrt()
-    rest = config.lr * config.variances[1] / (2 * config.weight_decay * config.batch_size)
-    decayed = [
-        Curve(
-            f"from |θ| = {length:g}",
-            trajectory.steps[(few := thinned(len(trajectory.steps)))],
-            trajectory.charges["length"][few].square().mean(1),
-        )
-        for length, trajectory in zip(config.decay_starts, outcome.decayed, strict=True)
-    ]
-    return [
-        Panel(
-            "Paths",
-            "θ<sub>1</sub>",
-            "θ<sub>2</sub>",
-            [
-                *(
-                    Curve(f"replica {replica + 1}", paths[:, replica, 0], paths[:, replica, 1], group="SGD")
-                    for replica in range(min(4, paths.shape[1]))
-                ),
-                Curve("gradient flow", flow[:, 0], flow[:, 1]),
-            ],
-            equal=True,
-        ),
-        Panel(
-            f"SGD, {config.replicas} replicas",
-            "steps",
-            "C = |θ|<sup>2</sup>",
-            [
-                *replicas("SGD", steps, charge),
-                Curve("predicted", steps, predicted, "prediction"),
-                Curve("gradient flow", steps[[0, -1]], [1.0, 1.0], "prediction"),
-            ],
-        ),
-        Panel(
-            f"SGD with weight decay {config.weight_decay:g}",
-            "steps",
-            "mean of C<sup>2</sup>",
-            [*decayed, Curve("predicted rest", [0, config.steps], [rest, rest], "prediction")],
-            log_y=True,
-        ),
-    ]
 
 
 def _plot_paths(config: Config, outcome: Outcome, axes: Axes) -> None:

@@ -26,8 +26,9 @@ const COLOURS = ["#2f86a6", "#d1603d", "#5f9440", "#9a6cb4", "#b98a14", "#6478d6
 const DASHES = ["dash", "dot", "dashdot", "longdash"];
 
 function traces(panel, ink) {
-  const groups = [...new Set(panel.curves.filter((c) => c.kind !== "prediction").map((c) => c.group || c.name))];
-  const predictions = panel.curves.filter((curve) => curve.kind === "prediction");
+  const named = (kept) => [...new Set(panel.curves.filter(kept).map((curve) => curve.group || curve.name))];
+  const groups = named((curve) => curve.kind !== "prediction");
+  const predictions = named((curve) => curve.kind === "prediction");
   const met = new Set();
   return panel.curves.map((curve) => {
     const group = curve.group || curve.name;
@@ -42,8 +43,9 @@ function traces(panel, ink) {
       opacity: curve.group && !predicted ? 0.6 : 1,
       marker: { color: colour, size: 7 },
       line: predicted
-        ? { color: colour, width: 2, dash: DASHES[predictions.indexOf(curve) % DASHES.length] }
+        ? { color: colour, width: 2, dash: DASHES[predictions.indexOf(group) % DASHES.length] }
         : { color: colour, width: curve.group ? 1 : 1.5 },
+      error_y: curve.spread.length ? { array: curve.spread, color: colour, thickness: 1 } : undefined,
       hovertemplate: name + "<br>%{x:.4g}, %{y:.4g}<extra></extra>",
     };
   });
@@ -51,7 +53,7 @@ function traces(panel, ink) {
 
 function layout(panel, ink, ground, line) {
   const axis = (title, log) => ({
-    title: { text: title }, type: log ? "log" : "linear", exponentformat: "power",
+    title: { text: title }, type: log ? "log" : "linear", exponentformat: log ? "power" : "none",
     gridcolor: line, zeroline: false, linecolor: ink, automargin: true,
   });
   const made = {
@@ -62,6 +64,9 @@ function layout(panel, ink, ground, line) {
     margin: { l: 50, r: 10, t: 50, b: 40 }, hovermode: "closest",
     legend: { orientation: "h", y: -0.25, yanchor: "top" },
   };
+  if (panel.ticks.length) {
+    Object.assign(made.xaxis, { tickvals: panel.ticks.map((tick) => tick[0]), ticktext: panel.ticks.map((tick) => tick[1]) });
+  }
   if (panel.equal) Object.assign(made.yaxis, { scaleanchor: "x", scaleratio: 1 });
   return made;
 }

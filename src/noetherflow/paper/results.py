@@ -18,7 +18,7 @@ from noetherflow.paper import experiment
 from noetherflow.paper.claim import Claim
 
 # These start experiments or show results, and enter no number. A figure's settings are in its key by themselves.
-BYSTANDERS = {"cli.py", "__main__.py", "_progress.py", "paper/experiment.py", "paper/page.py"}
+BYSTANDERS = {"cli.py", "__main__.py", "_progress.py", "paper/curves.py", "paper/experiment.py", "paper/page.py"}
 PICTURES = (".png", ".svg")
 
 
@@ -34,7 +34,7 @@ class Result:
         settings: All of them, by name.
         command: What runs it again.
         claims: The verdicts.
-        panels: Curves for the page, as JSON; none if the experiment defines none.
+        panels: Curves for the page, as JSON; none if the picture shows more than curves.
         seconds: Wall time.
         versions: What it was computed with.
         code: `code_version` at that time.

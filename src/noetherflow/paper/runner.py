@@ -19,7 +19,7 @@ import torch
 
 from noetherflow import _files, _versions
 from noetherflow._errors import NoetherflowError
-from noetherflow.paper import experiment, page, results
+from noetherflow.paper import curves, experiment, page, results
 from noetherflow.paper.results import Result
 
 
@@ -115,7 +115,7 @@ def execute(task: Task) -> Result:
         found = tuple(module.claims(task.config, outcome))
         seconds = time.perf_counter() - start
         figure = module.plot(task.config, outcome)
-        panels = module.curves(task.config, outcome) if hasattr(module, "curves") else []
+        panels = curves.panels_of(figure)
     finally:
         torch.set_num_threads(threads)
     result = Result(
