@@ -360,7 +360,7 @@ def all_gone(pids: list[int]) -> bool:
 def test_an_interrupt_ends_all_processes_and_says_what_is_finished(tmp_path: Path) -> None:
     with long_run(tmp_path) as (process, workers):
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=90)
         assert process.returncode == 130
         assert "Stopped. 0 of 2 are finished" in errors
         assert "Traceback" not in errors

@@ -158,8 +158,12 @@ def _pooled(tasks: Sequence[Task], jobs: int) -> Generator[Ending, None, None]:
     finally:
         # Nothing is left to end where all went well. After an interrupt or an error here nobody waits for the rest.
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - before:
+        left = set(multiprocessing.active_children()) - before
+        for process in left:
             process.terminate()
+        for process in left:
+            process.join(5)
+            process.kill()
     if len(tasks) == 1 and lost:
         yield Ending(tasks[0].name, error="its process died: killed, or out of memory")
         return
