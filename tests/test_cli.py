@@ -100,6 +100,22 @@ def test_a_file_of_the_wrong_kind_gets_a_sentence(content: str | None, words: st
     assert not (tmp_path / "out").exists()
 
 
+def test_symmetries_are_found_where_none_are_declared(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(BUILD.format(neighbour="").replace('data, {"hidden": hidden}, nf.SGD', "data, nf.SGD"))
+    assert "hidden}" not in path.read_text()
+    done = run("symmetries", path)
+    assert done.exit_code == 0, done.output
+    assert "0 -> 2" in done.output
+    written = json.loads(run("symmetries", path, "--json").output)
+    assert [one["name"] for one in written["symmetries"]] == ["0 -> 2"]
+    assert written["symmetries"][0]["residual"] < 1e-12
+    assert {one["reason"] for one in written["axes"] if not one["symmetries"]} == {"linear (0)", "sub"}
+    done = run("analyze", path, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "0 -> 2" in done.output
+
+
 def test_weights_are_saved_as_safetensors_only(file: Path, tmp_path: Path) -> None:
     done = run("analyze", file, "--save", tmp_path / "moved.pt", "--out", tmp_path / "out")
     assert done.exit_code == 2

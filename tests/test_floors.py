@@ -13,6 +13,8 @@ FLOORS = [
     {"_params", "_per_example"},
     {"symmetry"},
     {"verify", "noise"},
+    {"detect"},
+    {"discover"},
     {"drift", "linear"},
     {"equilibrium"},
     {"rebalance", "simulate"},

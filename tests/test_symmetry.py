@@ -180,3 +180,19 @@ def test_a_symmetry_without_axes_is_refused() -> None:
     for kind, empty in itertools.product((nf.ScalarSymmetry, nf.DiagonalSymmetry, nf.MatrixSymmetry), ((), [])):
         with pytest.raises(nf.ParameterShapeError, match="at least one Axis"):
             kind(plus=empty)
+
+
+def test_an_axis_of_one_matrix_of_a_stack() -> None:
+    """`within`: everything outside that part stays, and the rows are those of the part alone."""
+    tensor = torch.randn(2, 6, 4, dtype=torch.float64)
+    axis = nf.Axis("w", 2, within=(1, 2, 4))
+    assert axis.size(tensor) == 4
+    assert torch.equal(axis.rows(tensor), tensor[:, 2:4].movedim(2, 0).reshape(4, -1))
+    x = torch.randn(4, dtype=torch.float64)
+    expected = tensor.clone()
+    expected[:, 2:4] *= torch.exp(x)
+    assert_close(nf.DiagonalSymmetry(axis).act(x, {"w": tensor})["w"], expected)
+    batched = torch.stack([tensor, 2 * tensor])
+    assert torch.equal(axis.rows(batched, batch_dims=1)[1], axis.rows(2 * tensor))
+    with pytest.raises(nf.ParameterShapeError, match="within"):
+        nf.Axis("w", 2, within=(2, 0, 1)).size(tensor)

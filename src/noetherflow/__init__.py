@@ -13,10 +13,12 @@ from noetherflow._errors import (
     ParameterNameError,
     ParameterShapeError,
     SettingsError,
+    TraceError,
     UserFileError,
 )
 from noetherflow._sgd import SGD
 from noetherflow._types import Batch, Loss, Params
+from noetherflow.detect import AxisNote, Explanation, Finding, explain, find_symmetries
 from noetherflow.drift import drift, expected_step
 from noetherflow.equilibrium import Equilibrium, Outcome, Status, potential, solve_equilibrium
 from noetherflow.noise import NoiseMoments, estimate_noise
@@ -29,6 +31,7 @@ from noetherflow.verify import Residual, verify_symmetry
 __all__ = [
     "Analysis",
     "Axis",
+    "AxisNote",
     "Batch",
     "CoupledExamplesError",
     "DenseSymmetry",
@@ -36,6 +39,8 @@ __all__ = [
     "EmptyDataError",
     "Equilibrium",
     "EquilibriumError",
+    "Explanation",
+    "Finding",
     "FrozenParameterError",
     "FunctionChangedError",
     "GradientDescent",
@@ -61,12 +66,15 @@ __all__ = [
     "Status",
     "Symmetry",
     "SymmetryReport",
+    "TraceError",
     "Trajectory",
     "UserFileError",
     "analyze",
     "drift",
     "estimate_noise",
     "expected_step",
+    "explain",
+    "find_symmetries",
     "potential",
     "rebalance_",
     "simulate",

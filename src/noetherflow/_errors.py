@@ -49,5 +49,9 @@ class FunctionChangedError(NoetherflowError, RuntimeError):
     """A move that should have left the function unchanged did not; the model was put back."""
 
 
+class TraceError(NoetherflowError, RuntimeError):
+    """The computation of a model cannot be written down as a graph."""
+
+
 class UserFileError(NoetherflowError, ValueError):
     """A file given on the command line does not define what it should."""

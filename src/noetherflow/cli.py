@@ -1,7 +1,8 @@
-"""The command line: `noetherflow analyze FILE.py` and `noetherflow reproduce [FIGURES]`."""
+"""The command line: `noetherflow symmetries FILE.py`, `analyze FILE.py` and `reproduce [FIGURES]`."""
 
 import contextlib
 import importlib.util
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,10 @@ from noetherflow import _files
 from noetherflow._errors import NoetherflowError, UserFileError
 from noetherflow._progress import track
 from noetherflow._sgd import SGD
+from noetherflow.detect import explain
 from noetherflow.paper import experiment, results, runner
 from noetherflow.report.analysis import analyze as run_analysis
-from noetherflow.report.analysis import rebalanced_copy
+from noetherflow.report.analysis import first_batch, rebalanced_copy
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Parameter symmetry and gradient noise of SGD.")
 _console = Console()
@@ -31,7 +33,10 @@ def main() -> None:
 
 @app.command()
 def analyze(
-    file: Annotated[Path, typer.Argument(help="A Python file with build() -> (model, loss, loader, symmetries, sgd).")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="A Python file with build() -> (model, loss, loader, sgd), or with symmetries before sgd."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the figure.")] = Path("results"),
     save: Annotated[Path | None, typer.Option(help="Write the rebalanced weights to this .safetensors file.")] = None,
 ) -> None:
@@ -39,8 +44,8 @@ def analyze(
     try:
         if save is not None and save.suffix != ".safetensors":
             raise UserFileError(f"--save writes safetensors, so the file must end in .safetensors, got {save}")
-        model, loss, loader, symmetries, sgd = load_build(file)
-        analysis = run_analysis(model, loss, loader, symmetries, sgd)
+        model, loss, loader, declared, sgd = load_build(file)
+        analysis = run_analysis(model, loss, loader, declared, sgd)
         from noetherflow.report import figure, table
 
         _console.print(table.render(analysis))
@@ -52,6 +57,29 @@ def analyze(
     except NoetherflowError as error:
         _fail(error)
     _console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True)
+
+
+@app.command()
+def symmetries(
+    file: Annotated[Path, typer.Argument(help="A Python file with build() -> (model, loss, loader, ..., sgd).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Also those that are exact only up to the eps of a norm.")
+    ] = False,
+) -> None:
+    """Find a model's symmetries, prove each one, and say for every axis of every parameter what acts on it."""
+    try:
+        model, loss, loader, _, _ = load_build(file)
+        explanation = explain(model, loss, first_batch(loader), approximate=approximate)
+    except NoetherflowError as error:
+        _fail(error)
+    if as_json:
+        typer.echo(json.dumps(explanation.to_json(), indent=2))
+        return
+    for table in explanation.tables():
+        _console.print(table)
+    if explanation.rejected:
+        _errors.print(f"[red]{len(explanation.rejected)} candidates did not stand the test of numbers[/red]")
 
 
 @app.command()
@@ -101,11 +129,11 @@ def reproduce(
         raise typer.Exit(1)
 
 
-def load_build(file: Path) -> tuple[nn.Module, Any, Any, Mapping[str, Any], SGD]:
+def load_build(file: Path) -> tuple[nn.Module, Any, Any, Mapping[str, Any] | None, SGD]:
     """Run the `build()` of a user's file and check what it returns.
 
     Returns:
-        Model, loss, loader, symmetries, settings.
+        Model, loss, loader, symmetries (None if they are to be found), settings.
 
     Raises:
         UserFileError: If there is no such file or function, or if it returns something else.
@@ -121,25 +149,30 @@ def load_build(file: Path) -> tuple[nn.Module, Any, Any, Mapping[str, Any], SGD]
     sys.modules[file.stem] = module
     spec.loader.exec_module(module)
     build = getattr(module, "build", None)
-    expected = "build() -> (model, loss, loader, symmetries, sgd)"
+    expected = "build() -> (model, loss, loader, symmetries, sgd) or (model, loss, loader, sgd)"
     if not callable(build):
         raise UserFileError(f"{file} does not define {expected}; see examples/digits_mlp.py")
     built = build()
-    if not isinstance(built, (tuple, list)) or len(built) != 5:
+    if not isinstance(built, (tuple, list)) or len(built) not in (4, 5):
         size = f" of length {len(built)}" if isinstance(built, (tuple, list)) else ""
         raise UserFileError(f"{file}: expected {expected}, got {type(built).__name__}{size}")
-    model, loss, loader, symmetries, sgd = built
+    model, loss, loader, declared, sgd = built if len(built) == 5 else (*built[:3], None, built[3])
     checks = (
         ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
         ("loss", loss, callable(loss), "a function (model, batch) -> one loss per example"),
         ("loader", loader, hasattr(loader, "__iter__"), "a DataLoader or another iterable of batches"),
-        ("symmetries", symmetries, isinstance(symmetries, Mapping), "a mapping from names to symmetries"),
+        (
+            "symmetries",
+            declared,
+            declared is None or isinstance(declared, Mapping),
+            "a mapping from names to symmetries",
+        ),
         ("sgd", sgd, isinstance(sgd, SGD), "a noetherflow.SGD"),
     )
     for name, value, good, wanted in checks:
         if not good:
             raise UserFileError(f"{file}: build() must return {wanted} as {name}, got {type(value).__name__}")
-    return model, loss, loader, symmetries, sgd
+    return model, loss, loader, declared, sgd
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

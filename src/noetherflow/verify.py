@@ -108,7 +108,7 @@ def verify_symmetry(
         before = losses(params, batch)
     size = require_losses(before, "verify_symmetry")
     change = torch.zeros_like(before)
-    for x in _random_coordinates(symmetry, params, draws, generator):
+    for x in random_coordinates(symmetry, params, draws, generator):
         with own_randomness(device, seed=0), torch.no_grad():
             after = losses(symmetry.act(x, params), batch)
         scale = torch.maximum(before.abs(), before.abs().mean()).clamp_min(torch.finfo(dtype).tiny)
@@ -118,7 +118,8 @@ def verify_symmetry(
     return Residual(change.max().item(), cosine.max().item(), int(worst.argmax()))
 
 
-def _random_coordinates(symmetry: Symmetry, params: Params, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
+def random_coordinates(symmetry: Symmetry, params: Params, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Some elements of a symmetry's algebra, of a size at which tensors change by factors of about e^(+-1/2)."""
     identity = symmetry.identity(params)
     for _ in range(draws):
         x = _SIZE * torch.randn(identity.shape, generator=generator, dtype=torch.float64)
@@ -131,7 +132,7 @@ def _worst_cosines(
     symmetry: Symmetry, losses: Losses, params: dict[str, Tensor], batch: Batch, size: int, generator: torch.Generator
 ) -> Tensor:
     """|g . Q theta| / (|g| |Q theta|) of every example, over the parameters on which the symmetry acts; shape (B,)."""
-    (x,) = _random_coordinates(symmetry, params, 1, generator)
+    (x,) = random_coordinates(symmetry, params, 1, generator)
     direction = symmetry.generate(x, params)
     length = torch.stack([direction[name].square().sum() for name in symmetry.names]).sum().sqrt()
     cosines = []

@@ -61,8 +61,8 @@ function layout(panel, ink, ground, line) {
     xaxis: axis(panel.x_label, panel.log_x),
     yaxis: axis(panel.y_label, panel.log_y),
     paper_bgcolor: ground, plot_bgcolor: ground, font: { color: ink, family: "system-ui, sans-serif", size: 13 },
-    margin: { l: 50, r: 10, t: 50, b: 40 }, hovermode: "closest",
-    legend: { orientation: "h", y: -0.25, yanchor: "top" },
+    margin: { l: 50, r: 10, t: 50, b: 110 }, hovermode: "closest",
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" },
   };
   if (panel.ticks.length) {
     Object.assign(made.xaxis, { tickvals: panel.ticks.map((tick) => tick[0]), ticktext: panel.ticks.map((tick) => tick[1]) });

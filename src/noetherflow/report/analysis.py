@@ -1,5 +1,6 @@
 """Everything about a model's symmetries under SGD, in one call."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from noetherflow._errors import EmptyDataError, NotASymmetryError
 from noetherflow._params import copy_of, snapshot
 from noetherflow._sgd import SGD
 from noetherflow._types import Batch, Loss
+from noetherflow.detect import find_symmetries
 from noetherflow.drift import drift
 from noetherflow.equilibrium import Equilibrium, solve_equilibrium
 from noetherflow.noise import NoiseMoments, estimate_noise
@@ -128,7 +130,7 @@ def analyze(
     model: nn.Module,
     loss: Loss,
     loader: Iterable[Batch],
-    symmetries: Mapping[str, Symmetry],
+    symmetries: Mapping[str, Symmetry] | None,
     sgd: SGD,
     *,
     progress: bool = True,
@@ -139,7 +141,7 @@ def analyze(
         model: The model, in the mode in which it trains; it is not changed. The analysis runs in float64 on a copy.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
         loader: The training data in batches, gone through once.
-        symmetries: By name.
+        symmetries: By name; None to find them, on the first batch.
         sgd: The settings it trains with.
         progress: Show a progress bar on a terminal.
 
@@ -163,6 +165,10 @@ def analyze(
 
     Source: Ziyin et al. (2024).
     """
+    if symmetries is None:
+        batches = iter(loader)
+        first = first_batch(batches)
+        symmetries, loader = find_symmetries(model, loss, first), itertools.chain([first], batches)
     # Moments first: this is where bad data is named batch by batch, and where the first batch is kept.
     noise = estimate_noise(model, loss, loader, symmetries, dtype=torch.float64, progress=progress)
     if noise.witness is None:
@@ -184,6 +190,13 @@ def analyze(
         _report(name, residuals[name], rates[name], initial, noise, equilibrium, sgd) for name in symmetries
     )
     return Analysis(reports, equilibrium, noise, sgd, initial)
+
+
+def first_batch(loader: Iterable[Batch]) -> Batch:
+    """The first batch of a loader; raises if there is none."""
+    for batch in loader:
+        return batch
+    raise EmptyDataError("the loader yields no batch")
 
 
 def rebalanced_copy(model: nn.Module, analysis: Analysis) -> nn.Module:

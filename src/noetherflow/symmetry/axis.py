@@ -22,6 +22,8 @@ class Axis:
         stop: One past the last index of the slice; None is the end.
         repeat: How many neighbouring indices form one row. After conv -> flatten, each channel owns height * width
             neighbouring inputs of the linear layer: `repeat=height * width`.
+        within: (dimension, start, stop) if the axis is that of only a part of another dimension: one matrix of a stack
+            of them, one group of a grouped convolution.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -37,6 +39,7 @@ class Axis:
     start: int | None = None
     stop: int | None = None
     repeat: int = 1
+    within: tuple[int, int, int] | None = None
 
     def size(self, tensor: Tensor) -> int:
         """Number of rows of this axis in a tensor; raises if the axis is not there."""
@@ -56,6 +59,12 @@ class Axis:
                 f"{self}: {stop - start} entries along dimension {self.dim} of {self.name!r}, shape {shape}, cannot "
                 f"be cut into groups of repeat={self.repeat}"
             )
+        if self.within is not None:
+            other, first, last = self.within
+            if not (0 <= other < tensor.ndim and other != self.dim % tensor.ndim and 0 <= first < last <= shape[other]):
+                raise ParameterShapeError(
+                    f"{self}: {self.name!r} has shape {shape}, so within must be another dimension and a part of it"
+                )
         return (stop - start) // self.repeat
 
     def rows(self, tensor: Tensor, *, batch_dims: int = 0) -> Tensor:
@@ -74,11 +83,14 @@ class Axis:
 
     def replace(self, tensor: Tensor, rows: Tensor) -> Tensor:
         """A copy of the tensor with the rows of this axis replaced."""
-        dim = self.dim % tensor.ndim
-        start, stop = self._bounds(tensor.shape[dim])
         folded = self.fold(rows, tensor)
-        before, after = tensor.narrow(dim, 0, start), tensor.narrow(dim, stop, tensor.shape[dim] - stop)
-        return torch.cat([before, folded, after], dim=dim)
+        if self.within is not None:
+            other, first, last = self.within
+            inner = tensor.narrow(other, first, last - first)
+            return _put(
+                tensor, other, first, last, _put(inner, self.dim, *self._bounds(tensor.shape[self.dim]), folded)
+            )
+        return _put(tensor, self.dim, *self._bounds(tensor.shape[self.dim]), folded)
 
     def embed(self, rows: Tensor, like: Tensor) -> Tensor:
         """A tensor of the shape of `like` that holds these rows and is zero elsewhere."""
@@ -90,4 +102,14 @@ class Axis:
     def _part(self, tensor: Tensor, batch_dims: int) -> tuple[Tensor, int]:
         dim = self.dim % (tensor.ndim - batch_dims) + batch_dims
         start, stop = self._bounds(tensor.shape[dim])
+        if self.within is not None:
+            other, first, last = self.within
+            tensor = tensor.narrow(other + batch_dims, first, last - first)
         return tensor.narrow(dim, start, stop - start), dim
+
+
+def _put(tensor: Tensor, dim: int, start: int, stop: int, part: Tensor) -> Tensor:
+    """A copy of a tensor with a slice replaced."""
+    dim %= tensor.ndim
+    before, after = tensor.narrow(dim, 0, start), tensor.narrow(dim, stop, tensor.shape[dim] - stop)
+    return torch.cat([before, part, after], dim=dim)

@@ -1,0 +1,157 @@
+"""Finding the symmetries of a model: what its graph allows, proved by its numbers."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from noetherflow._types import Batch, Loss
+from noetherflow.detect.explanation import AxisNote, Explanation, Finding
+from noetherflow.detect.exponents import Equations, Role
+from noetherflow.detect.families import candidates
+from noetherflow.detect.names import named
+from noetherflow.detect.proof import TOLERANCE, precision, prove
+from noetherflow.detect.solve import Solution, solve
+from noetherflow.detect.trace import Graph, trace
+from noetherflow.detect.walk import walk
+from noetherflow.symmetry import Symmetry
+
+
+def find_symmetries(
+    model: nn.Module, loss: Loss, batch: Batch, *, approximate: bool = False, dtype: torch.dtype | None = None
+) -> dict[str, Symmetry]:
+    r"""Every exponential symmetry of a model's architecture along the axes of its parameters, each one proved.
+
+    The computation of the loss is written down once as a graph. Under a symmetry each tensor in it scales by
+    $e^{x w}$, entry by entry, with exponents w that every operation relates to each other; the solutions of these
+    linear equations are the symmetries, and those whose indices no operation tells apart act by whole matrices. Each is
+    then tried on the numbers, and a candidate that changes a loss is left out with a warning.
+
+    The model's mode counts: what dropout in train mode breaks is not found. Frozen parameters are never moved.
+
+    Args:
+        model: The model, in the mode (train or eval) in which it is asked about. It is not changed.
+        loss: `loss(model, batch)` with one loss per example, shape (B,).
+        batch: Some examples; what they do not reach (a position, an expert) is not found.
+        approximate: Also return symmetries that are exact only up to the `eps` of a normalisation, such as the scale of
+            a residual stream; `explain` says how far they are.
+        dtype: Precision of the proof; by default float64, or that of the model if it is very large.
+
+    Returns:
+        Symmetries by name, such as `{"0 -> 2": DiagonalSymmetry(...)}`, in the order in which the model uses them.
+
+    Raises:
+        TraceError: If the computation cannot be written down as a graph; symmetries can then be declared by hand.
+        LossError: If the loss does not return one number per example.
+        NonFiniteError: If a parameter or a loss is not finite.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> batch = torch.randn(8, 4), torch.randn(8, 1)
+        >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
+        >>> nf.find_symmetries(net, loss, batch)["0 -> 2"].minus
+        (Axis(name='2.weight', dim=1, start=None, stop=None, repeat=1, within=None),)
+
+    Source: Ziyin et al. (2024) for what an exponential symmetry is; the search is this package's own.
+    """
+    explanation = explain(model, loss, batch, approximate=approximate, dtype=dtype)
+    for finding in explanation.rejected:
+        warnings.warn(
+            f"{finding.name}: the graph allows this symmetry, the numbers do not (residual {finding.residual:.1e}); "
+            "it is left out",
+            stacklevel=2,
+        )
+    return explanation.symmetries
+
+
+def explain(
+    model: nn.Module, loss: Loss, batch: Batch, *, approximate: bool = False, dtype: torch.dtype | None = None
+) -> Explanation:
+    """What `find_symmetries` finds, how well each is proved, and what acts on every axis of every parameter or why not.
+
+    Args:
+        model: As for `find_symmetries`.
+        loss: Likewise.
+        batch: Likewise.
+        approximate: Likewise.
+        dtype: Likewise.
+
+    Returns:
+        The findings; printing them prints a table.
+
+    Raises:
+        TraceError: If the computation cannot be written down as a graph.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+        >>> batch = torch.randn(8, 4), torch.randn(8, 1)
+        >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
+        >>> nf.explain(net, loss, batch).axes[0].reason
+        'tanh (1)'
+
+    Source: the search is this package's own.
+    """
+    graph = trace(model, loss, batch)
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    equations = walk(graph, trainable, tolerant=approximate)
+    solution = solve(equations)
+    order = _order(graph, trainable)
+    allowed = candidates(equations, solution, order)
+    names = named(allowed)
+    residuals = prove([one.symmetry for one in allowed], model, loss, batch, dtype=dtype) if allowed else []
+    limit = TOLERANCE[precision(model, dtype)]
+    found = [
+        Finding(name, one.symmetry, residual, one.diagonal, one.small)
+        for name, one, residual in zip(names, allowed, residuals, strict=True)
+    ]
+    kept = [one for one in found if one.residual <= limit or (one.small and one.residual <= APPROXIMATE)]
+    axes = _axes(model, equations, solution, kept)
+    return Explanation(tuple(kept), tuple(one for one in found if one not in kept), tuple(axes))
+
+
+# How far from exact a symmetry may be that is called approximate.
+APPROXIMATE = 1e-2
+
+
+def _order(graph: Graph, trainable: Sequence[str] | dict[str, bool]) -> dict[str, int]:
+    """Parameters in the order in which they are first used."""
+    used = [
+        graph.parameters[source.name]
+        for node in graph.module.graph.nodes
+        for source in node.all_input_nodes
+        if source.name in graph.parameters
+    ]
+    return {name: number for number, name in enumerate(dict.fromkeys([*used, *trainable]))}
+
+
+def _axes(model: nn.Module, equations: Equations, solution: Solution, found: Sequence[Finding]) -> list[AxisNote]:
+    """For every axis of every parameter, which symmetries act on it, or why none does."""
+    acting: dict[tuple[str, int], list[str]] = {}
+    for one in found:
+        for axis in one.symmetry.plus + one.symmetry.minus:
+            names = acting.setdefault((axis.name, axis.dim), [])
+            if one.name not in names:
+                names.append(one.name)
+    roles: dict[tuple[str, int], list[Role]] = {}
+    for role in equations.roles:
+        roles.setdefault((role.parameter, role.axis), []).append(role)
+    notes = []
+    for name, parameter in model.named_parameters():
+        for dim in range(parameter.ndim):
+            names = acting.get((name, dim), [])
+            reason = "" if names else _reason(parameter, roles.get((name, dim), []), solution)
+            notes.append(AxisNote(name, dim, tuple(names), reason))
+    return notes
+
+
+def _reason(parameter: nn.Parameter, roles: Sequence[Role], solution: Solution) -> str:
+    if not parameter.requires_grad:
+        return "frozen"
+    ids = [int(one) for role in roles for one in role.ids]
+    if not any(solution.used[one] for one in ids):
+        return "not used by this batch"
+    said = [reason for one in ids for reason in solution.reasons.get(int(solution.root[one]), ())]
+    return "; ".join(list(dict.fromkeys(said))[:3]) or "moved by other axes"

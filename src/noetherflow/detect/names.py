@@ -1,0 +1,54 @@
+"""What a symmetry is called: where it stands in the model, and between what it acts."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from noetherflow.detect.families import Candidate
+from noetherflow.symmetry import Axis, MatrixSymmetry
+
+
+def named(candidates: Sequence[Candidate]) -> list[str]:
+    """A name for each, such as `layers.0.attn: V-O head 3` or `0 -> 2`."""
+    bare = [_bare(one) for one in candidates]
+    often = Counter(bare)
+    met: Counter[str] = Counter()
+    names = []
+    for one, name in zip(candidates, bare, strict=True):
+        number = met[name]
+        met[name] += 1
+        if often[name] == 1:
+            names.append(name)
+        else:
+            names.append(f"{name} head {number}" if one.words else f"{name} [{number}]")
+    return names
+
+
+def _bare(candidate: Candidate) -> str:
+    symmetry = candidate.symmetry
+    plus, minus = _labels(symmetry.plus), _labels(symmetry.minus)
+    parts = [label.split(".") for label in (*plus, *minus)]
+    shared = 0
+    while all(len(part) > shared + 1 for part in parts) and len({part[shared] for part in parts}) == 1:
+        shared += 1
+    prefix = ".".join(parts[0][:shared])
+    short = [[".".join(label.split(".")[shared:]) for label in side] for side in (plus, minus)]
+    if candidate.words:
+        between = candidate.words[0] + ("" if isinstance(symmetry, MatrixSymmetry) else " rows")
+    elif minus:
+        between = f"{_listed(short[0])} -> {_listed(short[1])}"
+    else:
+        between = f"scale of {_listed(short[0])}"
+    return f"{prefix}: {between}" if prefix else between
+
+
+def _labels(axes: Iterable[Axis]) -> list[str]:
+    """The modules behind some axes; the parameter itself where its name says more than weight or bias."""
+    labels = []
+    for axis in axes:
+        module, _, own = axis.name.rpartition(".")
+        labels.append(module if module and own in {"weight", "bias"} else axis.name)
+    return list(dict.fromkeys(labels))
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return " + ".join(labels) if len(labels) <= 3 else f"{labels[0]} + ... ({len(labels)})"

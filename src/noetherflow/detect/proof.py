@@ -1,0 +1,140 @@
+"""The numerical proof of many symmetries at once."""
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from noetherflow._batch import cast, select
+from noetherflow._errors import CoupledExamplesError
+from noetherflow._params import bind, require_finite, snapshot
+from noetherflow._per_example import own_randomness, require_losses, require_uncoupled
+from noetherflow._types import Batch, Loss
+from noetherflow.symmetry import Symmetry
+from noetherflow.verify import Residual, random_coordinates
+
+# What rounding leaves, with room, and what a mistake leaves: 1e-3 to 1.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+# Together they are as good a test as one by one, as long as the rounding of so many transformations stays small.
+_TOGETHER = 64
+# Models beyond this size are proved in their own precision: a copy in float64 would take twice the memory.
+_LARGE = 20_000_000
+
+
+def prove(
+    symmetries: Sequence[Symmetry],
+    model: nn.Module,
+    loss: Loss,
+    batch: Batch,
+    *,
+    dtype: torch.dtype | None,
+    draws: int = 2,
+) -> list[Residual]:
+    """The residual of each symmetry: as `verify_symmetry`, in the time of a few evaluations for all of them.
+
+    Random finite elements of many symmetries are applied one after the other, and the loss is compared once; only where
+    it has changed, halves of them are tried on their own. The gradients of the examples are taken once, and compared
+    with the direction of every symmetry.
+
+    Returns:
+        Residuals, in the same order.
+    """
+    return _Proof(model, loss, batch, dtype, draws).of(list(symmetries))
+
+
+def precision(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
+    """Where the proof is made: float64 for models that are not too large for it, else their own, float32 at least."""
+    if dtype is not None:
+        return dtype
+    parameters = list(model.parameters())
+    own = torch.promote_types(parameters[0].dtype, torch.float32) if parameters else torch.float64
+    return own if sum(one.numel() for one in parameters) > _LARGE else torch.float64
+
+
+@final
+class _Proof:
+    """What all symmetries of one model have in common."""
+
+    def __init__(self, model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype | None, draws: int) -> None:
+        self._dtype = precision(model, dtype)
+        self._params = snapshot(model, self._dtype)
+        require_finite(self._params, "parameter")
+        self._device = next(iter(self._params.values())).device
+        self._batch = cast(batch, self._dtype, self._device)
+        self._losses = bind(model, loss, self._dtype)
+        self._draws = draws
+        self._generator = torch.Generator().manual_seed(0)
+        self._before = self._evaluate(self._params)
+        self._size = require_losses(self._before, "find_symmetries")
+        try:
+            require_uncoupled(model)
+            self._coupled = False
+        except CoupledExamplesError:
+            self._coupled = True
+
+    def of(self, symmetries: list[Symmetry]) -> list[Residual]:
+        cosines = self._cosines(symmetries)
+        changes: list[float] = []
+        for first in range(0, len(symmetries), _TOGETHER):
+            changes += self._changes(symmetries[first : first + _TOGETHER])
+        return [
+            Residual(change, float(cosine.max()), int(cosine.argmax()))
+            for change, cosine in zip(changes, cosines, strict=True)
+        ]
+
+    def _changes(self, symmetries: list[Symmetry]) -> list[float]:
+        """The change of loss by each, as far as it has to be told apart."""
+        worst = 0.0
+        for _ in range(self._draws):
+            moved = self._params
+            for one in symmetries:
+                own = {name: moved[name] for name in one.names}
+                (x,) = random_coordinates(one, own, 1, self._generator)
+                moved = moved | one.act(x, own)
+            after = self._evaluate(moved)
+            scale = torch.maximum(self._before.abs(), self._before.abs().mean()).clamp_min(1e-300)
+            worst = max(worst, float(((after - self._before).abs() / scale).nan_to_num(nan=torch.inf).max()))
+        if worst <= TOLERANCE[self._dtype] or len(symmetries) == 1:
+            return [worst] * len(symmetries)
+        half = len(symmetries) // 2
+        return self._changes(symmetries[:half]) + self._changes(symmetries[half:])
+
+    def _cosines(self, symmetries: list[Symmetry]) -> list[Tensor]:
+        """|g . Q theta| / (|g| |Q theta|) of each symmetry and every example."""
+        directions = []
+        for one in symmetries:
+            own = {name: self._params[name] for name in one.names}
+            (x,) = random_coordinates(one, own, 1, self._generator)
+            directions.append(one.generate(x, own))
+        found = []
+        for index in range(1 if self._coupled else self._size):
+            gradients = self._gradients(None if self._coupled else index)
+            found.append(
+                torch.stack([_cosine(gradients, direction) for direction in directions]) if directions else None
+            )
+        return [torch.stack([one[number] for one in found if one is not None]) for number in range(len(symmetries))]
+
+    def _gradients(self, index: int | None) -> dict[str, Tensor]:
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self._params.items()}
+        batch = self._batch
+        if index is not None:
+            batch = select(batch, torch.tensor([index], device=self._device), self._size)
+        with own_randomness(self._device, seed=0), torch.enable_grad():
+            value = self._losses(leaves, batch).sum()
+        if not value.requires_grad:
+            return {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
+        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(leaves, found, strict=True))
+
+    def _evaluate(self, params: dict[str, Tensor]) -> Tensor:
+        # The same seed every time, so that dropout drops the same units before and after.
+        with own_randomness(self._device, seed=0), torch.no_grad():
+            return self._losses(params, self._batch)
+
+
+def _cosine(gradients: dict[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
+    along = torch.stack([(gradients[name] * part).sum() for name, part in direction.items()]).sum()
+    size = torch.stack([gradients[name].square().sum() for name in direction]).sum().sqrt()
+    length = torch.stack([part.square().sum() for part in direction.values()]).sum().sqrt()
+    return (along.abs() / (size * length)).nan_to_num(nan=0.0)

@@ -1,0 +1,195 @@
+"""Finding symmetries: all that are there, none that are not, and each proved."""
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import noetherflow as nf
+from noetherflow.detect.rules import RULES
+from zoo import ZOO, Animal, Attention, encoder, hugging, regression, sequential
+
+# Casts to float32 inside, so that a check in float64 has the rounding of float32.
+CASTING = {"Llama"}
+
+
+def kinds(symmetries: dict[str, nf.Symmetry], model: nn.Module) -> Counter[tuple[str, int]]:
+    params = dict(model.named_parameters())
+    return Counter(
+        (type(one).__name__.removesuffix("Symmetry").lower(), one.dimension(params)) for one in symmetries.values()
+    )
+
+
+def in_double(batch: Any) -> Any:
+    if isinstance(batch, tuple):
+        return tuple(map(in_double, batch))
+    return batch.double() if batch.is_floating_point() else batch
+
+
+@pytest.mark.parametrize("animal", ZOO, ids=lambda animal: animal.name)
+def test_what_is_found_is_what_is_there(animal: Animal) -> None:
+    model, loss, batch = animal.build()
+    found = nf.find_symmetries(model, loss, batch)
+    assert kinds(found, model) == Counter({kind: count for kind, count in animal.expected.items() if count})
+
+
+@pytest.mark.parametrize("animal", [animal for animal in ZOO if animal.dimension], ids=lambda animal: animal.name)
+def test_each_is_a_symmetry_on_its_own(animal: Animal) -> None:
+    """By the slow check, one by one; what is found together is proved together."""
+    model, loss, batch = animal.build()
+    for name, symmetry in nf.find_symmetries(model, loss, batch).items():
+        if animal.name not in CASTING:
+            wide = nf.verify_symmetry(symmetry, model, loss, in_double(batch), dtype=torch.float64)
+            assert wide < 1e-12, (name, wide)
+        narrow = nf.verify_symmetry(symmetry, model, loss, batch, dtype=torch.float32)
+        assert narrow < 5e-6, (name, narrow)
+
+
+# Not the bias of K: what it adds to all scores of a query goes with the softmax.
+FORGOTTEN = [
+    ("a bias of Q", lambda: regression(Attention(), (5, 6), (5, 6)), "Q-K", "q.bias"),
+    ("a bias of V", lambda: regression(Attention(), (5, 6), (5, 6)), "V-O", "v.bias"),
+    ("a packed bias", lambda: encoder(norm_first=True), "V-O", "self_attn.in_proj_bias"),
+    ("the bias of a norm", lambda: encoder(norm_first=True), "norm1", "norm1.bias"),
+    ("a bias of a neuron", lambda: encoder(norm_first=True), "linear1 -> linear2", "linear1.bias"),
+]
+
+
+@pytest.mark.parametrize(
+    ("build", "part", "parameter"), [case[1:] for case in FORGOTTEN], ids=[c[0] for c in FORGOTTEN]
+)
+def test_what_is_forgotten_breaks_it(build: Any, part: str, parameter: str) -> None:
+    """The twin: without one tensor the residual is no rounding."""
+    model, loss, batch = build()
+    with torch.no_grad():
+        for one in model.parameters():
+            one.add_(0.3 * torch.randn(one.shape, generator=torch.Generator().manual_seed(3)))
+    name, symmetry = next((name, one) for name, one in nf.find_symmetries(model, loss, batch).items() if part in name)
+    plus, minus = ([axis for axis in axes if axis.name != parameter] for axes in (symmetry.plus, symmetry.minus))
+    assert len(plus) + len(minus) < len(symmetry.plus) + len(symmetry.minus), name
+    broken = type(symmetry)(plus, minus)
+    assert nf.verify_symmetry(symmetry, model, loss, batch) < 1e-12
+    assert nf.verify_symmetry(broken, model, loss, batch) > 1e-3
+
+
+def test_a_head_of_a_group_that_is_forgotten_breaks_it() -> None:
+    model, loss, batch = regression(Attention(4, 2), (5, 6), (5, 6))
+    found = nf.find_symmetries(model, loss, batch)
+    symmetry = next(one for name, one in found.items() if "V-O" in name)
+    assert len(symmetry.minus) == 2
+    assert nf.verify_symmetry(type(symmetry)(symmetry.plus, symmetry.minus[:1]), model, loss, batch) > 1e-3
+
+
+def test_names_say_where_it_is() -> None:
+    names = list(nf.find_symmetries(*hugging("gpt2")))
+    assert names[:6] == [
+        "transformer.h.0: ln_1 -> attn.c_attn",
+        "transformer.h.0.attn: Q-K head 0",
+        "transformer.h.0.attn: Q-K head 1",
+        "transformer.h.0.attn: V-O head 0",
+        "transformer.h.0.attn: V-O head 1",
+        "transformer.h.0: ln_2 -> mlp.c_fc",
+    ]
+
+
+def test_the_mode_of_the_model_counts() -> None:
+    linear, loss, batch = sequential((3,), (2,), nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    assert kinds(nf.find_symmetries(linear, loss, batch), linear) == {("matrix", 10): 1}
+    linear.train()
+    assert kinds(nf.find_symmetries(linear, loss, batch), linear) == {("diagonal", 4): 1}
+    norm, loss, batch = sequential((3,), (2,), nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    assert not nf.find_symmetries(norm, loss, batch, approximate=True)
+    norm.train()
+    assert not nf.find_symmetries(norm, loss, batch)
+    assert kinds(nf.find_symmetries(norm, loss, batch, approximate=True), norm) == {("diagonal", 4): 1}
+
+
+def test_what_is_frozen_is_never_moved() -> None:
+    model, loss, batch = sequential((4,), (2,), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    model[2].requires_grad_(False)
+    assert not nf.find_symmetries(model, loss, batch)
+    explanation = nf.explain(model, loss, batch)
+    assert {note.reason for note in explanation.axes if note.parameter.startswith("2.")} == {"frozen"}
+    model[2].weight.requires_grad_(True)
+    assert list(nf.find_symmetries(model, loss, batch)) == ["0 -> 2"]
+
+
+def test_an_approximate_one_is_found_on_request_and_says_how_far_it_is() -> None:
+    model, loss, batch = sequential((3,), (4,), nn.Linear(3, 4), nn.LayerNorm(4, eps=1e-5), nn.Tanh())
+    assert not nf.find_symmetries(model, loss, batch)
+    explanation = nf.explain(model, loss, batch, approximate=True)
+    (finding,) = explanation.found
+    assert "eps = 1e-05" in finding.small
+    assert 1e-8 < finding.residual < 1e-2
+    assert isinstance(finding.symmetry, nf.ScalarSymmetry)
+
+
+def test_the_reason_is_told() -> None:
+    model, loss, batch = sequential((4,), (2,), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    explanation = nf.explain(model, loss, batch)
+    reasons = {(note.parameter, note.axis): note.reason for note in explanation.axes}
+    assert reasons["0.weight", 0] == reasons["0.bias", 0] == "tanh (1)"
+    assert "tanh (1)" in str(explanation)
+    assert json.loads(json.dumps(explanation.to_json()))["symmetries"] == []
+
+
+class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.special.bessel_j0(self.inner(x)))
+
+
+def test_an_operation_that_is_not_known_lets_nothing_through_and_is_named() -> None:
+    explanation = nf.explain(*regression(Unknown(), (3,), (2,)))
+    assert not explanation.found
+    assert any("bessel_j0" in note.reason for note in explanation.axes)
+
+
+class Undecided(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.inner(x))
+        return self.outer(hidden) if hidden.sum() > 0 else self.outer(2 * hidden)
+
+
+def test_a_model_that_cannot_be_exported_says_so_and_takes_declared_symmetries() -> None:
+    model, loss, batch = regression(Undecided(), (3,), (2,))
+    with pytest.raises(nf.TraceError, match=r"cannot be written down.*by hand"):
+        nf.find_symmetries(model, loss, batch)
+    hidden = nf.DiagonalSymmetry([nf.Axis("inner.weight", 0), nf.Axis("inner.bias", 0)], [nf.Axis("outer.weight", 1)])
+    assert nf.verify_symmetry(hidden, model, loss, batch) < 1e-12
+
+
+def test_a_candidate_that_the_numbers_refute_is_reported_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that is wrong, planted."""
+    monkeypatch.setitem(RULES, "tanh", RULES["relu"])
+    layers = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)
+    model, loss, batch = sequential((3,), (2,), *layers)
+    with pytest.warns(UserWarning, match=r"0 -> 2: the graph allows this symmetry, the numbers do not"):
+        assert list(nf.find_symmetries(model, loss, batch)) == ["2 -> 4"]
+    explanation = nf.explain(model, loss, batch)
+    assert [one.name for one in explanation.rejected] == ["0 -> 2"]
+    assert "REJECTED" in str(explanation)
+
+
+def test_nothing_changes_behind_the_users_back() -> None:
+    model, loss, batch = sequential(
+        (3, 4, 4), (2,), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2)
+    )
+    model.train()
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    state = torch.get_rng_state()
+    nf.find_symmetries(model, loss, batch)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert all(one.grad is None for one in model.parameters())
