@@ -191,7 +191,7 @@ def test_an_axis_of_one_matrix_of_a_stack() -> None:
     x = torch.randn(4, dtype=torch.float64)
     expected = tensor.clone()
     expected[:, 2:4] *= torch.exp(x)
-    assert_close(nf.DiagonalSymmetry(axis).act(x, {"w": tensor})["w"], expected)
+    torch.testing.assert_close(nf.DiagonalSymmetry(axis).act(x, {"w": tensor})["w"], expected)
     batched = torch.stack([tensor, 2 * tensor])
     assert torch.equal(axis.rows(batched, batch_dims=1)[1], axis.rows(2 * tensor))
     with pytest.raises(nf.ParameterShapeError, match="within"):

@@ -187,7 +187,7 @@ def _eliminated(rows: list[_Rows]) -> dict[int, dict[int, Fraction]]:
             solved = {one: factor / scale for one, factor in row.items()}
             for user in users.pop(pivot, set()):
                 old = bound[user]
-                share = old.pop(pivot)
+                share = old.pop(pivot, Fraction(0))  # it may have dropped out since
                 for one, factor in solved.items():
                     old[one] = old.get(one, Fraction(0)) + share * factor
                     if not old[one]:
