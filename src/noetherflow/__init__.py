@@ -19,6 +19,7 @@ from noetherflow._errors import (
 from noetherflow._sgd import SGD
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.detect import AxisNote, Explanation, Finding, explain, find_symmetries
+from noetherflow.discover import Completeness, Discovery, check_completeness, discover_generators
 from noetherflow.drift import drift, expected_step
 from noetherflow.equilibrium import Equilibrium, Outcome, Status, potential, solve_equilibrium
 from noetherflow.noise import NoiseMoments, estimate_noise
@@ -33,9 +34,11 @@ __all__ = [
     "Axis",
     "AxisNote",
     "Batch",
+    "Completeness",
     "CoupledExamplesError",
     "DenseSymmetry",
     "DiagonalSymmetry",
+    "Discovery",
     "EmptyDataError",
     "Equilibrium",
     "EquilibriumError",
@@ -70,6 +73,8 @@ __all__ = [
     "Trajectory",
     "UserFileError",
     "analyze",
+    "check_completeness",
+    "discover_generators",
     "drift",
     "estimate_noise",
     "expected_step",
