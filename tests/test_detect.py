@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import noetherflow as nf
 from noetherflow.detect.rules import RULES
-from zoo import ZOO, Animal, Attention, encoder, hugging, regression, sequential
+from zoo import ZOO, Animal, Attention, Vision, encoder, hugging, regression, sequential
 
 # Casts to float32 inside, so that a check in float64 has the rounding of float32.
 CASTING = {"Llama"}
@@ -81,6 +81,41 @@ def test_a_head_of_a_group_that_is_forgotten_breaks_it() -> None:
     symmetry = next(one for name, one in found.items() if "V-O" in name)
     assert len(symmetry.minus) == 2
     assert nf.verify_symmetry(type(symmetry)(symmetry.plus, symmetry.minus[:1]), model, loss, batch) > 1e-3
+
+
+def test_llama_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its norms cast to float32: without them a check in float64 means what it says."""
+
+    def forward(norm: nn.Module, x: Tensor) -> Tensor:
+        return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm.forward", forward)
+    model, loss, batch = hugging("llama")
+    with torch.no_grad():
+        for one in model.parameters():
+            one.mul_(10)  # far from the point where nothing matters
+    for name, symmetry in nf.find_symmetries(model, loss, batch).items():
+        residual = nf.verify_symmetry(symmetry, model, loss, batch)
+        assert residual < 1e-12, (name, residual)
+        # The twin: with one side alone the loss does change, so that the check above is not vacuous.
+        assert nf.verify_symmetry(type(symmetry)(symmetry.plus), model, loss, batch) > 1e-3, name
+
+
+def test_the_residual_stream_of_a_net_with_norms_first_scales_up_to_eps() -> None:
+    model, loss, batch = regression(Vision().eval(), (2, 4, 4), (2,))
+    exact = nf.find_symmetries(model, loss, batch)
+    nearly = {one.name: one for one in nf.explain(model, loss, batch, approximate=True).found if one.name not in exact}
+    (stream,) = nearly.values()
+    assert isinstance(stream.symmetry, nf.ScalarSymmetry)
+    assert {axis.name for axis in stream.symmetry.plus} >= {
+        "patch.weight",
+        "token",
+        "positions",
+        "block.linear2.weight",
+    }
+    assert not stream.symmetry.minus
+    assert 1e-9 < stream.residual < 1e-2
+    assert "eps" in stream.small
 
 
 def test_names_say_where_it_is() -> None:

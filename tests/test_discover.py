@@ -12,7 +12,7 @@ from zoo import ZOO, Adapted, Animal, Call, Gated, RMSNorm, regression, sequenti
 SMALL = [animal for animal in ZOO if animal.name in {
     "leaky ReLU in place", "PReLU", "linear chain", "linear chain with biases", "tanh", "GELU", "SiLU", "ReLU squared",
     "SwiGLU", "GeGLU", "ReGLU", "bilinear gate", "RMSNorm", "RMSNorm by hand", "LayerNorm", "norm without eps",
-    "weight norm", "embedding", "tied embedding", "module used twice", "branches", "adapter",
+    "weight norm", "embedding", "tied embedding", "module used twice", "branches", "adapter", "matrix factorisation",
 }]  # fmt: skip
 
 

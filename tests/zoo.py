@@ -1,10 +1,12 @@
 """Architectures, each with the exact set of symmetries that it has."""
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import peft
 import torch
 import transformers
 from torch import Tensor, nn
@@ -179,6 +181,22 @@ class Twice(nn.Module):
         return self.last(torch.relu(self.shared(torch.relu(self.shared(x)))))
 
 
+class Vision(nn.Module):
+    """Patches, a class token, positions, and one block with the norms first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(2, 8, 2, stride=2)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 5, 8))
+        self.block = nn.TransformerEncoderLayer(8, 2, 6, 0.0, "relu", batch_first=True, norm_first=True)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
+        return self.head(self.norm(self.block(x))[:, 0])
+
+
 class Branches(nn.Module):
     """Two branches side by side."""
 
@@ -226,6 +244,14 @@ def hugging(kind: str) -> tuple[nn.Module, Any, Any]:
         sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
         config = transformers.LlamaConfig(hidden_size=16, intermediate_size=6, **sizes, **small)
         model = transformers.LlamaForCausalLM(config)
+    elif kind == "lora":
+        config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft and transformers about each other
+            model = peft.get_peft_model(hugging("gpt2")[0], config)
+        for name, one in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(one)  # it starts at zero, where nothing can be measured
     else:
         sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 9}
         config = transformers.BertConfig(hidden_size=8, intermediate_size=6, **sizes, **small)
@@ -315,14 +341,17 @@ ZOO = [
     Animal("embedding", lambda: (Tied(tied=False), tokens_of, ids(7, 4, 5)), {("diagonal", 4): 1}),
     Animal("tied embedding", lambda: (Tied(tied=True), tokens_of, ids(7, 4, 5))),
     Animal("matrix factorisation", lambda: (
-        Factors(), lambda model, batch: (model(batch[0]) - batch[1]).square(), (ids(5, 6, 2), torch.ones(6))),
-        {("diagonal", 3): 1}),
+        Factors(), lambda model, batch: (model(batch[0]) - batch[1]).square(), (ids(5, 40, 2), torch.ones(40))),
+        {("matrix", 6): 1}),
     # The shared map is conjugated: D S D^-1.
     Animal("module used twice", lambda: regression(Twice(), (3,), (2,)), {("diagonal", 4): 1}),
     Animal("branches", lambda: regression(Branches(), (3,), (2,)), {("diagonal", 2): 1, ("diagonal", 4): 1}),
     Animal("adapter", lambda: regression(Adapted(), (4,), (5,)), {("matrix", 3): 1}),
     Animal("dropout in eval mode", lambda: sequential((3,), (2,), Linear(3, 4), nn.Dropout(0.5), Linear(4, 2)),
            {("matrix", 10): 1}),
+    Animal("ViT", lambda: regression(Vision().eval(), (2, 4, 4), (2,)),
+           {("matrix", 10): 4, ("diagonal", 6): 1, ("diagonal", 8): 3}),
+    Animal("GPT-2 with LoRA", lambda: hugging("lora"), {("matrix", 3): 4}),
     Animal("GPT-2", lambda: hugging("gpt2"), {("matrix", 10): 8, ("diagonal", 8): 4}),
     Animal("Llama", lambda: hugging("llama"),
            {("matrix", 10): 2, ("diagonal", 2): 2, ("diagonal", 16): 3, ("diagonal", 6): 1}),

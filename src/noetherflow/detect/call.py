@@ -16,7 +16,10 @@ SMALL = 1e-3
 @final
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One operation: its name, its arguments (tensors as `Scaled`), the shapes it returns, and where it stands."""
+    """One operation: its name, its arguments (tensors as `Scaled`), the shapes it returns, and where it stands.
+
+    `summed` says that its result goes into a sum over axes and nowhere else.
+    """
 
     name: str
     target: Callable[..., Any]
@@ -25,6 +28,7 @@ class Call:
     shapes: tuple[tuple[int, ...], ...]
     reason: str
     equations: Equations
+    summed: bool = False
 
     def given(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or by name."""

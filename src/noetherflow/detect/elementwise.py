@@ -1,5 +1,6 @@
 """Operations that work entry by entry, or sum over axes."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from noetherflow.detect.call import (
     passed,
     without,
 )
+from noetherflow.detect.contraction import contract
 from noetherflow.detect.exponents import Scaled, Term, aligned, collapse, compressed, power, product
 
 
@@ -43,6 +45,9 @@ def multiplied(call: Call) -> Scaled:
     first, second = as_scaled(call.args[0]), as_scaled(call.given(1, "other"))
     if call.name == "div":
         second = power(second, -1) if not second.constant else second
+    if call.name == "mul" and call.summed and first.shape == second.shape:
+        # A scalar product: its indices are not treated one by one.
+        return replace(product(first, second), shape=call.shape, factors=(first, second))
     mixing(call, first, second)
     mixing(call, second, first)
     return replace(product(first, second), shape=call.shape)
@@ -70,7 +75,9 @@ def reduced(*, degree: float = 1.0, linear: bool = True, position: int = 1) -> R
         if isinstance(dims, Scaled):
             return extreme(call)  # the larger of two tensors
         axes = list(range(len(x.shape))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-        if not linear:
+        if x.factors is not None:
+            x = _contracted(call, x.factors, axes)
+        elif not linear:
             alone(call, x)
         found = power(collapse(x, axes, call.equations, call.reason), degree)
         keep = len(call.shape) == len(x.shape)
@@ -80,6 +87,21 @@ def reduced(*, degree: float = 1.0, linear: bool = True, position: int = 1) -> R
         return results if len(results) > 1 else results[0]
 
     return rule
+
+
+def _contracted(call: Call, factors: tuple[Scaled, Scaled], axes: Iterable[int]) -> Scaled:
+    """A product and the sum that follows it, as one; with size 1 along the axes."""
+    ndim = len(factors[0].shape)
+    labels = "abcdefghijkl"[:ndim]
+    gone = {axis % ndim for axis in axes}
+    output = "".join(label for axis, label in enumerate(labels) if axis not in gone)
+    found = contract(f"{labels},{labels}->{output}", factors, call.equations, call.reason)
+    shape = [1 if axis in gone else size for axis, size in enumerate(factors[0].shape)]
+    terms = []
+    for factor, ids in found.terms:
+        sizes = iter(ids.shape)
+        terms.append(Term(factor, ids.reshape([1 if axis in gone else next(sizes) for axis in range(ndim)])))
+    return replace(found, shape=tuple(shape), terms=tuple(terms))
 
 
 def running(call: Call) -> Scaled:

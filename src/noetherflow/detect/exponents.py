@@ -40,6 +40,7 @@ class Scaled:
         scores: Contractions of two activations that this is made of, until a softmax makes them attention.
         attention: Whether this came out of a softmax over such scores.
         parameter: The parameter that this is a view of.
+        factors: The two tensors whose product this is, where it goes into a sum and nowhere else.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +50,7 @@ class Scaled:
     scores: tuple[Tensor, ...] = ()
     attention: bool = False
     parameter: str | None = None
+    factors: "tuple[Scaled, Scaled] | None" = None
 
     @property
     def constant(self) -> bool:

@@ -63,7 +63,7 @@ class _Walk:
         return Scaled(tuple(value.shape), value=value, of_batch=node.name in self._graph.of_batch)
 
     def _call(self, node: fx.Node) -> Any:
-        name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+        name = _name(node)
         in_place = name.endswith("_") and not name.endswith("__")
         if not (node.users or in_place):
             return None
@@ -83,6 +83,7 @@ class _Walk:
             shapes=_shapes(node.meta.get("val")),
             reason=_reason(name, node),
             equations=self._equations,
+            summed=[_name(user) for user in node.users] in (["sum"], ["mean"]),
         )
         result = apply(call)
         if in_place and isinstance(node.args[0], fx.Node):
@@ -112,6 +113,10 @@ def _constants(value: Any, of_batch: bool) -> Any:
 def _shapes(value: Any) -> tuple[tuple[int, ...], ...]:
     values = value if isinstance(value, (list, tuple)) else [value]
     return tuple(tuple(one.shape) for one in values if isinstance(one, Tensor))
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).split(".")[0]
 
 
 def _reason(name: str, node: fx.Node) -> str:
