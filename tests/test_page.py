@@ -28,7 +28,7 @@ def draw(figure: Figure) -> None:
     growth, decay = figure.subplots(1, 2)
     growth.plot(STEPS, STEPS[:, None] + torch.arange(4.0), color="blue", label=["SGD", None, None, None])
     growth.plot(STEPS, STEPS, **style.PREDICTED, label="theory")
-    growth.plot([1.0, 2.0, 5.0], [3.0, float("nan"), 4.0], "o", label="late")
+    growth.plot([1.0, 2.0, 5.0], [30.0, float("nan"), 4.0], "o", label="late")
     growth.set(title="growth", xlabel="steps", ylabel="$C^2$")
     decay.plot(STEPS, (-STEPS).exp(), label="SGD")
     decay.set(title="decay", xlabel="steps", ylabel="</script><b>distance", xscale="log", yscale="log")
@@ -177,7 +177,7 @@ def test_a_value_is_read_by_pointing_and_replicas_are_hidden_together(browser: B
     panel.locator(".hovertext").wait_for()
     said = panel.locator(".hovertext").text_content() or ""
     assert "late" in said
-    assert "1.000, 3.000" in said
+    assert "1.000, 30.00" in said
     legend = panel.locator(".legend .traces")
     assert legend.count() == 3  # four replicas are one entry
     panel.locator(".legendtoggle").first.click()
