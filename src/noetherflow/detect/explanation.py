@@ -103,7 +103,7 @@ class Explanation:
 
     def __str__(self) -> str:
         """The tables as text."""
-        console = Console(width=120, record=True, file=None, quiet=False)
+        console = Console(width=120)
         with console.capture() as capture:
             for table in self.tables():
                 console.print(table)

@@ -1,7 +1,7 @@
 """Finding the symmetries of a model: what its graph allows, proved by its numbers."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from noetherflow.detect.solve import Solution, solve
 from noetherflow.detect.trace import Graph, trace
 from noetherflow.detect.walk import walk
 from noetherflow.symmetry import Symmetry
+
+# How far from exact a symmetry may be that is called approximate.
+APPROXIMATE = 1e-2
 
 
 def find_symmetries(
@@ -112,11 +115,7 @@ def explain(
     return Explanation(tuple(kept), tuple(one for one in found if one not in kept), tuple(axes))
 
 
-# How far from exact a symmetry may be that is called approximate.
-APPROXIMATE = 1e-2
-
-
-def _order(graph: Graph, trainable: Sequence[str] | dict[str, bool]) -> dict[str, int]:
+def _order(graph: Graph, parameters: Iterable[str]) -> dict[str, int]:
     """Parameters in the order in which they are first used."""
     used = [
         graph.parameters[source.name]
@@ -124,7 +123,7 @@ def _order(graph: Graph, trainable: Sequence[str] | dict[str, bool]) -> dict[str
         for source in node.all_input_nodes
         if source.name in graph.parameters
     ]
-    return {name: number for number, name in enumerate(dict.fromkeys([*used, *trainable]))}
+    return {name: number for number, name in enumerate(dict.fromkeys([*used, *parameters]))}
 
 
 def _axes(model: nn.Module, equations: Equations, solution: Solution, found: Sequence[Finding]) -> list[AxisNote]:

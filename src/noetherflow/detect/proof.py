@@ -110,10 +110,8 @@ class _Proof:
         found = []
         for index in range(1 if self._coupled else self._size):
             gradients = self._gradients(None if self._coupled else index)
-            found.append(
-                torch.stack([_cosine(gradients, direction) for direction in directions]) if directions else None
-            )
-        return [torch.stack([one[number] for one in found if one is not None]) for number in range(len(symmetries))]
+            found.append(torch.stack([_cosine(gradients, direction) for direction in directions]))
+        return list(torch.stack(found, 1))
 
     def _gradients(self, index: int | None) -> dict[str, Tensor]:
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in self._params.items()}
