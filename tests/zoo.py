@@ -94,10 +94,10 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.rand(size) + 0.5)
+        self.gain, self.eps = nn.Parameter(torch.rand(size) + 0.5), 1e-6
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.gain * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return self.gain * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
 class Attention(nn.Module):

@@ -19,7 +19,16 @@ from noetherflow._errors import (
 from noetherflow._sgd import SGD
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.detect import AxisNote, Explanation, Finding, explain, find_symmetries
-from noetherflow.discover import Completeness, Discovery, check_completeness, discover_generators
+from noetherflow.discover import (
+    Blocks,
+    Completeness,
+    Discovery,
+    Rescalings,
+    check_completeness,
+    discover_blocks,
+    discover_generators,
+    discover_rescalings,
+)
 from noetherflow.drift import drift, expected_step
 from noetherflow.equilibrium import Equilibrium, Outcome, Status, potential, solve_equilibrium
 from noetherflow.noise import NoiseMoments, estimate_noise
@@ -34,6 +43,7 @@ __all__ = [
     "Axis",
     "AxisNote",
     "Batch",
+    "Blocks",
     "Completeness",
     "CoupledExamplesError",
     "DenseSymmetry",
@@ -63,6 +73,7 @@ __all__ = [
     "ParameterShapeError",
     "Params",
     "Residual",
+    "Rescalings",
     "SGD",
     "ScalarSymmetry",
     "SettingsError",
@@ -74,7 +85,9 @@ __all__ = [
     "UserFileError",
     "analyze",
     "check_completeness",
+    "discover_blocks",
     "discover_generators",
+    "discover_rescalings",
     "drift",
     "estimate_noise",
     "expected_step",

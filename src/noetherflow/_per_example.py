@@ -1,12 +1,15 @@
 """The loss and the gradient of every single example, exactly, and what stands in the way of them."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map
 
 from noetherflow._batch import is_per_example, tensors_of, with_tensors
 from noetherflow._errors import CoupledExamplesError, EmptyDataError, LossError, NonFiniteError
@@ -94,10 +97,43 @@ def example_gradients(
         single = [leaf.unsqueeze(0) if mine else leaf for leaf, mine in zip(example, own, strict=True)]
         return losses(params, with_tensors(batch, single)).sum()
 
-    each = vmap(grad_and_value(one), in_dims=(None, *(0 if mine else None for mine in own)), randomness="different")
     chosen = [leaf[examples] if mine else leaf for leaf, mine in zip(leaves, own, strict=True)]
-    gradients, values = each(dict(params), *chosen)
+    shared = (True, *(not mine for mine in own))
+    gradients, values = each(grad_and_value(one), (dict(params), *chosen), shared, randomness="different")
     return values, gradients
+
+
+def each(function: Callable[..., Any], inputs: tuple[Any, ...], shared: tuple[bool, ...], randomness: str) -> Any:
+    """A function of every entry along the leading axis of its inputs, but for those that are shared.
+
+    It is vectorised if it can be. Models that look at their inputs in Python (those of transformers that warn about
+    padding do) cannot be; they are evaluated in a loop.
+
+    Returns:
+        What the function returns, stacked.
+
+    Raises:
+        RuntimeError: Whatever the function raises.
+    """
+    try:
+        with warnings.catch_warnings():
+            # A single operation that cannot be batched is done one by one, with a warning.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return vmap(function, in_dims=tuple(None if one else 0 for one in shared), randomness=randomness)(*inputs)
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+    leading = next(one for one, whole in zip(inputs, shared, strict=True) if not whole)
+    results = [
+        function(
+            *(
+                one if whole else tree_map(lambda t, at=index: t[at], one)
+                for one, whole in zip(inputs, shared, strict=True)
+            )
+        )
+        for index in range(len(tree_leaves(leading)[0]))
+    ]
+    return tree_map(lambda *parts: torch.stack(parts), *results)
 
 
 def require_independent(alone: Tensor, together: Tensor, where: str) -> None:
