@@ -39,20 +39,8 @@ def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
     return nn.functional.cross_entropy(model(images), labels, reduction="none")
 
 
-def symmetries(model: nn.Sequential) -> dict[str, nf.Symmetry]:
-    """Every hidden neuron can be rescaled: its incoming weights and bias by e^x, its outgoing weights by e^-x."""
-    hidden = range(0, len(model) - 1, 2)
-    return {
-        f"hidden layer {layer // 2 + 1}": nf.DiagonalSymmetry(
-            plus=[nf.Axis(f"{layer}.weight", 0), nf.Axis(f"{layer}.bias", 0)],
-            minus=[nf.Axis(f"{layer + 2}.weight", 1)],
-        )
-        for layer in hidden
-    }
-
-
-def build() -> tuple[nn.Module, nf.Loss, DataLoader, dict[str, nf.Symmetry], nf.SGD]:
-    """The model after a brief training, its loss, its data, its symmetries and the settings it trains with."""
+def build() -> tuple[nn.Module, nf.Loss, DataLoader, nf.SGD]:
+    """The model after a brief training, its loss, its data and the settings it trains with."""
     generator = torch.Generator().manual_seed(0)
     dataset = data()
     model = network(generator)
@@ -63,4 +51,4 @@ def build() -> tuple[nn.Module, nf.Loss, DataLoader, dict[str, nf.Symmetry], nf.
             loss(model, batch).mean().backward()
             optimizer.step()
     sgd = nf.SGD.from_optimizer(optimizer, batch_size=BATCH_SIZE, replacement=False, dataset_size=len(dataset))
-    return model, loss, DataLoader(dataset, batch_size=256), symmetries(model), sgd
+    return model, loss, DataLoader(dataset, batch_size=256), sgd

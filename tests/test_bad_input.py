@@ -99,7 +99,7 @@ def test_a_symmetry_that_is_not_one_says_its_residual_and_the_worst_example(name
     for call in (
         lambda: measure(one, loss=loss, loader=loader, symmetries=one.wrong),
         lambda: measure(one, loss=loss, loader=loader, symmetries=one.wrong, max_bytes=1),
-        lambda: nf.analyze(one.model, loss, loader, one.wrong, nf.SGD(0.1, 5)),
+        lambda: nf.analyze(one.model, loss, loader, nf.SGD(0.1, 5), one.wrong),
     ):
         with refused(nf.NotASymmetryError, next(iter(one.wrong)), "batch 0", "residual", "example 6", "verify"):
             call()
@@ -115,7 +115,7 @@ def test_a_symmetry_of_gradients_alone_is_not_one() -> None:
     start = one.model[0].weight.norm().item()
     assert measure(one, loss=jump).trace > 0
     with refused(nf.NotASymmetryError, "'hidden'", "example", "first batch", "relative change"):
-        nf.analyze(one.model, jump, one.loader(), one.symmetries, nf.SGD(0.1, 5))
+        nf.analyze(one.model, jump, one.loader(), nf.SGD(0.1, 5), one.symmetries)
 
 
 def test_symmetries_in_a_list_are_refused() -> None:

@@ -35,7 +35,7 @@ def main() -> None:
 def analyze(
     file: Annotated[
         Path,
-        typer.Argument(help="A Python file with build() -> (model, loss, loader, sgd), or with symmetries before sgd."),
+        typer.Argument(help="A Python file with build() -> (model, loss, loader, sgd), or with symmetries after sgd."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the figure.")] = Path("results"),
     save: Annotated[Path | None, typer.Option(help="Write the rebalanced weights to this .safetensors file.")] = None,
@@ -44,8 +44,8 @@ def analyze(
     try:
         if save is not None and save.suffix != ".safetensors":
             raise UserFileError(f"--save writes safetensors, so the file must end in .safetensors, got {save}")
-        model, loss, loader, declared, sgd = load_build(file)
-        analysis = run_analysis(model, loss, loader, declared, sgd)
+        model, loss, loader, sgd, declared = load_build(file)
+        analysis = run_analysis(model, loss, loader, sgd, declared)
         from noetherflow.report import figure, table
 
         _console.print(table.render(analysis))
@@ -129,11 +129,11 @@ def reproduce(
         raise typer.Exit(1)
 
 
-def load_build(file: Path) -> tuple[nn.Module, Any, Any, Mapping[str, Any] | None, SGD]:
+def load_build(file: Path) -> tuple[nn.Module, Any, Any, SGD, Mapping[str, Any] | None]:
     """Run the `build()` of a user's file and check what it returns.
 
     Returns:
-        Model, loss, loader, symmetries (None if they are to be found), settings.
+        Model, loss, loader, settings, symmetries (None if they are to be found).
 
     Raises:
         UserFileError: If there is no such file or function, or if it returns something else.
@@ -149,30 +149,30 @@ def load_build(file: Path) -> tuple[nn.Module, Any, Any, Mapping[str, Any] | Non
     sys.modules[file.stem] = module
     spec.loader.exec_module(module)
     build = getattr(module, "build", None)
-    expected = "build() -> (model, loss, loader, symmetries, sgd) or (model, loss, loader, sgd)"
+    expected = "build() -> (model, loss, loader, sgd) or (model, loss, loader, sgd, symmetries)"
     if not callable(build):
         raise UserFileError(f"{file} does not define {expected}; see examples/digits_mlp.py")
     built = build()
     if not isinstance(built, (tuple, list)) or len(built) not in (4, 5):
         size = f" of length {len(built)}" if isinstance(built, (tuple, list)) else ""
         raise UserFileError(f"{file}: expected {expected}, got {type(built).__name__}{size}")
-    model, loss, loader, declared, sgd = built if len(built) == 5 else (*built[:3], None, built[3])
+    model, loss, loader, sgd, declared = built if len(built) == 5 else (*built, None)
     checks = (
         ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
         ("loss", loss, callable(loss), "a function (model, batch) -> one loss per example"),
         ("loader", loader, hasattr(loader, "__iter__"), "a DataLoader or another iterable of batches"),
+        ("sgd", sgd, isinstance(sgd, SGD), "a noetherflow.SGD"),
         (
             "symmetries",
             declared,
             declared is None or isinstance(declared, Mapping),
             "a mapping from names to symmetries",
         ),
-        ("sgd", sgd, isinstance(sgd, SGD), "a noetherflow.SGD"),
     )
     for name, value, good, wanted in checks:
         if not good:
             raise UserFileError(f"{file}: build() must return {wanted} as {name}, got {type(value).__name__}")
-    return model, loss, loader, declared, sgd
+    return model, loss, loader, sgd, declared
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

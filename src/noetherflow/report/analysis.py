@@ -85,11 +85,9 @@ class Analysis:
     Examples:
         >>> import torch, noetherflow as nf
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
-        >>> into, out_of = [nf.Axis("0.weight", 0), nf.Axis("0.bias", 0)], [nf.Axis("2.weight", 1)]
-        >>> symmetries = {"hidden": nf.DiagonalSymmetry(into, out_of)}
         >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(9)]
         >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
-        >>> analysis = nf.analyze(net, loss, batches, symmetries, nf.SGD(lr=0.1, batch_size=8))
+        >>> analysis = nf.analyze(net, loss, batches, nf.SGD(lr=0.1, batch_size=8))
         >>> analysis.to_json()["totals"]["noise_trace_ratio"] < 1
         True
     """
@@ -130,8 +128,8 @@ def analyze(
     model: nn.Module,
     loss: Loss,
     loader: Iterable[Batch],
-    symmetries: Mapping[str, Symmetry] | None,
     sgd: SGD,
+    symmetries: Mapping[str, Symmetry] | None = None,
     *,
     progress: bool = True,
 ) -> Analysis:
@@ -141,8 +139,8 @@ def analyze(
         model: The model, in the mode in which it trains; it is not changed. The analysis runs in float64 on a copy.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
         loader: The training data in batches, gone through once.
-        symmetries: By name; None to find them, on the first batch.
         sgd: The settings it trains with.
+        symmetries: By name; None to find them, on the first batch.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -156,11 +154,9 @@ def analyze(
     Examples:
         >>> import torch, noetherflow as nf
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
-        >>> into, out_of = [nf.Axis("0.weight", 0), nf.Axis("0.bias", 0)], [nf.Axis("2.weight", 1)]
-        >>> symmetries = {"hidden": nf.DiagonalSymmetry(into, out_of)}
         >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(9)]
         >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
-        >>> nf.analyze(net, loss, batches, symmetries, nf.SGD(lr=0.1, batch_size=8)).reports[0].dimension
+        >>> nf.analyze(net, loss, batches, nf.SGD(lr=0.1, batch_size=8)).reports[0].dimension
         3
 
     Source: Ziyin et al. (2024).
