@@ -32,6 +32,12 @@ def build():
     return net, loss, data, nf.SGD(lr=0.1, batch_size=4, weight_decay=1e-3), {{"hidden": hidden}}
 """
 
+DECLARES_FIVE = """
+import torch, noetherflow as nf
+def build():
+    return torch.nn.Linear(1, 1), print, [], nf.SGD(0.1, 5), 5
+"""
+
 
 def run(*arguments: object) -> object:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -85,10 +91,7 @@ def test_a_file_may_import_its_neighbour(tmp_path: Path) -> None:
         ("def build():\n    return 1, 2, 3, 4, 5\n", "must return a torch.nn.Module as model"),
         ("import torch\ndef build():\n    return torch.nn.Linear(1, 1), 2, 3, 4, 5\n", "as loss"),
         ("import torch\ndef build():\n    return torch.nn.Linear(1, 1), print, 3, 4, 5\n", "as loader"),
-        (
-            "import torch, noetherflow as nf\ndef build():\n    return torch.nn.Linear(1, 1), print, [], nf.SGD(1, 5), 5\n",
-            "as symmetries",
-        ),
+        (DECLARES_FIVE, "as symmetries"),
         ("import torch\ndef build():\n    return torch.nn.Linear(1, 1), print, [], 4, {}\n", "as sgd"),
     ],
 )

@@ -111,8 +111,7 @@ def verify_symmetry(
     for x in random_coordinates(symmetry, params, draws, generator):
         with own_randomness(device, seed=0), torch.no_grad():
             after = losses(symmetry.act(x, params), batch)
-        scale = torch.maximum(before.abs(), before.abs().mean()).clamp_min(torch.finfo(dtype).tiny)
-        change = torch.maximum(change, ((after - before).abs() / scale).nan_to_num(nan=torch.inf))
+        change = torch.maximum(change, relative_change(before, after))
     cosine = _worst_cosines(symmetry, losses, params, batch, size, generator)
     worst = torch.maximum(change, cosine)
     return Residual(change.max().item(), cosine.max().item(), int(worst.argmax()))
@@ -128,26 +127,36 @@ def random_coordinates(symmetry: Symmetry, params: Params, draws: int, generator
         yield x.to(identity)
 
 
+def relative_change(before: Tensor, after: Tensor) -> Tensor:
+    """How much each loss has changed, relative to itself or to the mean of all, whichever is larger."""
+    scale = torch.maximum(before.abs(), before.abs().mean()).clamp_min(torch.finfo(before.dtype).tiny)
+    return ((after - before).abs() / scale).nan_to_num(nan=torch.inf)
+
+
+def cosine(gradients: Params, direction: Params) -> Tensor:
+    """|g . v| / (|g| |v|) over the parameters that v moves; 0 where one of them vanishes."""
+    along = torch.stack([(gradients[name] * part).sum() for name, part in direction.items()]).sum()
+    size = torch.stack([gradients[name].square().sum() for name in direction]).sum().sqrt()
+    length = torch.stack([part.square().sum() for part in direction.values()]).sum().sqrt()
+    return (along.abs() / (size * length)).nan_to_num(nan=0.0)
+
+
 def _worst_cosines(
     symmetry: Symmetry, losses: Losses, params: dict[str, Tensor], batch: Batch, size: int, generator: torch.Generator
 ) -> Tensor:
     """|g . Q theta| / (|g| |Q theta|) of every example, over the parameters on which the symmetry acts; shape (B,)."""
     (x,) = random_coordinates(symmetry, params, 1, generator)
     direction = symmetry.generate(x, params)
-    length = torch.stack([direction[name].square().sum() for name in symmetry.names]).sum().sqrt()
+    device = next(iter(params.values())).device
     cosines = []
     # One example at a time: this is a certificate for models of any size, and must not need B copies of their
     # gradients.
     for index in range(size):
-        one = select(batch, torch.tensor([index], device=length.device), size)
+        one = select(batch, torch.tensor([index], device=device), size)
         leaves = {name: tensor.detach().requires_grad_(name in symmetry.names) for name, tensor in params.items()}
-        with own_randomness(length.device, seed=0), torch.enable_grad():
+        with own_randomness(device, seed=0), torch.enable_grad():
             value = losses(leaves, one).sum()
         touched = [leaves[name] for name in symmetry.names]
         gradients = torch.autograd.grad(value, touched, allow_unused=True, materialize_grads=True)
-        along = torch.stack(
-            [(g * direction[name]).sum() for g, name in zip(gradients, symmetry.names, strict=True)]
-        ).sum()
-        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-        cosines.append((along.abs() / (norm * length)).nan_to_num(nan=0.0))
+        cosines.append(cosine(dict(zip(symmetry.names, gradients, strict=True)), direction))
     return torch.stack(cosines)

@@ -12,7 +12,7 @@ from noetherflow._params import bind, require_finite, snapshot
 from noetherflow._per_example import own_randomness, require_losses, require_uncoupled
 from noetherflow._types import Batch, Loss
 from noetherflow.symmetry import Symmetry
-from noetherflow.verify import Residual, random_coordinates
+from noetherflow.verify import Residual, cosine, random_coordinates, relative_change
 
 # What rounding leaves, with room, and what a mistake leaves: 1e-3 to 1.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -79,8 +79,8 @@ class _Proof:
         for first in range(0, len(symmetries), _TOGETHER):
             changes += self._changes(symmetries[first : first + _TOGETHER])
         return [
-            Residual(change, float(cosine.max()), int(cosine.argmax()))
-            for change, cosine in zip(changes, cosines, strict=True)
+            Residual(change, float(each.max()), int(each.argmax()))
+            for change, each in zip(changes, cosines, strict=True)
         ]
 
     def _changes(self, symmetries: list[Symmetry]) -> list[float]:
@@ -93,8 +93,7 @@ class _Proof:
                 (x,) = random_coordinates(one, own, 1, self._generator)
                 moved = moved | one.act(x, own)
             after = self._evaluate(moved)
-            scale = torch.maximum(self._before.abs(), self._before.abs().mean()).clamp_min(1e-300)
-            worst = max(worst, float(((after - self._before).abs() / scale).nan_to_num(nan=torch.inf).max()))
+            worst = max(worst, float(relative_change(self._before, after).max()))
         if worst <= TOLERANCE[self._dtype] or len(symmetries) == 1:
             return [worst] * len(symmetries)
         half = len(symmetries) // 2
@@ -110,7 +109,7 @@ class _Proof:
         found = []
         for index in range(1 if self._coupled else self._size):
             gradients = self._gradients(None if self._coupled else index)
-            found.append(torch.stack([_cosine(gradients, direction) for direction in directions]))
+            found.append(torch.stack([cosine(gradients, direction) for direction in directions]))
         return list(torch.stack(found, 1))
 
     def _gradients(self, index: int | None) -> dict[str, Tensor]:
@@ -129,10 +128,3 @@ class _Proof:
         # The same seed every time, so that dropout drops the same units before and after.
         with own_randomness(self._device, seed=0), torch.no_grad():
             return self._losses(params, self._batch)
-
-
-def _cosine(gradients: dict[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
-    along = torch.stack([(gradients[name] * part).sum() for name, part in direction.items()]).sum()
-    size = torch.stack([gradients[name].square().sum() for name in direction]).sum().sqrt()
-    length = torch.stack([part.square().sum() for part in direction.values()]).sum().sqrt()
-    return (along.abs() / (size * length)).nan_to_num(nan=0.0)
