@@ -146,7 +146,7 @@ def _worst_cosines(
 ) -> Tensor:
     """|g . Q theta| / (|g| |Q theta|) of every example, over the parameters on which the symmetry acts; shape (B,)."""
     (x,) = random_coordinates(symmetry, params, 1, generator)
-    direction = symmetry.generate(x, params)
+    direction = symmetry.generate(x, {name: params[name] for name in symmetry.names})
     device = next(iter(params.values())).device
     cosines = []
     # One example at a time: this is a certificate for models of any size, and must not need B copies of their
