@@ -129,6 +129,8 @@ def check(tree: Any, seed: int, *, training: bool) -> None:
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(TREES, st.integers(0, 2**16), st.booleans())
+@hypothesis.example(("twice", ("twice", 16, 16), ("chain", 16, 16)), 0, False)  # activations of 1e-113
+@hypothesis.example(("twice", ("twice", 16, 0), ("chain", 16, 16)), 0, False)  # a module under two names
 def test_nothing_false_is_found(tree: Any, seed: int, training: bool) -> None:
     check(tree, seed, training=training)
 

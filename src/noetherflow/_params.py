@@ -1,6 +1,7 @@
 """Named parameters: snapshots, strict checks, and a model's loss as a plain function of them."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -58,16 +59,41 @@ def bind(model: nn.Module, loss: Loss, dtype: torch.dtype | None = None) -> Call
         The function.
     """
     holder = _Holder(model, loss)
-    buffers = {f"model.{name}": _as(buffer.detach().clone(), dtype) for name, buffer in model.named_buffers()}
+    buffers = {name: _as(buffer.detach().clone(), dtype) for name, buffer in model.named_buffers()}
+    places = _places(model)
+    canonical = set(places.values())
 
     def losses(params: Params, batch: Batch) -> Tensor:
+        require_names(canonical, params, "the parameters of a call")
         # A copy per call: a module in train mode may write into its buffers.
-        state = {name: buffer.clone() for name, buffer in buffers.items()}
-        state.update({f"model.{name}": tensor for name, tensor in params.items()})
-        result: Tensor = functional_call(holder, state, (batch,), strict=True)
+        values = {name: buffer.clone() for name, buffer in buffers.items()} | dict(params)
+        require_names(values, canonical, "the model")
+        state = {f"model.{place}": values[name] for place, name in places.items()}
+        result: Tensor = functional_call(holder, state, (batch,), tie_weights=False)
         return result
 
     return losses
+
+
+def _places(model: nn.Module) -> dict[str, str]:
+    """Where every parameter and buffer has to be put, with its canonical name.
+
+    A tied weight has several places. A module that is itself registered under several names has one: functional_call
+    would take what it put there first for the original, and leave it there.
+
+    Returns:
+        Canonical name by place.
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    canonical = {id(tensor): name for name, tensor in named}
+    places = {}
+    for prefix, module in model.named_modules():
+        own = [
+            listed(recurse=False, remove_duplicate=False) for listed in (module.named_parameters, module.named_buffers)
+        ]
+        for name, tensor in itertools.chain(*own):
+            places[f"{prefix}.{name}" if prefix else name] = canonical[id(tensor)]
+    return places
 
 
 def copy_of(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -1,5 +1,6 @@
 """Is it a symmetry? A numerical certificate."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import final
 
@@ -120,8 +121,10 @@ def verify_symmetry(
 def random_coordinates(symmetry: Symmetry, params: Params, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Some elements of a symmetry's algebra, of a size at which tensors change by factors of about e^(+-1/2)."""
     identity = symmetry.identity(params)
+    # Behind powers of activations a tensor may be multiplied by e^(64 x), and numbers end at e^709.
+    power = max(Counter(symmetry.regions(params)).values())
     for _ in range(draws):
-        x = _SIZE * torch.randn(identity.shape, generator=generator, dtype=torch.float64)
+        x = _SIZE / power * torch.randn(identity.shape, generator=generator, dtype=torch.float64)
         if x.ndim == 2:
             x = _spd.symmetric(x) / len(x) ** 0.5
         yield x.to(identity)
@@ -135,10 +138,16 @@ def relative_change(before: Tensor, after: Tensor) -> Tensor:
 
 def cosine(gradients: Params, direction: Params) -> Tensor:
     """|g . v| / (|g| |v|) over the parameters that v moves; 0 where one of them vanishes."""
-    along = torch.stack([(gradients[name] * part).sum() for name, part in direction.items()]).sum()
-    size = torch.stack([gradients[name].square().sum() for name in direction]).sum().sqrt()
-    length = torch.stack([part.square().sum() for part in direction.values()]).sum().sqrt()
-    return (along.abs() / (size * length)).nan_to_num(nan=0.0)
+    pairs = [_of_unit_size([side[name] for name in direction]) for side in (gradients, direction)]
+    along = torch.stack([(g * v).sum() for g, v in zip(*pairs, strict=True)]).sum()
+    sizes = [torch.stack([one.square().sum() for one in side]).sum().sqrt() for side in pairs]
+    return (along.abs() / (sizes[0] * sizes[1])).nan_to_num(nan=0.0)
+
+
+def _of_unit_size(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors over their largest entry, so that squares neither vanish nor overflow."""
+    largest = torch.stack([one.abs().max() for one in tensors if one.numel()]).max()
+    return [one / largest for one in tensors]
 
 
 def _worst_cosines(
