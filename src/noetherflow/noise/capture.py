@@ -1,0 +1,442 @@
+"""A forward pass in which every use of a trained parameter is noted, and a backward pass that turns uses into squares.
+
+Parameters are recognised by identity wherever PyTorch functions meet them, so that tied weights, modules used several
+times, slices of packed projections and parameters of hand-written layers are all the same to it. Nothing is attached to
+the model.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.func import vjp, vmap
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from noetherflow.noise.asked import Asked
+from noetherflow.noise.collect import Collected, collect, stacked
+from noetherflow.noise.uses import Rows, Use, View, Whole
+
+_DROPOUT = {
+    functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
+    functional.feature_alpha_dropout, torch.dropout, torch.feature_dropout, torch.alpha_dropout,
+}  # fmt: skip
+# Properties that are views of a tensor; all others say something about it, or cut it off from its gradient.
+_VIEWS = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__}
+_APART = {torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.requires_grad_, Tensor.detach}
+
+
+class Rule(Protocol):
+    """What to do about a call of one function in which parameters meet data."""
+
+    def __call__(self, capture: "Capture", func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of the call, or NotImplemented."""
+
+
+@final
+@dataclass(eq=False)
+class Source:
+    """A tensor whose per-example gradient is collected: a parameter, or what a forward pass makes of parameters alone.
+
+    Args:
+        name: Of the parameter, or None.
+        shape: Of the tensor.
+        parents: What it was made of.
+        function: How: the tensor as a function of its parents'.
+        ids: If it is made of the rows of a table, which ones.
+        uses: Noted in the backward pass.
+        unknown: The operation that stands in the way, if there is one.
+    """
+
+    name: str | None
+    shape: torch.Size
+    parents: tuple["Tracked", ...] = ()
+    function: Callable[..., Tensor] | None = None
+    ids: Tensor | None = None
+    uses: list[Use] = field(default_factory=list)
+    unknown: str | None = None
+
+    def refuse(self, operation: str) -> None:
+        """Note that the per-example gradient cannot be had."""
+        self.unknown = self.unknown or operation
+        for parent in self.parents:
+            parent.source.refuse(operation)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Tracked:
+    """A tensor of the forward pass that is a source or a view of one."""
+
+    source: Source
+    tensor: Tensor
+    views: tuple[View, ...] = ()
+
+    def note(self, use: Use) -> None:
+        """Keep a use until the last one of its source is there."""
+        self.source.uses.append(use)
+
+
+@final
+@dataclass(frozen=True)
+class Layout:
+    """Where in a tensor the examples are: along its first dimension, with or without tokens, or along its second.
+
+    Args:
+        size: Number of examples.
+        second: Whether tokens come first.
+    """
+
+    size: int
+    second: bool
+
+    def fits(self, tensor: Tensor, kept: int = 1) -> bool:
+        """Whether `examples_first` can be asked for."""
+        before = tensor.ndim - kept
+        if self.second and before >= 2:
+            return tensor.shape[1] == self.size
+        return before >= 1 and tensor.shape[0] > 0 and tensor.shape[0] % self.size == 0
+
+    def examples_first(self, tensor: Tensor, kept: int = 1) -> Tensor:
+        """A tensor of tokens as (B, T, *its last `kept` dimensions); a view, if possible.
+
+        A leading dimension of several times B is that of examples and tokens, or of tokens and examples.
+        """
+        last = tensor.shape[tensor.ndim - kept :]
+        if self.second:
+            tokens = tensor if tensor.ndim - kept >= 2 else tensor.reshape(-1, self.size, *last)
+            return tokens.transpose(0, 1).reshape(self.size, -1, *last)
+        return tensor.reshape(self.size, -1, *last)
+
+
+@final
+class Capture(TorchFunctionMode):
+    """The mode under which a forward pass runs.
+
+    Args:
+        params: Trained parameters by name; of these, every use is noted.
+        asked: What to add up for each.
+        size: Number of examples of the batch.
+        batch: Its tensors that have an entry per example.
+        rules: What to do about each function that meets a parameter and data.
+        keep_gradients: Whether the backward pass goes on to the parameters' own gradients.
+        calm: Run without dropout.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        asked: Mapping[str, Asked],
+        size: int,
+        batch: Iterable[Tensor],
+        rules: Mapping[Any, Rule],
+        *,
+        keep_gradients: bool,
+        calm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.collected: dict[str, Collected] = {}
+        self._names = {id(tensor): name for name, tensor in params.items()}
+        self._params = dict(params)
+        self._asked, self._rules, self._keep, self._calm = asked, rules, keep_gradients, calm
+        # Strong references, so that no identity is used twice.
+        self._data = {id(tensor): tensor for tensor in batch}
+        self._tracked: dict[int, Tracked] = {}
+        self._sources: dict[str, Tracked] = {}
+        self._batch_second = False
+        some = next(iter(params.values()))
+        # Makes outputs require gradients even if the parameters that made them do not.
+        self.anchor = torch.zeros((), dtype=some.dtype, device=some.device, requires_grad=True)
+
+    @property
+    def unknown(self) -> dict[str, str]:
+        """The parameters whose per-example gradients could not be had, with the operation in the way."""
+        return {name: one.source.unknown for name, one in self._sources.items() if one.source.unknown}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See to one call."""
+        kwargs = kwargs or {}
+        if self._calm and func in _DROPOUT:
+            return args[0] if args else kwargs["input"]
+        leaves = list(_leaves((*args, *kwargs.values())))
+        data = any(self.is_data(leaf) for leaf in leaves)
+        known = any(id(leaf) in self._tracked or id(leaf) in self._names for leaf in leaves)
+        if not known or not torch.is_grad_enabled() or _is_apart(func):
+            return self._mark(func(*args, **kwargs), leaves) if data else func(*args, **kwargs)
+        args = tuple(_mapped(self._enter, one) for one in args)
+        kwargs = {name: _mapped(self._enter, one) for name, one in kwargs.items()}
+        if not data:
+            return self._derive(func, args, kwargs)
+        rule = self._rules.get(func)
+        found = NotImplemented if rule is None else rule(self, func, args, kwargs)
+        if found is NotImplemented:
+            self._refuse(func, args, kwargs)
+            found = func(*args, **kwargs)
+        return self._mark(found, leaves)
+
+    def tracked(self, tensor: Any) -> Tracked | None:
+        """What is known of an argument, if it is made of parameters alone."""
+        return self._tracked.get(id(tensor))
+
+    def is_data(self, tensor: Any) -> bool:
+        """Whether a tensor depends on the batch."""
+        return id(tensor) in self._data or getattr(tensor, "_of_batch", False)
+
+    @property
+    def layout(self) -> "Layout":
+        """How tensors are laid out at this point of the forward pass."""
+        return Layout(self.size, self._batch_second)
+
+    def tap(self, output: Tensor, source: Tensor, note: Callable[[Tensor, Tensor], None], *tracked: Tracked) -> Tensor:
+        """The output of an operation computed without its parameters' gradients, with a note to be made of them.
+
+        Args:
+            output: What the operation returned: no view, and not saved for its own backward pass.
+            source: A tensor that the note will need again.
+            note: Called in the backward pass with that tensor and the gradient of the output.
+            tracked: The parameters it is about.
+
+        Returns:
+            The output, which now requires gradients.
+        """
+        return _Tap.apply(output, source, note, *(one.tensor for one in tracked))  # type: ignore[no-any-return]
+
+    def spread(self, tracked: Tracked, shape: tuple[int, ...]) -> Tensor:
+        """A parameter once per example, as a tensor whose gradient is noted.
+
+        Args:
+            tracked: The parameter.
+            shape: (B, ...), to which the parameter can be expanded.
+
+        Returns:
+            The expanded tensor.
+        """
+
+        def note(gradient: Tensor) -> None:
+            tracked.note(Whole(tracked.views, gradient.reshape(self.size, *tracked.tensor.shape)))
+
+        return _Spread.apply(tracked.tensor, shape, note)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def batch_second(self) -> Iterator[None]:
+        """A block of calls, seen by the mode too, in which tensors are laid out (tokens, examples, ...)."""
+        before, self._batch_second = self._batch_second, True
+        try:
+            with self:
+                yield
+        finally:
+            self._batch_second = before
+
+    def _enter(self, leaf: Tensor) -> Tensor:
+        """A parameter, replaced by a tensor that stands for it in the graph."""
+        name = self._names.get(id(leaf))
+        if name is None:
+            return leaf
+        if name not in self._sources:
+            source = Source(name, leaf.shape)
+            self._sources[name] = self._gather(leaf if self._keep else leaf.detach(), source)
+        return self._sources[name].tensor
+
+    def _gather(self, tensor: Tensor, source: Source) -> Tracked:
+        return self._track(source, _Gather.apply(tensor, self.anchor, lambda g: self._finish(source, tensor, g)))
+
+    def _track(self, source: Source, tensor: Tensor, views: tuple[View, ...] = ()) -> Tracked:
+        tracked = self._tracked[id(tensor)] = Tracked(source, tensor, views)
+        return tracked
+
+    def _mark(self, found: Any, leaves: list[Tensor]) -> Any:
+        """Note of the results of a call that they depend on the batch."""
+        for one in (found,) if isinstance(found, Tensor) else _leaves((found,)):
+            if any(one is leaf for leaf in leaves):
+                self._data[id(one)] = one  # a tensor of the user's: nothing is attached to it
+            else:
+                one._of_batch = True  # type: ignore[attr-defined]
+        return found
+
+    def _derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call in which parameters meet no data: a view of one, or something made of them."""
+        leaves = list(_leaves((*args, *kwargs.values())))
+        parents = tuple(self._tracked[id(leaf)] for leaf in leaves if id(leaf) in self._tracked)
+        name = getattr(func, "__name__", "")
+        if func is functional.embedding and leaves[0].ndim > 1 and len(leaves[0]) == self.size:
+            # Constants, but one for each example: the types of tokens that nobody gave.
+            return self._mark(self._rules[func](self, func, args, kwargs), leaves)
+        if (name.endswith("_") and not name.endswith("__")) or func in _DROPOUT:
+            self._refuse(func, args, kwargs)
+            return func(*args, **kwargs)
+        if name in ("expand", "repeat", "broadcast_to") and len(parents) == 1 and parents[0].tensor.ndim:
+            shape = func(*args, **kwargs).shape
+            if shape[0] == self.size and (len(shape) > parents[0].tensor.ndim or parents[0].tensor.shape[0] == 1):
+                one = torch.Size((1, *parents[0].tensor.shape)) if len(shape) > parents[0].tensor.ndim else None
+                if shape[1:].numel() == parents[0].tensor.numel() and (one is None or one[1:] == shape[1:]):
+                    return self._mark(self.spread(parents[0], tuple(shape)), [])
+        result = func(*args, **kwargs)
+        for index, one in enumerate([result] if isinstance(result, Tensor) else list(_leaves((result,)))):
+            if not one.requires_grad or id(one) in self._tracked:
+                continue
+            if len(parents) == 1 and _is_view(one, parents[0].tensor):
+                view = _replay(func, args, kwargs, parents[0].tensor, None if isinstance(result, Tensor) else index)
+                self._track(parents[0].source, one, (*parents[0].views, view))
+            elif isinstance(result, Tensor):
+                source = Source(None, one.shape, parents, _function(func, args, kwargs, parents))
+                if func is functional.embedding and len(parents) == 1 and len(args) == 2 and not kwargs:
+                    source.ids = args[0]
+                return self._gather(one, source).tensor
+            else:
+                self._refuse(func, args, kwargs)
+        return result
+
+    def _refuse(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for leaf in _leaves((*args, *kwargs.values())):
+            if id(leaf) in self._tracked:
+                self._tracked[id(leaf)].source.refuse(getattr(func, "__name__", str(func)))
+
+    def _finish(self, source: Source, tensor: Tensor, incoming: Tensor | None) -> Tensor | None:
+        """All uses of a source are there: add up what is asked for, and let the gradient go on."""
+        uses, source.uses = source.uses, []
+        if source.unknown:
+            own = [use for use in uses if not use.native]
+            gradient = collect(own, source.shape, Asked(), tensor).gradient if own else None
+            parts = [one for one in (incoming, gradient) if one is not None]
+            return torch.stack(parts).sum(0).to(tensor.dtype) if self._keep and parts else None
+        if not uses:
+            return incoming if self._keep else None
+        if source.name is not None:
+            self.collected[source.name] = collect(uses, source.shape, self._asked[source.name], tensor)
+            return self.collected[source.name].gradient.to(tensor.dtype) if self._keep else None
+        stack = stacked(uses, source.shape, tensor)
+        if source.ids is not None:
+            (table,) = source.parents
+            ids = source.ids.reshape(1, -1).expand(self.size, -1)
+            table.note(Rows(table.views, ids, stack.reshape(self.size, ids.shape[1], -1), native=True))
+        else:
+            assert source.function is not None
+            _, pull = vjp(source.function, *(parent.tensor.detach() for parent in source.parents))
+            for parent, one in zip(source.parents, vmap(pull)(stack), strict=True):
+                parent.note(Whole(parent.views, one, native=True))
+        return stack.sum(0) if self._keep else None
+
+
+class _Gather(Function):
+    """A tensor as it is; its gradient is what has been noted of it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor, finish: Callable[[Tensor | None], Tensor | None]) -> Tensor:
+        ctx.finish = finish
+        ctx.set_materialize_grads(False)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            return ctx.finish(gradients[0]), None, None
+
+
+class _Tap(Function):
+    """A tensor as it is; its gradient is noted in passing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, source: Tensor, note: Callable[[Tensor, Tensor], None], *tracked: Tensor
+    ) -> Tensor:
+        ctx.note, ctx.count = note, len(tracked)
+        ctx.save_for_backward(source)
+        ctx.mark_dirty(output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        (gradient,) = gradients
+        if gradient is not None:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                ctx.note(ctx.saved_tensors[0], gradient)
+        return gradient, None, None, *(None,) * ctx.count
+
+
+class _Spread(Function):
+    """A tensor expanded; the gradient of every copy is noted."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, shape: tuple[int, ...], note: Callable[[Tensor], None]) -> Tensor:
+        ctx.note = note
+        ctx.set_materialize_grads(False)
+        return tensor.expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        (gradient,) = gradients
+        if gradient is not None:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                ctx.note(gradient)
+        return None, None, None
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments."""
+    for one in values:
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, (tuple, list)):
+            yield from _leaves(one)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(function, one) for one in value)
+    return value
+
+
+def _is_apart(func: Any) -> bool:
+    """Whether a call has nothing to do with the gradient of its arguments."""
+    if func in _APART:
+        return True
+    return getattr(func, "__name__", "") in ("__get__", "__set__") and func not in _VIEWS
+
+
+def _is_view(tensor: Tensor, of: Tensor) -> bool:
+    """Whether a tensor shares the memory of another, every entry at a place of its own."""
+    overlapping = any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True))
+    return not overlapping and tensor.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+
+
+def _replay(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], of: Tensor, part: int | None) -> View:
+    """The same view of another tensor."""
+
+    def view(tensor: Tensor) -> Tensor:
+        def put(leaf: Tensor) -> Tensor:
+            return tensor if leaf is of else leaf
+
+        result = func(*(_mapped(put, one) for one in args), **{name: _mapped(put, one) for name, one in kwargs.items()})
+        found: Tensor = result if part is None else list(_leaves((result,)))[part]
+        return found
+
+    return view
+
+
+def _function(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parents: tuple[Tracked, ...]
+) -> Callable[..., Tensor]:
+    """A call as a function of the tensors it was made with."""
+
+    def function(*tensors: Tensor) -> Tensor:
+        stand_ins = {id(parent.tensor): tensor for parent, tensor in zip(parents, tensors, strict=True)}
+
+        def put(leaf: Tensor) -> Tensor:
+            return stand_ins.get(id(leaf), leaf)
+
+        found: Tensor = func(
+            *(_mapped(put, one) for one in args), **{name: _mapped(put, one) for name, one in kwargs.items()}
+        )
+        return found
+
+    return function

@@ -1,0 +1,142 @@
+"""How one parameter was used in a forward pass: what its gradient, example by example, is made of."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+View = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Use(ABC):
+    """One use of a parameter, or of a view of it.
+
+    Args:
+        views: What leads from the parameter to what was used, in this order; each a view of its argument's memory.
+        native: Whether autograd itself carries this gradient on to the parameter.
+    """
+
+    views: tuple[View, ...]
+    native: bool = field(default=False, kw_only=True)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor of the parameter's shape that was used."""
+        for view in self.views:
+            tensor = view(tensor)
+        return tensor
+
+    @abstractmethod
+    def add_to(self, part: Tensor, index: int) -> None:
+        """Add the gradient of one example to the part that was used."""
+
+    def write_to(self, part: Tensor, index: int) -> None:
+        """The same into a part that holds anything."""
+        self.add_to(part.zero_(), index)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Outer(Use):
+    """A linear map of tokens: the gradient is the sum over tokens of output gradient times input.
+
+    Args:
+        inputs: Shape (B, T, m).
+        outputs: Gradients, shape (B, T, n); the part that was used has shape (n, m).
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def add_to(self, part: Tensor, index: int) -> None:
+        part.addmm_(self.outputs[index].mT, self.inputs[index])
+
+    def write_to(self, part: Tensor, index: int) -> None:
+        torch.mm(self.outputs[index].mT, self.inputs[index], out=part)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Rows(Use):
+    """A table of which each token reads one row.
+
+    Args:
+        ids: Shape (B, T).
+        outputs: Gradients, shape (B, T, d).
+    """
+
+    ids: Tensor
+    outputs: Tensor
+
+    def add_to(self, part: Tensor, index: int) -> None:
+        part.index_add_(0, self.ids[index], self.outputs[index])
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Whole(Use):
+    """The gradient of every example as it is.
+
+    Args:
+        gradients: Shape (B, *shape of the part that was used).
+    """
+
+    gradients: Tensor
+
+    def add_to(self, part: Tensor, index: int) -> None:
+        part += self.gradients[index]
+
+    def write_to(self, part: Tensor, index: int) -> None:
+        part.copy_(self.gradients[index])
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Convolution(Use):
+    """A convolution: a linear map of patches, of each group of channels by itself.
+
+    Args:
+        inputs: Padded, shape (B, channels, *space).
+        outputs: Gradients, shape (B, n, *places).
+        stride: Of each dimension of space.
+        dilation: Of each dimension of space.
+        groups: How many separate maps it is made of.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    _patches: list[Tensor] = field(default_factory=list)
+
+    def add_to(self, part: Tensor, index: int) -> None:
+        part += self._product(part, index, torch.empty_like(part))
+
+    def write_to(self, part: Tensor, index: int) -> None:
+        self._product(part, index, part)
+
+    def _product(self, part: Tensor, index: int, out: Tensor) -> Tensor:
+        one, gradient = self.inputs[index], self.outputs[index]
+        kernel, places = part.shape[2:], gradient.shape[1:]
+        moves = [distance * step for distance, step in zip(self.dilation, one.stride()[1:], strict=True)]
+        jumps = [distance * step for distance, step in zip(self.stride, one.stride()[1:], strict=True)]
+        patches = one.as_strided((len(one), *kernel, *places), (one.stride(0), *moves, *jumps), one.storage_offset())
+        if not self._patches:
+            self._patches.append(torch.empty_like(patches, memory_format=torch.contiguous_format))
+        copied = self._patches[0].copy_(patches).view(self.groups, -1, places.numel())
+        torch.bmm(
+            gradient.reshape(self.groups, -1, places.numel()), copied.mT, out=out.view(self.groups, -1, copied.shape[1])
+        )
+        return out
+
+
+def padded(inputs: Tensor, padding: Sequence[int]) -> Tensor:
+    """Inputs of a convolution with zeros around them."""
+    if not any(padding):
+        return inputs
+    return functional.pad(inputs, [width for one in reversed(padding) for width in (one, one)])
