@@ -18,13 +18,14 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from noetherflow.noise.asked import Asked
-from noetherflow.noise.collect import Collected, collect, stacked
+from noetherflow.noise.collect import Sums, collect, squares_of, stacked
 from noetherflow.noise.uses import Rows, Use, View, Whole
 
 _DROPOUT = {
     functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
     functional.feature_alpha_dropout, torch.dropout, torch.feature_dropout, torch.alpha_dropout,
 }  # fmt: skip
+_CALMED = {*_DROPOUT, functional.scaled_dot_product_attention}
 # Properties that are views of a tensor; all others say something about it, or cut it off from its gradient.
 _VIEWS = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__}
 _APART = {torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.requires_grad_, Tensor.detach}
@@ -114,6 +115,25 @@ class Layout:
 
 
 @final
+class Calm(TorchFunctionMode):
+    """A mode without dropout, so that two passes can be compared."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Skip dropout."""
+        return _calmed(func, args, kwargs or {}) if func in _CALMED else func(*args, **(kwargs or {}))
+
+
+def _calmed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func in _DROPOUT:
+        return args[0] if args else kwargs["input"]
+    if len(args) > 4:
+        return func(*args[:4], 0.0, *args[5:], **kwargs)
+    return func(*args, **{**kwargs, "dropout_p": 0.0})
+
+
+@final
 class Capture(TorchFunctionMode):
     """The mode under which a forward pass runs.
 
@@ -140,7 +160,7 @@ class Capture(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.size = size
-        self.collected: dict[str, Collected] = {}
+        self.sums: dict[str, Sums] = {}
         self._names = {id(tensor): name for name, tensor in params.items()}
         self._params = dict(params)
         self._asked, self._rules, self._keep, self._calm = asked, rules, keep_gradients, calm
@@ -163,11 +183,11 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """See to one call."""
         kwargs = kwargs or {}
-        if self._calm and func in _DROPOUT:
-            return args[0] if args else kwargs["input"]
         leaves = list(_leaves((*args, *kwargs.values())))
         data = any(self.is_data(leaf) for leaf in leaves)
         known = any(id(leaf) in self._tracked or id(leaf) in self._names for leaf in leaves)
+        if self._calm and func in _CALMED:
+            return self._mark(_calmed(func, args, kwargs), leaves)
         if not known or not torch.is_grad_enabled() or _is_apart(func):
             return self._mark(func(*args, **kwargs), leaves) if data else func(*args, **kwargs)
         args = tuple(_mapped(self._enter, one) for one in args)
@@ -309,8 +329,12 @@ class Capture(TorchFunctionMode):
         if not uses:
             return incoming if self._keep else None
         if source.name is not None:
-            self.collected[source.name] = collect(uses, source.shape, self._asked[source.name], tensor)
-            return self.collected[source.name].gradient.to(tensor.dtype) if self._keep else None
+            asked = self._asked[source.name]
+            squares, gradient = collect(uses, source.shape, asked, tensor)
+            # A gradient that goes on is not held on to, or autograd would copy it.
+            kept = None if self._keep else gradient
+            self.sums[source.name] = Sums(squares, squares_of(gradient, asked), kept)
+            return gradient.to(tensor.dtype) if self._keep else None
         stack = stacked(uses, source.shape, tensor)
         if source.ids is not None:
             (table,) = source.parents

@@ -26,6 +26,14 @@ class Collected(NamedTuple):
     gradient: Tensor
 
 
+class Sums(NamedTuple):
+    """The squares of each example's gradient, summed, those of the sum of gradients, and that sum if it was kept."""
+
+    each: Squares
+    whole: Squares
+    gradient: Tensor | None
+
+
 def collect(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) -> Collected:
     """Add up what is asked for, in the way that costs least.
 
@@ -101,7 +109,7 @@ def _whole(uses: Sequence[Use], shape: torch.Size, asked: Asked) -> Collected:
 def squares_of_stack(stack: Tensor, asked: Asked) -> Squares:
     """The squares of gradients stacked along a leading axis, summed over it."""
     wide = _wide(stack)
-    entries = wide.square().sum(0, dtype=torch.float64)
+    entries = wide.square().sum(0).double()
     shape = entries.shape
     columns = entries.sum(0, keepdim=True) if shape else entries
     rows = entries.reshape(shape[0], -1).sum(1).reshape(_rows_shape(shape)) if shape else entries
@@ -121,13 +129,12 @@ def squares_of_stack(stack: Tensor, asked: Asked) -> Squares:
 def _token_free(x: Tensor, g: Tensor, asked: Asked) -> Collected:
     """The gradient of an example is one outer product: every square is a product of squares."""
     wide_x, wide_g = _wide(x), _wide(g)
-    x2, g2 = wide_x.square(), wide_g.square()
-    x_sizes, g_sizes = x2.sum(1), g2.sum(1)
+    x_sizes, g_sizes = (torch.linalg.vector_norm(one, dim=1).square() for one in (wide_x, wide_g))
     squares = Squares(
         torch.dot(x_sizes, g_sizes).double(),
-        (x_sizes @ g2).double()[:, None] if asked.rows else None,
-        (g_sizes @ x2).double()[None] if asked.columns else None,
-        (g2.mT @ x2).double() if asked.entries else None,
+        (x_sizes @ wide_g.square()).double()[:, None] if asked.rows else None,
+        (g_sizes @ wide_x.square()).double()[None] if asked.columns else None,
+        (wide_g.square().mT @ wide_x.square()).double() if asked.entries else None,
         {axis: _outer_gram(axis, wide_x, wide_g) for axis in asked.grams},
     )
     return Collected(squares, g.mT @ x)

@@ -1,18 +1,15 @@
 """One pass over the data: per-example gradients in, noise moments out."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from noetherflow._batch import cast
-from noetherflow._errors import EmptyDataError, FrozenParameterError, NotASymmetryError
-from noetherflow._params import aliases, bind, require_finite, require_names, snapshot
+from noetherflow._errors import EmptyDataError
 from noetherflow._per_example import (
-    Losses,
-    example_gradients,
     own_randomness,
     require_differentiable,
     require_independent,
@@ -21,11 +18,13 @@ from noetherflow._per_example import (
 )
 from noetherflow._progress import track
 from noetherflow._types import Batch, Loss
+from noetherflow.noise.exact import Subject, exact_moments
+from noetherflow.noise.fast import FastPass
 from noetherflow.noise.moments import NoiseMoments, Witness
 from noetherflow.symmetry import Symmetry
 
-# Stacked gradients are held in the model's dtype, in float64 and in float64 about their mean.
-_COPIES = 3
+# Models of no more parameters are measured exactly unless something else is asked for: it costs nothing to speak of.
+_FEW = 20_000
 
 
 def estimate_noise(
@@ -34,15 +33,20 @@ def estimate_noise(
     loader: Iterable[Batch],
     symmetries: Mapping[str, Symmetry],
     *,
+    exact: bool | None = None,
+    variances: bool = True,
     dtype: torch.dtype | None = None,
     max_bytes: int = 2**28,
     progress: bool = True,
 ) -> NoiseMoments:
-    r"""Measure the gradient noise that the symmetries need, exactly, in one pass over the data.
+    r"""Measure the gradient noise that the symmetries need, in one pass over the data.
 
-    The gradient of every example is formed by `torch.func`, a chunk of examples at a time, and its centred second
-    moments are accumulated in float64: $N_\pm = E[C_\pm(g)] - C_\pm(E g)$. The model is not changed, nor are its
-    gradients, its mode or the global random state.
+    The centred second moments $N_\pm = E[C_\pm(g)] - C_\pm(E g)$ of the gradients g of single examples. In small
+    models every such gradient is formed by `torch.func`. In others one forward and one backward pass over the batch
+    yield the sums of squares layer by layer, and no such gradient is kept: linear maps and convolutions, embeddings,
+    normalisations, and parameters that are added or multiplied; the rest is done exactly, and named in the result. A
+    few examples of the first batch are checked one by one. The model is not changed, nor are its gradients, its mode
+    or the global random state.
 
     Args:
         model: The model, in the mode (train or eval) in which it trains.
@@ -50,12 +54,15 @@ def estimate_noise(
         loader: Batches, as a DataLoader gives them: tensors, or tensors in tuples, lists, mappings or dataclasses. A
             tensor whose leading dimension is not the batch size is shared by all examples.
         symmetries: What to measure it for, by name.
+        exact: Form the gradient of every example; None does so for models of at most 20,000 trained parameters.
+        variances: Measure the variance of every entry of the parameters on which scalings and rescalings act, which
+            `solve_equilibrium` needs.
         dtype: Compute gradients in this floating-point type; None keeps the model's own.
         max_bytes: Memory that stacked gradients may take; it sets how many examples are done at once.
         progress: Show a progress bar on a terminal.
 
     Returns:
-        The moments, per example.
+        The moments, per example. Unless exact, standard errors are those between batches, and need two of them.
 
     Raises:
         ParameterNameError: If a symmetry names parameters that the model does not have.
@@ -81,130 +88,39 @@ def estimate_noise(
         (2024).
     """
     require_uncoupled(model)
-    subject = _Subject.of(model, loss, symmetries, dtype)
+    subject = Subject.of(model, loss, symmetries, dtype)
+    if exact is None:
+        exact = sum(one.numel() for one in subject.trained.values()) <= _FEW
+    quick = None if exact else FastPass(subject, variances=variances, max_bytes=max_bytes)
     moments: NoiseMoments | None = None
     witness: Witness | None = None
     random: bool | None = None
     with own_randomness(subject.device):
         for index, given in enumerate(track(loader, "gradient noise", total=_length(loader), shown=progress)):
             where, batch = f"batch {index}", cast(given, subject.dtype, subject.device)
-            together = subject.losses_of(batch)
-            size = require_losses(together, where)
             if witness is None:
+                together = subject.losses_of(batch)
+                size = require_losses(together, where)
                 witness = Witness(loss, given)
                 require_differentiable(subject.losses, subject.trained, batch, subject.moved, where)
                 random = not torch.equal(together, subject.losses_of(batch))
-            alone = []
-            for first, values, gradients in _chunks(subject, batch, size, max_bytes, where):
-                subject.require_symmetric(gradients, first, where)
-                reference = None if moments is None else _running_mean(moments, gradients)
-                chunk = NoiseMoments.of(gradients, subject.symmetries, reference=reference)
-                moments = chunk if moments is None else moments.merge(chunk)
-                alone.append(values)
+                if quick is not None:
+                    quick.check(batch, together, random=random, where=where)
+            if quick is not None and quick.add(batch, where):
+                continue
+            together = subject.losses_of(batch)
+            size = require_losses(together, where)
+            moments, alone = exact_moments(subject, batch, size, max_bytes, where, moments)
             if not random:
-                require_independent(torch.cat(alone), together, where)
+                require_independent(alone, together, where)
+    if quick is not None and quick.count:
+        moments = quick.moments() if moments is None else quick.moments().merge(moments)
     if moments is None:
         raise EmptyDataError(
             f"the loader yielded no batch: {loader!r}. Is the data set empty, or smaller than a batch with "
             "drop_last=True?"
         )
     return replace(moments, aliases=subject.aliases, witness=witness)
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """The model under study as a function of its trained parameters, with everything that was checked at the door."""
-
-    losses: Losses
-    trained: dict[str, Tensor]
-    symmetries: dict[str, Symmetry]
-    aliases: dict[str, str]
-    dtype: torch.dtype | None
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, loss: Loss, symmetries: Mapping[str, Symmetry], dtype: torch.dtype | None
-    ) -> "_Subject":
-        if not isinstance(symmetries, Mapping):
-            raise TypeError(f"symmetries is a mapping from your names to symmetries, got {type(symmetries).__name__}")
-        params = snapshot(model, dtype)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise FrozenParameterError(
-                "the model has no parameter that requires gradients: nothing is trained, so there is no noise"
-            )
-        require_finite(params, "parameter")
-        canonical = aliases(model)
-        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        resolved = {name: symmetry.rename(canonical) for name, symmetry in symmetries.items()}
-        for name, symmetry in resolved.items():
-            require_names(params, symmetry.names, f"symmetry {name!r}")
-            symmetry.check(params)
-            if stuck := sorted(frozen.intersection(symmetry.names)):
-                raise FrozenParameterError(
-                    f"symmetry {name!r} acts on {stuck}, which do not require gradients: SGD does not move them, and "
-                    "moving their partners alone would change the function. Leave this symmetry out, or unfreeze them"
-                )
-        trained = {name: tensor for name, tensor in params.items() if name not in frozen}
-        fixed = {name: tensor for name, tensor in params.items() if name in frozen}
-        whole = bind(model, loss, dtype)
-        different = {name: target for name, target in canonical.items() if name != target}
-        return cls(lambda p, batch: whole({**fixed, **p}, batch), trained, resolved, different, dtype)
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.trained.values())).device
-
-    @property
-    def moved(self) -> set[str]:
-        return {name for symmetry in self.symmetries.values() for name in symmetry.names}
-
-    def losses_of(self, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return self.losses(self.trained, batch)
-
-    def require_symmetric(self, gradients: dict[str, Tensor], first: int, where: str) -> None:
-        """Raise if some example's gradient has a component along a direction in which the loss should not change."""
-        for name, symmetry in self.symmetries.items():
-            identity = symmetry.identity(self.trained)
-            # Fixed coordinates of all signs: any generator that is not a symmetry shows, in one product per example.
-            x = torch.cos(1.0 + torch.arange(identity.numel(), dtype=identity.dtype, device=identity.device)).reshape(
-                identity.shape
-            )
-            direction = symmetry.generate((x + x.mT) / 2 if x.ndim == 2 else x, self.trained)
-            moved = symmetry.names
-            along = torch.stack([(gradients[n] * direction[n]).flatten(1).sum(1) for n in moved]).sum(0)
-            norms = torch.stack([gradients[n].flatten(1).square().sum(1) for n in moved]).sum(0)
-            length = torch.stack([direction[n].square().sum() for n in moved]).sum()
-            cosine = (along.abs() / (norms * length).sqrt()).nan_to_num(nan=0.0)
-            worst = int(cosine.argmax())
-            if not cosine[worst] <= torch.finfo(cosine.dtype).eps ** 0.5:
-                raise NotASymmetryError(
-                    f"{name!r} is not a symmetry of this loss: in {where} its residual, the cosine between the "
-                    f"gradient of example {first + worst} and the direction Q theta, is {cosine[worst].item():.2e} "
-                    "and should be 0 up to rounding. Look for a forgotten bias or a wrong sign; verify_symmetry "
-                    "tries a declaration on one batch"
-                )
-
-
-def _chunks(
-    subject: _Subject, batch: Batch, size: int, max_bytes: int, where: str
-) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
-    per_example = sum(8 * tensor.numel() for tensor in subject.trained.values())
-    step = max(1, min(size, max_bytes // (_COPIES * per_example)))
-    for start in range(0, size, step):
-        examples = slice(start, min(start + step, size))
-        values, gradients = example_gradients(subject.losses, subject.trained, batch, size, examples, where)
-        require_finite(gradients, f"{where}: the per-example gradient of")
-        yield start, values, gradients
-
-
-def _running_mean(moments: NoiseMoments, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The mean gradient of everything seen so far and of a further stack."""
-    extra = len(next(iter(gradients.values())))
-    weight = extra / (moments.count + extra)
-    return {
-        name: mean + weight * (gradients[name].to(torch.float64).mean(0) - mean) for name, mean in moments.mean.items()
-    }
 
 
 def _length(loader: Any) -> int | None:

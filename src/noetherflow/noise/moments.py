@@ -9,7 +9,8 @@ from torch import Tensor
 
 from noetherflow._errors import EmptyDataError, ParameterNameError
 from noetherflow._types import Batch, Loss, Params
-from noetherflow.symmetry import DiagonalSymmetry, Grams, ScalarSymmetry, Symmetry
+from noetherflow.noise.asked import names_with_variances
+from noetherflow.symmetry import Grams, Symmetry
 
 
 class Witness(NamedTuple):
@@ -67,6 +68,8 @@ class NoiseMoments:
         symmetries: The symmetries it was measured for, with parameters under their canonical names.
         aliases: Canonical name by any name of a parameter, where they differ.
         witness: The loss and the first batch seen.
+        fallback: The parameters whose gradients had to be formed example by example although a quicker way was wanted,
+            each with the reason.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -91,6 +94,7 @@ class NoiseMoments:
     symmetries: dict[str, Symmetry]
     aliases: dict[str, str] = field(default_factory=dict, repr=False)
     witness: Witness | None = field(default=None, repr=False, compare=False)
+    fallback: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -116,7 +120,7 @@ class NoiseMoments:
             count=count,
             mean=mean,
             scatter={name: symmetry.grams(centred, batched=True) for name, symmetry in symmetries.items()},
-            square_scatter={name: centred[name].square().sum(0) for name in _names_with_variances(symmetries)},
+            square_scatter={name: centred[name].square().sum(0) for name in names_with_variances(symmetries)},
             total_scatter=torch.stack([tensor.square().sum() for tensor in centred.values()]).sum(),
             spreads={name: _spread(symmetry.example_charges(about)) for name, symmetry in symmetries.items()},
             symmetries=dict(symmetries),
@@ -161,6 +165,7 @@ class NoiseMoments:
             + weight * torch.stack([difference.square().sum() for difference in gap.values()]).sum(),
             spreads={name: spread.merge(other.spreads[name]) for name, spread in self.spreads.items()},
             witness=self.witness or other.witness,
+            fallback=self.fallback | other.fallback,
         )
 
     @property
@@ -215,13 +220,6 @@ class NoiseMoments:
                     f"{symmetry}"
                 )
         return resolved
-
-
-def _names_with_variances(symmetries: Mapping[str, Symmetry]) -> list[str]:
-    commuting = [
-        symmetry for symmetry in symmetries.values() if isinstance(symmetry, (ScalarSymmetry, DiagonalSymmetry))
-    ]
-    return list(dict.fromkeys(name for symmetry in commuting for name in symmetry.names))
 
 
 def _spread(charges: Grams) -> Spread:

@@ -1,0 +1,143 @@
+"""The oracle: the gradient of every example, formed and kept for a moment."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from noetherflow._errors import FrozenParameterError, NotASymmetryError
+from noetherflow._params import aliases, bind, require_finite, require_names, snapshot
+from noetherflow._per_example import Losses, example_gradients
+from noetherflow._types import Batch, Loss
+from noetherflow.noise.moments import NoiseMoments
+from noetherflow.symmetry import Symmetry
+
+# Stacked gradients are held in the model's dtype, in float64 and in float64 about their mean.
+_COPIES = 3
+
+
+@final
+@dataclass(frozen=True)
+class Subject:
+    """The model under study as a function of its trained parameters, with everything that was checked at the door.
+
+    Args:
+        losses: The loss of every example of a batch, as a function of the trained parameters.
+        trained: These, by canonical name.
+        symmetries: With canonical names.
+        aliases: Canonical name by any other.
+        dtype: The floating-point type asked for, or None.
+    """
+
+    losses: Losses
+    trained: dict[str, Tensor]
+    symmetries: dict[str, Symmetry]
+    aliases: dict[str, str]
+    dtype: torch.dtype | None
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, loss: Loss, symmetries: Mapping[str, Symmetry], dtype: torch.dtype | None
+    ) -> "Subject":
+        """Check what was given, and take a copy of the parameters."""
+        if not isinstance(symmetries, Mapping):
+            raise TypeError(f"symmetries is a mapping from your names to symmetries, got {type(symmetries).__name__}")
+        params = snapshot(model, dtype)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise FrozenParameterError(
+                "the model has no parameter that requires gradients: nothing is trained, so there is no noise"
+            )
+        require_finite(params, "parameter")
+        canonical = aliases(model)
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        resolved = {name: symmetry.rename(canonical) for name, symmetry in symmetries.items()}
+        for name, symmetry in resolved.items():
+            require_names(params, symmetry.names, f"symmetry {name!r}")
+            symmetry.check(params)
+            if stuck := sorted(frozen.intersection(symmetry.names)):
+                raise FrozenParameterError(
+                    f"symmetry {name!r} acts on {stuck}, which do not require gradients: SGD does not move them, and "
+                    "moving their partners alone would change the function. Leave this symmetry out, or unfreeze them"
+                )
+        trained = {name: tensor for name, tensor in params.items() if name not in frozen}
+        fixed = {name: tensor for name, tensor in params.items() if name in frozen}
+        whole = bind(model, loss, dtype)
+        different = {name: target for name, target in canonical.items() if name != target}
+        return cls(lambda p, batch: whole({**fixed, **p}, batch), trained, resolved, different, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.trained.values())).device
+
+    @property
+    def moved(self) -> set[str]:
+        """The parameters on which a symmetry acts."""
+        return {name for symmetry in self.symmetries.values() for name in symmetry.names}
+
+    def losses_of(self, batch: Batch) -> Tensor:
+        """The loss of every example, shape (B,)."""
+        with torch.no_grad():
+            return self.losses(self.trained, batch)
+
+    def require_symmetric(self, gradients: dict[str, Tensor], first: int, where: str) -> None:
+        """Raise if some example's gradient has a component along a direction in which the loss should not change."""
+        for name, symmetry in self.symmetries.items():
+            identity = symmetry.identity(self.trained)
+            # Fixed coordinates of all signs: any generator that is not a symmetry shows, in one product per example.
+            x = torch.cos(1.0 + torch.arange(identity.numel(), dtype=identity.dtype, device=identity.device)).reshape(
+                identity.shape
+            )
+            direction = symmetry.generate((x + x.mT) / 2 if x.ndim == 2 else x, self.trained)
+            moved = symmetry.names
+            along = torch.stack([(gradients[n] * direction[n]).flatten(1).sum(1) for n in moved]).sum(0)
+            norms = torch.stack([gradients[n].flatten(1).square().sum(1) for n in moved]).sum(0)
+            length = torch.stack([direction[n].square().sum() for n in moved]).sum()
+            cosine = (along.abs() / (norms * length).sqrt()).nan_to_num(nan=0.0)
+            worst = int(cosine.argmax())
+            if not cosine[worst] <= torch.finfo(cosine.dtype).eps ** 0.5:
+                raise NotASymmetryError(
+                    f"{name!r} is not a symmetry of this loss: in {where} its residual, the cosine between the "
+                    f"gradient of example {first + worst} and the direction Q theta, is {cosine[worst].item():.2e} "
+                    "and should be 0 up to rounding. Look for a forgotten bias or a wrong sign; verify_symmetry "
+                    "tries a declaration on one batch"
+                )
+
+
+def exact_moments(
+    subject: Subject, batch: Batch, size: int, max_bytes: int, where: str, so_far: NoiseMoments | None
+) -> tuple[NoiseMoments, Tensor]:
+    """The moments of one batch merged with those so far, and the loss of every example on its own."""
+    moments, alone = so_far, []
+    for first, values, gradients in chunks(subject, batch, size, max_bytes, where):
+        subject.require_symmetric(gradients, first, where)
+        reference = None if moments is None else _running_mean(moments, gradients)
+        chunk = NoiseMoments.of(gradients, subject.symmetries, reference=reference)
+        moments = chunk if moments is None else moments.merge(chunk)
+        alone.append(values)
+    assert moments is not None
+    return moments, torch.cat(alone)
+
+
+def chunks(
+    subject: Subject, batch: Batch, size: int, max_bytes: int, where: str
+) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
+    """First example, losses and gradients of as many examples at a time as fit into memory."""
+    per_example = sum(8 * tensor.numel() for tensor in subject.trained.values())
+    step = max(1, min(size, max_bytes // (_COPIES * per_example)))
+    for start in range(0, size, step):
+        examples = slice(start, min(start + step, size))
+        values, gradients = example_gradients(subject.losses, subject.trained, batch, size, examples, where)
+        require_finite(gradients, f"{where}: the per-example gradient of")
+        yield start, values, gradients
+
+
+def _running_mean(moments: NoiseMoments, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mean gradient of everything seen so far and of a further stack."""
+    extra = len(next(iter(gradients.values())))
+    weight = extra / (moments.count + extra)
+    return {
+        name: mean + weight * (gradients[name].to(torch.float64).mean(0) - mean) for name, mean in moments.mean.items()
+    }

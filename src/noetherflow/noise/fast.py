@@ -1,0 +1,219 @@
+"""Noise from one forward and one backward pass per batch, for the layers that allow it, and exactly for the rest."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from noetherflow._batch import is_per_example, select, tensors_of
+from noetherflow._per_example import require_independent, require_losses
+from noetherflow._types import Batch
+from noetherflow.noise.asked import Squares, asked_of, grams_of, names_with_variances
+from noetherflow.noise.capture import Calm, Capture
+from noetherflow.noise.collect import Sums, squares_of, squares_of_stack
+from noetherflow.noise.exact import Subject, chunks
+from noetherflow.noise.moments import NoiseMoments, Spread
+from noetherflow.noise.rules import RULES
+from noetherflow.symmetry import DenseSymmetry, Grams
+from noetherflow.symmetry.axes import AxisSymmetry
+
+# Examples of the first batch that are done one by one as well: not two, so that other sizes are less likely the same.
+_CHECKED = 3
+
+
+@final
+class FastPass:
+    """Accumulates the moments of batches.
+
+    Sums over examples are not centred before they are squared, as exact moments are. A batch whose noise is so small
+    beside its mean gradient that rounding would show is left to the exact way.
+
+    Args:
+        subject: The model.
+        variances: Whether to measure the variances of single parameters.
+        max_bytes: Memory for what has to be done exactly.
+    """
+
+    def __init__(self, subject: Subject, *, variances: bool, max_bytes: int) -> None:
+        self.count = 0
+        self.unknown: dict[str, str] = {}
+        self._subject, self._max_bytes, self._variances = subject, max_bytes, variances
+        self._own: list[int] = []
+        self._asked = asked_of(subject.trained, subject.symmetries, variances=variances)
+        self._each: dict[str, Squares] = {}
+        self._sum: dict[str, Tensor] = {}
+        self._dense: dict[str, Grams] = {}
+        self._batches: list[tuple[int, dict[str, Grams]]] = []
+        for name, symmetry in subject.symmetries.items():
+            if isinstance(symmetry, DenseSymmetry):
+                self.unknown.update(dict.fromkeys(symmetry.names, f"{name!r} acts on single entries"))
+
+    def check(self, batch: Batch, together: Tensor, *, random: bool, where: str) -> None:
+        """Compare with single examples: what differs is done exactly from now on.
+
+        Args:
+            batch: The first batch.
+            together: The losses of its examples.
+            random: Whether losses differ from call to call.
+            where: What to call the batch.
+
+        Raises:
+            CoupledExamplesError: If an example has another loss on its own.
+            NotASymmetryError: If a symmetry changes a loss.
+        """
+        size = len(together)
+        self._own = [index for index, leaf in enumerate(tensors_of(batch)) if is_per_example(leaf, size)]
+        if not self._own:
+            return
+        few = torch.arange(min(_CHECKED, size), device=together.device)
+        alone, stack = self._one_by_one([select(batch, one[None], size) for one in few], calm=random)
+        if not random:
+            require_independent(alone, together[: len(alone)], where)
+        self._subject.require_symmetric(stack, 0, where)
+        sums, _ = self._measure(select(batch, few, size), calm=random)
+        rough = torch.finfo(together.dtype).eps ** 0.5
+        for name, one in stack.items():
+            truth = one.double().square().sum()
+            measured = sums[name].each.total if name in sums else torch.zeros_like(truth)
+            if name not in self.unknown and not (measured - truth).abs() <= rough * truth:
+                self.unknown[name] = "the gradients of single examples are others"
+
+    def add(self, batch: Batch, where: str) -> bool:
+        """Measure a batch; false if it has to be done exactly."""
+        if not self._own:
+            return False
+        sums, losses = self._measure(batch, calm=False)
+        size = require_losses(losses, where)
+        exactly, dense = self._exactly(batch, size, where)
+        sums.update(exactly)
+        noise = sum(float(one.each.total - one.whole.total / size) for one in sums.values())
+        total = sum(float(one.each.total) for one in sums.values())
+        if size < 2 or not noise > torch.finfo(losses.dtype).eps ** 0.5 * total:
+            return False
+        for name, one in sums.items():
+            gradient = one.gradient
+            assert gradient is not None
+            if name in self._each:
+                self._each[name] = self._each[name].combine(one.each, 1.0)
+                self._sum[name] += gradient
+            else:
+                self._each[name], self._sum[name] = one.each, gradient.double()
+        for symmetry, grams in dense.items():
+            self._dense[symmetry] = _add(self._dense.get(symmetry), grams)
+        self.count += size
+        centred = {name: one.each.combine(one.whole, -1.0 / size) for name, one in sums.items()}
+        self._batches.append((size, self._grams(centred, size - 1)))
+        return True
+
+    def moments(self) -> NoiseMoments:
+        """The moments of everything that was added."""
+        trained, count = self._subject.trained, self.count
+        each, total = dict(self._each), dict(self._sum)
+        for name, one in trained.items():
+            if name not in each:  # no gradient ever reached it
+                total[name] = torch.zeros_like(one, dtype=torch.float64)
+                each[name] = squares_of(total[name], self._asked[name])
+        whole = {name: squares_of(one, self._asked[name]) for name, one in total.items()}
+        centred = {name: each[name].combine(whole[name], -1.0 / count) for name in trained}
+        scatter = self._grams(centred, 1)
+        for name, grams in self._dense.items():
+            mean = self._subject.symmetries[name].grams(total)
+            scatter[name] = Grams(*(a - b / count for a, b in zip(grams, mean, strict=True)))
+        named = names_with_variances(self._subject.symmetries) if self._variances else []
+        entries = {name: centred[name].entries for name in named}
+        return NoiseMoments(
+            count=count,
+            mean={name: total[name] / count for name in trained},
+            scatter=scatter,
+            square_scatter={name: one for name, one in entries.items() if one is not None},
+            total_scatter=torch.stack([one.total for one in centred.values()]).sum(),
+            spreads={name: self._spread(name) for name in self._subject.symmetries},
+            symmetries=dict(self._subject.symmetries),
+            fallback=dict(self.unknown),
+        )
+
+    def _measure(self, batch: Batch, *, calm: bool) -> tuple[dict[str, Sums], Tensor]:
+        """Sums for every parameter that can be measured so, and the losses."""
+        subject = self._subject
+        leaves = tensors_of(batch)
+        own = [leaves[index] for index in self._own]
+        capture = Capture(subject.trained, self._asked, len(own[0]), own, RULES, keep_gradients=False, calm=calm)
+        # Compiled code would not be seen.
+        with torch.compiler.set_stance("force_eager"), torch.enable_grad():
+            with capture:
+                losses = subject.losses(subject.trained, batch)
+            if losses.requires_grad:
+                torch.autograd.grad(losses.sum(), [capture.anchor], allow_unused=True)
+        self.unknown = capture.unknown | self.unknown
+        return {name: one for name, one in capture.sums.items() if name not in self.unknown}, losses.detach()
+
+    def _exactly(self, batch: Batch, size: int, where: str) -> tuple[dict[str, Sums], dict[str, Grams]]:
+        """The same for all others, and the Grams of symmetries that act on single entries of them."""
+        names = set(self.unknown)
+        if not names:
+            return {}, {}
+        whole = self._subject
+        part = replace(
+            whole,
+            losses=lambda params, batch: whole.losses({**whole.trained, **params}, batch),
+            trained={name: one for name, one in whole.trained.items() if name in names},
+        )
+        sums: dict[str, Sums] = {}
+        dense: dict[str, Grams] = {}
+        for _, _, gradients in chunks(part, batch, size, self._max_bytes, where):
+            stack = {name: one.double() for name, one in gradients.items()}
+            for name, one in stack.items():
+                each, total = squares_of_stack(one, self._asked[name]), one.sum(0)
+                if name in sums:
+                    each, total = sums[name].each.combine(each, 1.0), total + (sums[name].gradient or 0.0)
+                sums[name] = Sums(each, squares_of(total, self._asked[name]), total)
+            for name, symmetry in whole.symmetries.items():
+                if isinstance(symmetry, DenseSymmetry):
+                    dense[name] = _add(dense.get(name), symmetry.grams(stack, batched=True))
+        return sums, dense
+
+    def _one_by_one(self, examples: list[Batch], *, calm: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and gradient of each example, by a backward pass of its own."""
+        leaves = {name: one.detach().requires_grad_() for name, one in self._subject.trained.items()}
+        losses, found = [], []
+        for example in examples:
+            with torch.enable_grad(), Calm() if calm else nullcontext(), torch.compiler.set_stance("force_eager"):
+                loss = self._subject.losses(leaves, example).sum()
+            losses.append(loss.detach())
+            found.append(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True))
+        return torch.stack(losses), {
+            name: torch.stack(one) for name, one in zip(leaves, zip(*found, strict=True), strict=True)
+        }
+
+    def _grams(self, squares: Mapping[str, Squares], count: int) -> dict[str, Grams]:
+        """What the symmetries along axes want, over a number of examples."""
+        found = {}
+        for name, symmetry in self._subject.symmetries.items():
+            if isinstance(symmetry, AxisSymmetry):
+                sides = grams_of(symmetry, squares, self._subject.trained)
+                found[name] = Grams(*(side / count for side in sides))
+        return found
+
+    def _spread(self, name: str) -> Spread:
+        """As if by example: the variance that the estimates of single batches speak of."""
+        symmetry = self._subject.symmetries[name]
+        if not isinstance(symmetry, AxisSymmetry):
+            nothing = torch.full((3,), torch.nan, dtype=torch.float64)
+            return Spread(nothing, nothing)
+        values = []
+        for _, grams in self._batches:
+            sides = [one.diagonal() if one.ndim == 2 else one for one in grams[name]]
+            values.append(torch.stack([*sides, sides[0] - sides[1]]))
+        sizes = torch.tensor([size for size, _ in self._batches], dtype=torch.float64, device=values[0].device)
+        stack, weights = torch.stack(values), sizes.reshape(-1, *(1,) * values[0].ndim)
+        total = (weights * stack).sum(0)
+        deviations = (weights * (stack - total / self.count).square()).sum(0)
+        variance = deviations / (len(values) - 1) if len(values) > 1 else torch.full_like(total, torch.nan)
+        return Spread(total, variance * (self.count - 1) + total.square() / self.count)
+
+
+def _add(one: Grams | None, other: Grams) -> Grams:
+    return other if one is None else Grams(*(a + b for a, b in zip(one, other, strict=True)))
