@@ -27,7 +27,7 @@ _DROPOUT = {
 }  # fmt: skip
 _CALMED = {*_DROPOUT, functional.scaled_dot_product_attention}
 # Properties that are views of a tensor; all others say something about it, or cut it off from its gradient.
-_VIEWS = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__}
+_VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 _APART = {torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.requires_grad_, Tensor.detach}
 
 
@@ -106,6 +106,9 @@ class Layout:
         """A tensor of tokens as (B, T, *its last `kept` dimensions); a view, if possible.
 
         A leading dimension of several times B is that of examples and tokens, or of tokens and examples.
+
+        Returns:
+            Shape (B, T, ...).
         """
         last = tensor.shape[tensor.ndim - kept :]
         if self.second:
@@ -226,7 +229,7 @@ class Capture(TorchFunctionMode):
         Returns:
             The output, which now requires gradients.
         """
-        return _Tap.apply(output, source, note, *(one.tensor for one in tracked))  # type: ignore[no-any-return]
+        return _Tap.apply(output, source, note, *(one.tensor for one in tracked))  # type: ignore[no-untyped-call]
 
     def spread(self, tracked: Tracked, shape: tuple[int, ...]) -> Tensor:
         """A parameter once per example, as a tensor whose gradient is noted.
@@ -242,7 +245,7 @@ class Capture(TorchFunctionMode):
         def note(gradient: Tensor) -> None:
             tracked.note(Whole(tracked.views, gradient.reshape(self.size, *tracked.tensor.shape)))
 
-        return _Spread.apply(tracked.tensor, shape, note)  # type: ignore[no-any-return]
+        return _Spread.apply(tracked.tensor, shape, note)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def batch_second(self) -> Iterator[None]:
@@ -265,7 +268,8 @@ class Capture(TorchFunctionMode):
         return self._sources[name].tensor
 
     def _gather(self, tensor: Tensor, source: Source) -> Tracked:
-        return self._track(source, _Gather.apply(tensor, self.anchor, lambda g: self._finish(source, tensor, g)))
+        stand_in = _Gather.apply(tensor, self.anchor, lambda g: self._finish(source, tensor, g))  # type: ignore[no-untyped-call]
+        return self._track(source, stand_in)
 
     def _track(self, source: Source, tensor: Tensor, views: tuple[View, ...] = ()) -> Tracked:
         tracked = self._tracked[id(tensor)] = Tracked(source, tensor, views)
@@ -292,11 +296,10 @@ class Capture(TorchFunctionMode):
             self._refuse(func, args, kwargs)
             return func(*args, **kwargs)
         if name in ("expand", "repeat", "broadcast_to") and len(parents) == 1 and parents[0].tensor.ndim:
-            shape = func(*args, **kwargs).shape
-            if shape[0] == self.size and (len(shape) > parents[0].tensor.ndim or parents[0].tensor.shape[0] == 1):
-                one = torch.Size((1, *parents[0].tensor.shape)) if len(shape) > parents[0].tensor.ndim else None
-                if shape[1:].numel() == parents[0].tensor.numel() and (one is None or one[1:] == shape[1:]):
-                    return self._mark(self.spread(parents[0], tuple(shape)), [])
+            # A class token, repeated for every example.
+            shape, own = tuple(func(*args, **kwargs).shape), tuple(parents[0].tensor.shape)
+            if shape[0] == self.size and own in (shape[1:], (1, *shape[1:])):
+                return self._mark(self.spread(parents[0], shape), [])
         result = func(*args, **kwargs)
         for index, one in enumerate([result] if isinstance(result, Tensor) else list(_leaves((result,)))):
             if not one.requires_grad or id(one) in self._tracked:
@@ -342,7 +345,7 @@ class Capture(TorchFunctionMode):
             table.note(Rows(table.views, ids, stack.reshape(self.size, ids.shape[1], -1), native=True))
         else:
             assert source.function is not None
-            _, pull = vjp(source.function, *(parent.tensor.detach() for parent in source.parents))
+            pull = vjp(source.function, *(parent.tensor.detach() for parent in source.parents))[1]
             for parent, one in zip(source.parents, vmap(pull)(stack), strict=True):
                 parent.note(Whole(parent.views, one, native=True))
         return stack.sum(0) if self._keep else None

@@ -84,8 +84,8 @@ def squares_of(gradient: Tensor, asked: Asked) -> Squares:
 
 
 def stacked(uses: Sequence[Use], shape: torch.Size, like: Tensor) -> Tensor:
-    """Every example's gradient, shape (B, *shape): for tensors that are made of parameters and have to go back to them."""
-    found = torch.zeros(_examples(uses), *shape, dtype=like.dtype, device=like.device)
+    """Every example's gradient, shape (B, *shape), for tensors that are made of parameters and go back to them."""
+    found = torch.zeros(uses[0].size, *shape, dtype=like.dtype, device=like.device)
     for use in uses:
         for index, one in enumerate(found):
             use.add_to(use.of(one), index)
@@ -223,7 +223,7 @@ def _stacked(use: Outer, shape: torch.Size, asked: Asked) -> Collected:
 
 def _one_by_one(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) -> Collected:
     """One example after the other in one buffer: the arithmetic of autograd's own product, and a few passes more."""
-    size = _examples(uses)
+    size = uses[0].size
     buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
     first = uses[0] if not uses[0].views and not isinstance(uses[0], Rows) else None
     rest = [(use, use.of(buffer)) for use in uses[first is not None :]]
@@ -278,11 +278,6 @@ def _fresh(view: Tensor, axis: Axis, buffer: Tensor) -> Tensor:
 
 def _sizes(asked: Asked, like: Tensor) -> dict[Axis, int]:
     return {axis: axis.size(like) for axis in asked.grams}
-
-
-def _examples(uses: Sequence[Use]) -> int:
-    use = uses[0]
-    return len(use.gradients if isinstance(use, Whole) else use.outputs)
 
 
 def _norms(gradient: Tensor, dim: int) -> Tensor:

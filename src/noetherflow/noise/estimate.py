@@ -21,7 +21,7 @@ from noetherflow._types import Batch, Loss
 from noetherflow.noise.exact import Subject, exact_moments
 from noetherflow.noise.fast import FastPass
 from noetherflow.noise.moments import NoiseMoments, Witness
-from noetherflow.symmetry import Symmetry
+from noetherflow.symmetry import DenseSymmetry, Symmetry
 
 # Models of no more parameters are measured exactly unless something else is asked for: it costs nothing to speak of.
 _FEW = 20_000
@@ -89,6 +89,8 @@ def estimate_noise(
     """
     require_uncoupled(model)
     subject = Subject.of(model, loss, symmetries, dtype)
+    if any(isinstance(one, DenseSymmetry) for one in subject.symmetries.values()):
+        exact = True  # such a generator joins single entries of several tensors
     if exact is None:
         exact = sum(one.numel() for one in subject.trained.values()) <= _FEW
     quick = None if exact else FastPass(subject, variances=variances, max_bytes=max_bytes)

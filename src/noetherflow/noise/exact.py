@@ -82,15 +82,27 @@ class Subject:
         with torch.no_grad():
             return self.losses(self.trained, batch)
 
+    def direction(self) -> dict[str, Tensor]:
+        """Some sum of directions in which the loss should not change, one of each symmetry."""
+        total: dict[str, Tensor] = {}
+        for symmetry in self.symmetries.values():
+            for name, one in self._direction_of(symmetry).items():
+                total[name] = total[name] + one if name in total else one
+        return total
+
+    def _direction_of(self, symmetry: Symmetry) -> dict[str, Tensor]:
+        params = {name: self.trained[name] for name in symmetry.names}
+        identity = symmetry.identity(params)
+        # Fixed coordinates of all signs: any generator that is not a symmetry shows, in one product per example.
+        x = torch.cos(1.0 + torch.arange(identity.numel(), dtype=identity.dtype, device=identity.device)).reshape(
+            identity.shape
+        )
+        return symmetry.generate((x + x.mT) / 2 if x.ndim == 2 else x, params)
+
     def require_symmetric(self, gradients: dict[str, Tensor], first: int, where: str) -> None:
         """Raise if some example's gradient has a component along a direction in which the loss should not change."""
         for name, symmetry in self.symmetries.items():
-            identity = symmetry.identity(self.trained)
-            # Fixed coordinates of all signs: any generator that is not a symmetry shows, in one product per example.
-            x = torch.cos(1.0 + torch.arange(identity.numel(), dtype=identity.dtype, device=identity.device)).reshape(
-                identity.shape
-            )
-            direction = symmetry.generate((x + x.mT) / 2 if x.ndim == 2 else x, self.trained)
+            direction = self._direction_of(symmetry)
             moved = symmetry.names
             along = torch.stack([(gradients[n] * direction[n]).flatten(1).sum(1) for n in moved]).sum(0)
             norms = torch.stack([gradients[n].flatten(1).square().sum(1) for n in moved]).sum(0)

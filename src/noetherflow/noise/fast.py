@@ -17,7 +17,7 @@ from noetherflow.noise.collect import Sums, squares_of, squares_of_stack
 from noetherflow.noise.exact import Subject, chunks
 from noetherflow.noise.moments import NoiseMoments, Spread
 from noetherflow.noise.rules import RULES
-from noetherflow.symmetry import DenseSymmetry, Grams
+from noetherflow.symmetry import Grams
 from noetherflow.symmetry.axes import AxisSymmetry
 
 # Examples of the first batch that are done one by one as well: not two, so that other sizes are less likely the same.
@@ -32,7 +32,7 @@ class FastPass:
     beside its mean gradient that rounding would show is left to the exact way.
 
     Args:
-        subject: The model.
+        subject: The model; its symmetries act along axes.
         variances: Whether to measure the variances of single parameters.
         max_bytes: Memory for what has to be done exactly.
     """
@@ -40,16 +40,14 @@ class FastPass:
     def __init__(self, subject: Subject, *, variances: bool, max_bytes: int) -> None:
         self.count = 0
         self.unknown: dict[str, str] = {}
+        self._symmetries = {name: one for name, one in subject.symmetries.items() if isinstance(one, AxisSymmetry)}
         self._subject, self._max_bytes, self._variances = subject, max_bytes, variances
         self._own: list[int] = []
         self._asked = asked_of(subject.trained, subject.symmetries, variances=variances)
         self._each: dict[str, Squares] = {}
         self._sum: dict[str, Tensor] = {}
-        self._dense: dict[str, Grams] = {}
+        self._direction: dict[str, Tensor] | None = None
         self._batches: list[tuple[int, dict[str, Grams]]] = []
-        for name, symmetry in subject.symmetries.items():
-            if isinstance(symmetry, DenseSymmetry):
-                self.unknown.update(dict.fromkeys(symmetry.names, f"{name!r} acts on single entries"))
 
     def check(self, batch: Batch, together: Tensor, *, random: bool, where: str) -> None:
         """Compare with single examples: what differs is done exactly from now on.
@@ -87,8 +85,9 @@ class FastPass:
             return False
         sums, losses = self._measure(batch, calm=False)
         size = require_losses(losses, where)
-        exactly, dense = self._exactly(batch, size, where)
-        sums.update(exactly)
+        sums.update(self._exactly(batch, size, where))
+        if not self._is_symmetric(sums, size):
+            return False
         noise = sum(float(one.each.total - one.whole.total / size) for one in sums.values())
         total = sum(float(one.each.total) for one in sums.values())
         if size < 2 or not noise > torch.finfo(losses.dtype).eps ** 0.5 * total:
@@ -101,8 +100,6 @@ class FastPass:
                 self._sum[name] += gradient
             else:
                 self._each[name], self._sum[name] = one.each, gradient.double()
-        for symmetry, grams in dense.items():
-            self._dense[symmetry] = _add(self._dense.get(symmetry), grams)
         self.count += size
         centred = {name: one.each.combine(one.whole, -1.0 / size) for name, one in sums.items()}
         self._batches.append((size, self._grams(centred, size - 1)))
@@ -119,9 +116,6 @@ class FastPass:
         whole = {name: squares_of(one, self._asked[name]) for name, one in total.items()}
         centred = {name: each[name].combine(whole[name], -1.0 / count) for name in trained}
         scatter = self._grams(centred, 1)
-        for name, grams in self._dense.items():
-            mean = self._subject.symmetries[name].grams(total)
-            scatter[name] = Grams(*(a - b / count for a, b in zip(grams, mean, strict=True)))
         named = names_with_variances(self._subject.symmetries) if self._variances else []
         entries = {name: centred[name].entries for name in named}
         return NoiseMoments(
@@ -150,11 +144,23 @@ class FastPass:
         self.unknown = capture.unknown | self.unknown
         return {name: one for name, one in capture.sums.items() if name not in self.unknown}, losses.detach()
 
-    def _exactly(self, batch: Batch, size: int, where: str) -> tuple[dict[str, Sums], dict[str, Grams]]:
-        """The same for all others, and the Grams of symmetries that act on single entries of them."""
+    def _is_symmetric(self, sums: Mapping[str, Sums], size: int) -> bool:
+        """Whether the mean gradient has no component along a direction in which the loss should not change."""
+        if self._direction is None:
+            self._direction = self._subject.direction()
+        parts = [(sums[name], one) for name, one in self._direction.items() if name in sums]
+        if not parts:
+            return True
+        along = sum(float((one.gradient * part).sum()) for one, part in parts if one.gradient is not None)
+        length = sum(float(part.square().sum()) for _, part in parts)
+        squares = size * sum(float(one.each.total) for one, _ in parts)
+        return abs(along) <= torch.finfo(parts[0][1].dtype).eps ** 0.5 * (length * squares) ** 0.5
+
+    def _exactly(self, batch: Batch, size: int, where: str) -> dict[str, Sums]:
+        """The same for all others."""
         names = set(self.unknown)
         if not names:
-            return {}, {}
+            return {}
         whole = self._subject
         part = replace(
             whole,
@@ -162,18 +168,15 @@ class FastPass:
             trained={name: one for name, one in whole.trained.items() if name in names},
         )
         sums: dict[str, Sums] = {}
-        dense: dict[str, Grams] = {}
         for _, _, gradients in chunks(part, batch, size, self._max_bytes, where):
             stack = {name: one.double() for name, one in gradients.items()}
             for name, one in stack.items():
                 each, total = squares_of_stack(one, self._asked[name]), one.sum(0)
-                if name in sums:
-                    each, total = sums[name].each.combine(each, 1.0), total + (sums[name].gradient or 0.0)
+                before = sums.get(name)
+                if before is not None and before.gradient is not None:
+                    each, total = before.each.combine(each, 1.0), before.gradient + total
                 sums[name] = Sums(each, squares_of(total, self._asked[name]), total)
-            for name, symmetry in whole.symmetries.items():
-                if isinstance(symmetry, DenseSymmetry):
-                    dense[name] = _add(dense.get(name), symmetry.grams(stack, batched=True))
-        return sums, dense
+        return sums
 
     def _one_by_one(self, examples: list[Batch], *, calm: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and gradient of each example, by a backward pass of its own."""
@@ -189,20 +192,15 @@ class FastPass:
         }
 
     def _grams(self, squares: Mapping[str, Squares], count: int) -> dict[str, Grams]:
-        """What the symmetries along axes want, over a number of examples."""
+        """What the symmetries want, over a number of examples."""
         found = {}
-        for name, symmetry in self._subject.symmetries.items():
-            if isinstance(symmetry, AxisSymmetry):
-                sides = grams_of(symmetry, squares, self._subject.trained)
-                found[name] = Grams(*(side / count for side in sides))
+        for name, symmetry in self._symmetries.items():
+            sides = grams_of(symmetry, squares, self._subject.trained)
+            found[name] = Grams(*(side / count for side in sides))
         return found
 
     def _spread(self, name: str) -> Spread:
         """As if by example: the variance that the estimates of single batches speak of."""
-        symmetry = self._subject.symmetries[name]
-        if not isinstance(symmetry, AxisSymmetry):
-            nothing = torch.full((3,), torch.nan, dtype=torch.float64)
-            return Spread(nothing, nothing)
         values = []
         for _, grams in self._batches:
             sides = [one.diagonal() if one.ndim == 2 else one for one in grams[name]]
@@ -213,7 +211,3 @@ class FastPass:
         deviations = (weights * (stack - total / self.count).square()).sum(0)
         variance = deviations / (len(values) - 1) if len(values) > 1 else torch.full_like(total, torch.nan)
         return Spread(total, variance * (self.count - 1) + total.square() / self.count)
-
-
-def _add(one: Grams | None, other: Grams) -> Grams:
-    return other if one is None else Grams(*(a + b for a, b in zip(one, other, strict=True)))

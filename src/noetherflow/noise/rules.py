@@ -1,6 +1,7 @@
 """What each function of PyTorch does with parameters: how to compute it, and what to note of their gradients."""
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from noetherflow.noise.uses import Convolution, Outer, Rows, Whole, padded
 RULES: dict[Any, Rule] = {}
 
 
-def rule_for(*functions: Any) -> Any:
+def rule_for(*functions: Any) -> Callable[[Rule], Rule]:
     """Register a rule."""
 
     def register(rule: Rule) -> Rule:
@@ -160,7 +161,8 @@ def layer_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
         return NotImplemented
     w, b = capture.tracked(weight), capture.tracked(bias)
     fixed = [None if one is None else one.detach() for one in (weight, bias)]
-    output, mean, deviation = torch.native_layer_norm(x, shape, *fixed, 1e-5 if eps is None else eps)
+    eps = 1e-5 if eps is None else eps
+    output, mean, deviation = torch.native_layer_norm(x, shape, fixed[0], fixed[1], eps)
 
     def note(inputs: Tensor, outputs: Tensor) -> None:
         parts = (inputs, outputs, mean.detach(), deviation.detach())
@@ -197,9 +199,8 @@ def group_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
     fixed = [None if one is None else one.detach() for one in (weight, bias)]
     size, channels = x.shape[:2]
     x = x.contiguous()
-    output, mean, deviation = torch.native_group_norm(
-        x, *fixed, size, channels, x[0, 0].numel(), groups, 1e-5 if eps is None else eps
-    )
+    places, eps = x[0, 0].numel(), 1e-5 if eps is None else eps
+    output, mean, deviation = torch.native_group_norm(x, fixed[0], fixed[1], size, channels, places, groups, eps)
 
     def note(inputs: Tensor, outputs: Tensor) -> None:
         products, sums = _channel_sums(inputs, outputs)
@@ -211,7 +212,7 @@ def group_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
 
 @rule_for(functional.batch_norm)
 def batch_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Gain and bias after a normalisation with running statistics; with those of the batch there is no such gradient."""
+    """Gain and bias after a normalisation with running statistics; with those of the batch there is no such rule."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     x, mean, variance, weight, bias, training, _, eps = _named(names, args, kwargs)
     if training or capture.tracked(x) or x.shape[0] != capture.size or not _are_known(capture, weight, bias):

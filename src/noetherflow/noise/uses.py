@@ -30,6 +30,11 @@ class Use(ABC):
             tensor = view(tensor)
         return tensor
 
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Number of examples."""
+
     @abstractmethod
     def add_to(self, part: Tensor, index: int) -> None:
         """Add the gradient of one example to the part that was used."""
@@ -52,10 +57,17 @@ class Outer(Use):
     inputs: Tensor
     outputs: Tensor
 
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return len(self.outputs)
+
     def add_to(self, part: Tensor, index: int) -> None:
+        """Add the gradient of one example."""
         part.addmm_(self.outputs[index].mT, self.inputs[index])
 
     def write_to(self, part: Tensor, index: int) -> None:
+        """Write it."""
         torch.mm(self.outputs[index].mT, self.inputs[index], out=part)
 
 
@@ -72,7 +84,13 @@ class Rows(Use):
     ids: Tensor
     outputs: Tensor
 
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return len(self.outputs)
+
     def add_to(self, part: Tensor, index: int) -> None:
+        """Add the gradient of one example."""
         part.index_add_(0, self.ids[index], self.outputs[index])
 
 
@@ -87,10 +105,17 @@ class Whole(Use):
 
     gradients: Tensor
 
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return len(self.gradients)
+
     def add_to(self, part: Tensor, index: int) -> None:
+        """Add the gradient of one example."""
         part += self.gradients[index]
 
     def write_to(self, part: Tensor, index: int) -> None:
+        """Write it."""
         part.copy_(self.gradients[index])
 
 
@@ -114,10 +139,17 @@ class Convolution(Use):
     groups: int
     _patches: list[Tensor] = field(default_factory=list)
 
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return len(self.outputs)
+
     def add_to(self, part: Tensor, index: int) -> None:
+        """Add the gradient of one example."""
         part += self._product(part, index, torch.empty_like(part))
 
     def write_to(self, part: Tensor, index: int) -> None:
+        """Write it."""
         self._product(part, index, part)
 
     def _product(self, part: Tensor, index: int, out: Tensor) -> Tensor:
