@@ -107,7 +107,7 @@ def each(function: Callable[..., Any], inputs: tuple[Any, ...], shared: tuple[bo
     """A function of every entry along the leading axis of its inputs, but for those that are shared.
 
     It is vectorised if it can be. Models that look at their inputs in Python (those of transformers that warn about
-    padding do) cannot be; they are evaluated in a loop.
+    padding do) cannot be, nor recurrent layers; they are evaluated in a loop.
 
     Returns:
         What the function returns, stacked.
@@ -120,9 +120,8 @@ def each(function: Callable[..., Any], inputs: tuple[Any, ...], shared: tuple[bo
             # A single operation that cannot be batched is done one by one, with a warning.
             warnings.filterwarnings("ignore", message="There is a performance drop")
             return vmap(function, in_dims=tuple(None if one else 0 for one in shared), randomness=randomness)(*inputs)
-    except RuntimeError as error:
-        if "vmap" not in str(error):
-            raise
+    except RuntimeError:
+        pass  # a mistake of the function's own is raised again below
     leading = next(one for one, whole in zip(inputs, shared, strict=True) if not whole)
     results = [
         function(

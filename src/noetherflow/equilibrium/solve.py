@@ -146,6 +146,7 @@ def _prepare(
     for symmetry in resolved.values():
         symmetry.check(theta)
     require_names(theta, noise.mean, "the noise")
+    noise.require_variances(resolved)
     return theta, resolved
 
 

@@ -1,6 +1,7 @@
 """Measuring the gradient noise that the symmetries need."""
 
 from noetherflow.noise.estimate import estimate_noise
+from noetherflow.noise.meter import NoiseMeter
 from noetherflow.noise.moments import NoiseMoments
 
-__all__ = ["NoiseMoments", "estimate_noise"]
+__all__ = ["NoiseMeter", "NoiseMoments", "estimate_noise"]

@@ -13,10 +13,11 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.func import vjp, vmap
+from torch.func import vjp
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from noetherflow._per_example import each
 from noetherflow.noise.asked import Asked
 from noetherflow.noise.collect import Sums, collect, squares_of, stacked
 from noetherflow.noise.uses import Rows, Use, View, Whole
@@ -346,7 +347,7 @@ class Capture(TorchFunctionMode):
         else:
             assert source.function is not None
             pull = vjp(source.function, *(parent.tensor.detach() for parent in source.parents))[1]
-            for parent, one in zip(source.parents, vmap(pull)(stack), strict=True):
+            for parent, one in zip(source.parents, each(pull, (stack,), (False,), randomness="same"), strict=True):
                 parent.note(Whole(parent.views, one, native=True))
         return stack.sum(0) if self._keep else None
 

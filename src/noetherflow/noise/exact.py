@@ -18,6 +18,37 @@ from noetherflow.symmetry import Symmetry
 _COPIES = 3
 
 
+def resolve(model: nn.Module, symmetries: Mapping[str, Symmetry]) -> tuple[dict[str, Symmetry], dict[str, str]]:
+    """Symmetries with canonical names, after a check that they fit the model, and the canonical name of every other.
+
+    Returns:
+        Both.
+
+    Raises:
+        TypeError: If there are no names.
+        FrozenParameterError: If nothing is trained, or a symmetry would move what is not.
+    """
+    if not isinstance(symmetries, Mapping):
+        raise TypeError(f"symmetries is a mapping from your names to symmetries, got {type(symmetries).__name__}")
+    params = dict(model.named_parameters())
+    frozen = {name for name, parameter in params.items() if not parameter.requires_grad}
+    if len(frozen) == len(params):
+        raise FrozenParameterError(
+            "the model has no parameter that requires gradients: nothing is trained, so there is no noise"
+        )
+    canonical = aliases(model)
+    resolved = {name: symmetry.rename(canonical) for name, symmetry in symmetries.items()}
+    for name, symmetry in resolved.items():
+        require_names(params, symmetry.names, f"symmetry {name!r}")
+        symmetry.check(params)
+        if stuck := sorted(frozen.intersection(symmetry.names)):
+            raise FrozenParameterError(
+                f"symmetry {name!r} acts on {stuck}, which do not require gradients: SGD does not move them, and "
+                "moving their partners alone would change the function. Leave this symmetry out, or unfreeze them"
+            )
+    return resolved, {name: target for name, target in canonical.items() if name != target}
+
+
 @final
 @dataclass(frozen=True)
 class Subject:
@@ -42,29 +73,13 @@ class Subject:
         cls, model: nn.Module, loss: Loss, symmetries: Mapping[str, Symmetry], dtype: torch.dtype | None
     ) -> "Subject":
         """Check what was given, and take a copy of the parameters."""
-        if not isinstance(symmetries, Mapping):
-            raise TypeError(f"symmetries is a mapping from your names to symmetries, got {type(symmetries).__name__}")
         params = snapshot(model, dtype)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise FrozenParameterError(
-                "the model has no parameter that requires gradients: nothing is trained, so there is no noise"
-            )
+        resolved, different = resolve(model, symmetries)
         require_finite(params, "parameter")
-        canonical = aliases(model)
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        resolved = {name: symmetry.rename(canonical) for name, symmetry in symmetries.items()}
-        for name, symmetry in resolved.items():
-            require_names(params, symmetry.names, f"symmetry {name!r}")
-            symmetry.check(params)
-            if stuck := sorted(frozen.intersection(symmetry.names)):
-                raise FrozenParameterError(
-                    f"symmetry {name!r} acts on {stuck}, which do not require gradients: SGD does not move them, and "
-                    "moving their partners alone would change the function. Leave this symmetry out, or unfreeze them"
-                )
         trained = {name: tensor for name, tensor in params.items() if name not in frozen}
         fixed = {name: tensor for name, tensor in params.items() if name in frozen}
         whole = bind(model, loss, dtype)
-        different = {name: target for name, target in canonical.items() if name != target}
         return cls(lambda p, batch: whole({**fixed, **p}, batch), trained, resolved, different, dtype)
 
     @property

@@ -11,11 +11,12 @@ from torch import Tensor
 from noetherflow._batch import is_per_example, select, tensors_of
 from noetherflow._per_example import require_independent, require_losses
 from noetherflow._types import Batch
-from noetherflow.noise.asked import Squares, asked_of, grams_of, names_with_variances
+from noetherflow.noise.asked import Squares, asked_of, names_with_variances
+from noetherflow.noise.batches import all_grams, spreads
 from noetherflow.noise.capture import Calm, Capture
 from noetherflow.noise.collect import Sums, squares_of, squares_of_stack
 from noetherflow.noise.exact import Subject, chunks
-from noetherflow.noise.moments import NoiseMoments, Spread
+from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
 from noetherflow.symmetry import Grams
 from noetherflow.symmetry.axes import AxisSymmetry
@@ -102,7 +103,7 @@ class FastPass:
                 self._each[name], self._sum[name] = one.each, gradient.double()
         self.count += size
         centred = {name: one.each.combine(one.whole, -1.0 / size) for name, one in sums.items()}
-        self._batches.append((size, self._grams(centred, size - 1)))
+        self._batches.append((size, all_grams(self._symmetries, centred, self._subject.trained, size - 1)))
         return True
 
     def moments(self) -> NoiseMoments:
@@ -115,7 +116,7 @@ class FastPass:
                 each[name] = squares_of(total[name], self._asked[name])
         whole = {name: squares_of(one, self._asked[name]) for name, one in total.items()}
         centred = {name: each[name].combine(whole[name], -1.0 / count) for name in trained}
-        scatter = self._grams(centred, 1)
+        scatter = all_grams(self._symmetries, centred, trained, 1)
         named = names_with_variances(self._subject.symmetries) if self._variances else []
         entries = {name: centred[name].entries for name in named}
         return NoiseMoments(
@@ -124,7 +125,7 @@ class FastPass:
             scatter=scatter,
             square_scatter={name: one for name, one in entries.items() if one is not None},
             total_scatter=torch.stack([one.total for one in centred.values()]).sum(),
-            spreads={name: self._spread(name) for name in self._subject.symmetries},
+            spreads=spreads(self._batches),
             symmetries=dict(self._subject.symmetries),
             fallback=dict(self.unknown),
         )
@@ -190,24 +191,3 @@ class FastPass:
         return torch.stack(losses), {
             name: torch.stack(one) for name, one in zip(leaves, zip(*found, strict=True), strict=True)
         }
-
-    def _grams(self, squares: Mapping[str, Squares], count: int) -> dict[str, Grams]:
-        """What the symmetries want, over a number of examples."""
-        found = {}
-        for name, symmetry in self._symmetries.items():
-            sides = grams_of(symmetry, squares, self._subject.trained)
-            found[name] = Grams(*(side / count for side in sides))
-        return found
-
-    def _spread(self, name: str) -> Spread:
-        """As if by example: the variance that the estimates of single batches speak of."""
-        values = []
-        for _, grams in self._batches:
-            sides = [one.diagonal() if one.ndim == 2 else one for one in grams[name]]
-            values.append(torch.stack([*sides, sides[0] - sides[1]]))
-        sizes = torch.tensor([size for size, _ in self._batches], dtype=torch.float64, device=values[0].device)
-        stack, weights = torch.stack(values), sizes.reshape(-1, *(1,) * values[0].ndim)
-        total = (weights * stack).sum(0)
-        deviations = (weights * (stack - total / self.count).square()).sum(0)
-        variance = deviations / (len(values) - 1) if len(values) > 1 else torch.full_like(total, torch.nan)
-        return Spread(total, variance * (self.count - 1) + total.square() / self.count)

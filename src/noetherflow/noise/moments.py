@@ -7,7 +7,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from noetherflow._errors import EmptyDataError, ParameterNameError
+from noetherflow._errors import EmptyDataError, ParameterNameError, SettingsError
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.noise.asked import names_with_variances
 from noetherflow.symmetry import Grams, Symmetry
@@ -191,6 +191,22 @@ class NoiseMoments:
         sample of its source.
         """
         return {name: spread.standard_errors(self.count) for name, spread in self.spreads.items()}
+
+    def require_variances(self, symmetries: Mapping[str, Symmetry]) -> None:
+        """Raise unless the variances that the equilibrium of some symmetries needs were measured.
+
+        Args:
+            symmetries: With canonical names.
+
+        Raises:
+            SettingsError: If they were not.
+        """
+        missing = [name for name in names_with_variances(symmetries) if name not in self.square_scatter]
+        if missing:
+            raise SettingsError(
+                f"the noise was measured without the variances of {missing}, which the equilibrium needs: "
+                "use estimate_noise, or NoiseMeter(..., variances=True)"
+            )
 
     def require(self, symmetries: Mapping[str, Symmetry]) -> dict[str, Symmetry]:
         """The symmetries asked for, under canonical parameter names.

@@ -1,0 +1,170 @@
+"""Noise measured in passing, while a model is trained."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from noetherflow._batch import is_per_example, tensors_of
+from noetherflow._errors import EmptyDataError, SettingsError
+from noetherflow._per_example import require_uncoupled
+from noetherflow._types import Batch
+from noetherflow.noise.asked import Squares, asked_of, names_with_variances
+from noetherflow.noise.batches import BatchGrams, all_grams, spreads
+from noetherflow.noise.capture import Capture
+from noetherflow.noise.collect import squares_of
+from noetherflow.noise.exact import resolve
+from noetherflow.noise.moments import NoiseMoments
+from noetherflow.noise.rules import RULES
+from noetherflow.symmetry import Symmetry
+from noetherflow.symmetry.axes import AxisSymmetry
+
+
+@final
+class NoiseMeter:
+    r"""Measures gradient noise inside your own training step, whose gradients stay what they are.
+
+    Put forward and backward pass of a step into `with meter.step(batch)`. The parameters' gradients are then formed
+    example by example in one buffer and added up, so that their squares cost little more than memory traffic; `.grad`
+    is what it would have been, up to the order of additions. Every step is centred by its own mean gradient, and all
+    are pooled: an unbiased estimate of $N_\pm$, averaged over the parameters that training went through.
+
+    Args:
+        model: The model that is trained.
+        symmetries: What to measure the noise for, by name; they act along axes.
+        variances: Measure the variance of every entry of the parameters on which scalings and rescalings act, which
+            `solve_equilibrium` needs.
+
+    Raises:
+        SettingsError: If a symmetry is a `DenseSymmetry`: it joins single entries of several tensors.
+        FrozenParameterError: If one acts on parameters that are not trained.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(3)]
+        >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
+        >>> meter = nf.NoiseMeter(net, nf.find_symmetries(net, loss, batches[0]))
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> for batch in batches:
+        ...     optimizer.zero_grad()
+        ...     with meter.step(batch):
+        ...         loss(net, batch).mean().backward()
+        ...     optimizer.step()
+        >>> meter.noise.count, meter.noise.trace > 0
+        (24, tensor(True))
+
+    Source: Ziyin et al. (2024) for the statistics; how they are measured is this package's own.
+    """
+
+    def __init__(self, model: nn.Module, symmetries: Mapping[str, Symmetry], *, variances: bool = False) -> None:
+        resolved, self._aliases = resolve(model, symmetries)
+        self._symmetries: dict[str, AxisSymmetry] = {}
+        for name, symmetry in resolved.items():
+            if not isinstance(symmetry, AxisSymmetry):
+                raise SettingsError(
+                    f"symmetry {name!r} is a {type(symmetry).__name__}, which joins single entries of several tensors: "
+                    "its noise cannot be measured in passing. Use estimate_noise"
+                )
+            self._symmetries[name] = symmetry
+        self._model, self._variances = model, variances
+        self.skipped = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything measured so far, and which parameters are trained."""
+        self._params = {name: one for name, one in self._model.named_parameters() if one.requires_grad}
+        self._asked = asked_of(self._params, self._symmetries, variances=self._variances)
+        self._scatter: dict[str, Squares] = {}
+        self._batches: list[BatchGrams] = []
+
+    @contextmanager
+    def step(self, batch: Batch, *, weight: float | None = None) -> Iterator[None]:
+        """The block in which forward and backward pass of one step run.
+
+        Args:
+            batch: What goes into the model: the leading dimension of its first tensor is that of the examples.
+            weight: What the loss of one example counts in the loss whose backward pass runs: 1 / B by default, for a
+                mean over the batch; 1 for a sum, 1 / (k B) for one of k steps that accumulate gradients. A loss scale
+                multiplies it.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            CoupledExamplesError: If a layer normalises over the batch.
+            EmptyDataError: If the batch holds no example.
+            SettingsError: If no backward pass ran, or a parameter is used in a way whose gradients cannot be taken
+                apart by example; its `.grad` is right all the same.
+        """
+        require_uncoupled(self._model)
+        leaves = tensors_of(batch)
+        size = next((len(leaf) for leaf in leaves if leaf.ndim), 0)
+        if not size:
+            raise EmptyDataError("the batch holds no tensor with an entry per example")
+        own = [leaf for leaf in leaves if is_per_example(leaf, size)]
+        capture = Capture(self._params, self._asked, size, own, RULES, keep_gradients=True)
+        # Compiled code would not be seen.
+        with torch.compiler.set_stance("force_eager"), capture:
+            yield
+        if capture.unknown:
+            listing = "; ".join(f"{name} ({operation})" for name, operation in capture.unknown.items())
+            raise SettingsError(
+                f"the gradients of these parameters cannot be taken apart by example while training: {listing}. "
+                "Use estimate_noise, which forms them one by one"
+            )
+        if not capture.sums:
+            raise SettingsError(
+                "no gradient of a parameter was seen: forward and backward pass of this model both have to run inside "
+                "`with meter.step(batch)`"
+            )
+        self._add(capture, size, 1 / size if weight is None else weight)
+
+    @property
+    def noise(self) -> NoiseMoments:
+        """What was measured. The mean gradient is not kept: its entries are NaN.
+
+        Raises:
+            EmptyDataError: If nothing was measured, or only batches of one example.
+        """
+        if not self._batches:
+            raise EmptyDataError(
+                "nothing was measured: run a step on two examples or more inside `with meter.step(batch)`"
+            )
+        count = sum(size for size, _ in self._batches)
+        freedom = count - len(self._batches)
+        scatter = {name: one.scaled(count / freedom) for name, one in self._scatter.items()}
+        named = names_with_variances(self._symmetries) if self._variances else []
+        entries = {name: scatter[name].entries for name in named}
+        nothing = torch.full((), torch.nan, dtype=torch.float64)
+        return NoiseMoments(
+            count=count,
+            mean={name: nothing.to(one.device).expand(one.shape) for name, one in self._params.items()},
+            scatter=all_grams(self._symmetries, scatter, self._params, 1),
+            square_scatter={name: one for name, one in entries.items() if one is not None},
+            total_scatter=torch.stack([one.total for one in scatter.values()]).sum(),
+            spreads=spreads(self._batches),
+            symmetries=dict(self._symmetries),
+            aliases=self._aliases,
+        )
+
+    def _add(self, capture: Capture, size: int, weight: float) -> None:
+        if size < 2:
+            return  # a single example is its own mean
+        centred = {}
+        for name, one in self._params.items():
+            if name in capture.sums:
+                each, whole, _ = capture.sums[name]
+                centred[name] = each.combine(whole, -1.0 / size).scaled(weight**-2)
+            else:
+                centred[name] = squares_of(torch.zeros_like(one), self._asked[name])
+        total: Tensor = torch.stack([one.total for one in centred.values()]).sum()
+        if not torch.isfinite(total):
+            self.skipped += 1  # as a gradient scaler skips the step
+            return
+        for name, squares in centred.items():
+            before = self._scatter.get(name)
+            self._scatter[name] = squares if before is None else before.combine(squares, 1.0)
+        self._batches.append((size, all_grams(self._symmetries, centred, self._params, size - 1)))

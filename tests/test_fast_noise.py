@@ -1,0 +1,348 @@
+"""Noise without per-example gradients, against the gradients of single examples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+import noetherflow as nf
+from noetherflow import _batch
+from noetherflow.noise import collect as collecting
+from noetherflow.noise.asked import Asked, Squares
+from noetherflow.noise.collect import collect, squares_of_stack
+from noetherflow.noise.uses import Outer
+from zoo import ZOO, Animal, Call, ids, regression, sequential, tokens_of
+
+TIGHT = {"rtol": 1e-10, "atol": 1e-13}
+
+
+def in_double(built: tuple[nn.Module, Any, Any]) -> tuple[nn.Module, Any, Any]:
+    model, loss, batch = built
+    return model.double(), loss, _batch.cast(batch, torch.float64, torch.device("cpu"))
+
+
+def assert_same(fast: nf.NoiseMoments, exact: nf.NoiseMoments, **tolerance: float) -> None:
+    """Every statistic but the standard errors, relative to the size of what it is a part of."""
+    tolerance = tolerance or TIGHT
+    assert fast.count == exact.count
+    torch.testing.assert_close(fast.total_scatter, exact.total_scatter, **tolerance)
+    whole = exact.total_scatter.item()
+    absolute = {"rtol": tolerance["rtol"], "atol": tolerance["rtol"] * whole}
+    torch.testing.assert_close(fast.scatter, exact.scatter, **absolute)
+    torch.testing.assert_close(fast.square_scatter, exact.square_scatter, **absolute)
+    torch.testing.assert_close(fast.mean, exact.mean, rtol=tolerance["rtol"], atol=tolerance["rtol"] * whole**0.5)
+
+
+@pytest.mark.parametrize("variances", [True, False], ids=["variances", "sums"])
+@pytest.mark.parametrize("animal", ZOO, ids=lambda animal: animal.name)
+def test_every_architecture(animal: Animal, variances: bool) -> None:
+    built = in_double(animal.build())
+    symmetries = nf.find_symmetries(*built)
+    model, loss, batch = built
+    fast, exact = (
+        nf.estimate_noise(model, loss, [batch], symmetries, exact=one, variances=variances) for one in (False, True)
+    )
+    if not variances:
+        exact = nf.estimate_noise(model, loss, [batch], symmetries, exact=True)
+        fast.square_scatter.update(exact.square_scatter)
+    assert_same(fast, exact)
+    # Whatever is not seen is named, and done exactly.
+    assert set(fast.fallback) == ({"a", "b"} if animal.name == "stacked maps" else set())
+
+
+class Positions(nn.Module):
+    """Token and position embeddings, with positions that know nothing of the batch."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.tokens, self.places = kind, nn.Embedding(7, 4), nn.Embedding(9, 4)
+        self.free, self.head = nn.Parameter(torch.randn(1, 9, 4)), nn.Linear(4, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        places = self.places(places[None] if self.kind == "with a dimension" else places)
+        return self.head(torch.tanh(self.tokens(x) + places + self.free[:, : x.shape[1]]))
+
+
+class Split(nn.Module):
+    """One parameter that holds three maps, cut apart in different ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed, self.bias = nn.Parameter(torch.randn(9, 3)), nn.Parameter(torch.randn(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, _ = self.packed.chunk(3)
+        a = functional.linear(x, first, self.bias[:3])
+        b = x @ second.t() + self.bias[3:6]
+        return torch.tanh(a) * b + x @ self.packed[6:].T + self.bias.view(3, 3)[2]
+
+
+class Reused(nn.Module):
+    """A map used three times, and tied to another place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.other.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(torch.tanh(self.one(torch.tanh(self.one(x)))))
+
+
+class Recurrent(nn.Module):
+    """Something that is done exactly, between things that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.cell, self.after = nn.Linear(3, 4), nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.cell(self.before(x))[0])
+
+
+class Scaled(nn.Module):
+    """Parameters that are added and multiplied, one of them after a function of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift, self.rate = (nn.Parameter(torch.randn(3)) for _ in range(3))
+        self.number = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.scale * x + self.shift) / self.rate.exp() * self.number - torch.where(x > 0, x, self.shift)
+
+
+def conv(kind: type[nn.Module], *sizes: Any, **options: Any) -> nn.Module:
+    return nn.Sequential(kind(*sizes, **options), nn.Tanh())
+
+
+@dataclass
+class Layers:
+    name: str
+    build: Callable[[], tuple[nn.Module, Any, Any]]
+    fallback: tuple[str, ...] = ()
+
+
+CASES = [
+    Layers("linear", lambda: sequential((3,), (2,), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))),
+    Layers("linear, tokens", lambda: sequential((5, 3), (5, 2), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))),
+    Layers("linear, two dimensions of tokens", lambda: sequential((2, 5, 3), (2, 5, 2), nn.Linear(3, 2))),
+    Layers("linear, no bias", lambda: sequential((5, 3), (5, 2), nn.Linear(3, 2, bias=False))),
+    Layers("linear, large", lambda: sequential((6, 150), (6, 130), nn.Linear(150, 130))),
+    Layers("linear, many tokens", lambda: sequential((40, 150), (40, 130), nn.Linear(150, 130))),
+    Layers("in place", lambda: sequential((5, 3), (5, 2), nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))),
+    Layers("stride, padding, dilation", lambda: sequential((3, 9, 8), (4, 5, 6), conv(
+        nn.Conv2d, 3, 4, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)))),
+    Layers("same padding", lambda: sequential((3, 6, 6), (4, 6, 6), conv(nn.Conv2d, 3, 4, 3, padding="same"))),
+    Layers("groups", lambda: sequential((4, 5, 5), (6, 3, 3), conv(nn.Conv2d, 4, 6, 3, groups=2))),
+    Layers("depthwise", lambda: sequential((4, 5, 5), (8, 5, 5), conv(nn.Conv2d, 4, 8, 3, padding=1, groups=4))),
+    Layers("one dimension", lambda: sequential((3, 7), (4, 3), conv(nn.Conv1d, 3, 4, 3, stride=2))),
+    Layers("three dimensions", lambda: sequential((2, 3, 4, 4), (3, 2, 3, 3), conv(nn.Conv3d, 2, 3, 2))),
+    Layers("in place after a convolution", lambda: sequential(
+        (3, 5, 5), (4, 5, 5), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True))),
+    Layers("transposed", lambda: sequential((3, 4, 4), (2, 6, 6), nn.ConvTranspose2d(3, 2, 3), nn.Tanh()),
+           ("0.weight", "0.bias")),
+    Layers("padding rows", lambda: (nn.Sequential(nn.Embedding(7, 4, padding_idx=0), nn.Linear(4, 7)), tokens_of,
+                                    ids(7, 4, 5))),
+    Layers("positions", lambda: (Positions("plain"), tokens_of, ids(7, 4, 5))),
+    Layers("positions, as many as examples", lambda: (Positions("plain"), tokens_of, ids(7, 5, 5))),
+    Layers("positions, twice as many", lambda: (Positions("plain"), tokens_of, ids(7, 4, 8))),
+    Layers("positions with a dimension", lambda: (Positions("with a dimension"), tokens_of, ids(7, 4, 5))),
+    Layers("LayerNorm, many tokens", lambda: sequential((20, 3), (20, 3), nn.LayerNorm(3), nn.Tanh())),
+    Layers("LayerNorm over two dimensions", lambda: sequential((4, 3), (4, 3), nn.LayerNorm((4, 3)), nn.Tanh())),
+    Layers("LayerNorm without bias", lambda: sequential((4, 3), (4, 3), nn.LayerNorm(3, bias=False), nn.Tanh())),
+    Layers("GroupNorm", lambda: sequential((4, 3, 3), (4, 3, 3), nn.GroupNorm(2, 4), nn.Tanh())),
+    Layers("InstanceNorm", lambda: sequential((4, 3, 3), (4, 3, 3), nn.InstanceNorm2d(4, affine=True), nn.Tanh()),
+           ("0.weight", "0.bias")),
+    Layers("packed", lambda: regression(Split(), (5, 3), (5, 3))),
+    Layers("reused and tied", lambda: regression(Reused(), (5, 3), (5, 3))),
+    Layers("reused and tied, no tokens", lambda: regression(Reused(), (3,), (3,))),
+    Layers("recurrent", lambda: regression(Recurrent(), (5, 3), (5, 2)),
+           ("cell.weight_ih_l0", "cell.weight_hh_l0", "cell.bias_ih_l0", "cell.bias_hh_l0")),
+    Layers("added and multiplied", lambda: regression(Scaled(), (5, 3), (5, 3))),
+    Layers("tokens before examples", lambda: regression(
+        nn.Sequential(Call(lambda x: x.transpose(0, 1)), nn.Linear(3, 4), Call(lambda x: x.transpose(0, 1))),
+        (5, 3), (5, 4)), ("1.weight", "1.bias")),
+]  # fmt: skip
+
+
+def squared_axes(model: nn.Module) -> dict[str, nf.Symmetry]:
+    """Something is asked of every axis; the loss is not symmetric, so the check of that is switched off."""
+    asked: dict[str, nf.Symmetry] = {}
+    for name, one in model.named_parameters():
+        for dim in range(one.ndim):
+            asked[f"{name} {dim} sums"] = nf.DiagonalSymmetry(plus=nf.Axis(name, dim))
+            asked[f"{name} {dim} Gram"] = nf.MatrixSymmetry(plus=nf.Axis(name, dim, 0, max(1, one.shape[dim] // 2)))
+        if one.ndim:
+            asked[f"{name} whole"] = nf.ScalarSymmetry(plus=nf.Axis(name, 0))
+    return asked
+
+
+@pytest.fixture
+def any_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("noetherflow.noise.exact.Subject.require_symmetric", lambda *_: None)
+    monkeypatch.setattr("noetherflow.noise.fast.FastPass._is_symmetric", lambda *_: True)
+
+
+@pytest.mark.parametrize("variances", [True, False], ids=["variances", "sums"])
+@pytest.mark.parametrize("layers", CASES, ids=lambda layers: layers.name)
+@pytest.mark.usefixtures("any_direction")
+def test_every_layer(layers: Layers, variances: bool) -> None:
+    torch.manual_seed(0)
+    model, loss, batch = in_double(layers.build())
+    asked = squared_axes(model)
+    fast, exact = (nf.estimate_noise(model, loss, [batch], asked, exact=one) for one in (False, True))
+    if not variances:
+        fast = nf.estimate_noise(model, loss, [batch], asked, exact=False, variances=False)
+        fast.square_scatter.update(exact.square_scatter)
+    assert_same(fast, exact)
+    assert set(fast.fallback) == set(layers.fallback)
+
+
+SHAPES = st.tuples(*(st.integers(1, most) for most in (5, 40, 30, 30)))
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(SHAPES, st.booleans(), st.booleans(), st.booleans(), st.booleans())
+def test_every_way_of_adding_up(
+    shape: tuple[int, int, int, int], rows: bool, columns: bool, entries: bool, small: bool
+) -> None:
+    """Token by token, stacked, one by one: all are the squares of the same gradients."""
+    size, tokens, m, n = shape
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(size, tokens, k, generator=generator, dtype=torch.float64) for k in (m, n))
+    asked = Asked(rows, columns, entries, (nf.Axis("w", 0, 0, (n + 1) // 2), nf.Axis("w", 1)) if small else ())
+    wanted = squares_of_stack(g.mT @ x, asked)
+    for threshold in (0, 2**14):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collecting, "_SMALL", threshold)
+            squares, gradient = collect([Outer((), x, g)], torch.Size((n, m)), asked, x)
+        torch.testing.assert_close(gradient, (g.mT @ x).sum(0), **TIGHT)
+        for field in ("total", "rows", "columns", "entries", "grams"):
+            torch.testing.assert_close(getattr(squares, field), getattr(wanted, field), **TIGHT)
+
+
+@pytest.mark.usefixtures("any_direction")
+def test_gradients_of_a_tied_weight_are_summed_before_they_are_squared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin that must fail: every use squared on its own."""
+    model, loss, batch = in_double(regression(Reused(), (5, 3), (5, 3)))
+
+    def apart(uses: Any, shape: torch.Size, asked: Asked, like: Tensor) -> Any:
+        parts = [collect([use], shape, asked, like) for use in uses]
+        squares: Squares = parts[0].squares
+        for part in parts[1:]:
+            squares = squares.combine(part.squares, 1.0)
+        return collecting.Collected(squares, sum(part.gradient for part in parts))
+
+    exact = nf.estimate_noise(model, loss, [batch], {}, exact=True)
+    monkeypatch.setattr("noetherflow.noise.capture.collect", apart)
+    wrong = nf.estimate_noise(model, loss, [batch], {}, exact=False)
+    # The check against single examples sees it, and does these parameters exactly.
+    assert set(wrong.fallback) == {"one.weight", "one.bias"}
+    assert_same(wrong, exact)
+    monkeypatch.setattr("noetherflow.noise.fast.FastPass.check", blind)
+    with pytest.raises(AssertionError):
+        assert_same(nf.estimate_noise(model, loss, [batch], {}, exact=False), exact)
+
+
+def blind(self: Any, batch: Any, together: Tensor, **_: Any) -> None:
+    self._own = [0, 1]
+
+
+@pytest.mark.usefixtures("any_direction")
+def test_without_the_check_another_layout_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    (case,) = (one for one in CASES if one.name == "tokens before examples")
+    model, loss, batch = in_double(case.build())
+    batch = tuple(one[:, :4] for one in batch)  # four tokens, four examples
+    exact = nf.estimate_noise(model, loss, [batch], {}, exact=True)
+    assert_same(nf.estimate_noise(model, loss, [batch], {}, exact=False), exact)
+    monkeypatch.setattr("noetherflow.noise.fast.FastPass.check", blind)
+    with pytest.raises(AssertionError):
+        assert_same(nf.estimate_noise(model, loss, [batch], {}, exact=False), exact)
+
+
+def large(*, dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = (nn.Linear(40, 200), nn.ReLU(), nn.Dropout(dropout), nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 5))
+    return nn.Sequential(*layers).double()
+
+
+def examples(count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 40, generator=generator, dtype=torch.float64)
+    return x, torch.randint(5, (count,), generator=generator)
+
+
+def classify(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def test_the_quick_way_is_taken_by_itself_and_over_batches_of_any_size() -> None:
+    model = large()
+    data = examples(50)
+    batches = [tuple(part) for part in zip(*(one.split(16) for one in data), strict=True)]
+    symmetries = nf.find_symmetries(model, classify, batches[0])
+    fast = nf.estimate_noise(model, classify, batches, symmetries)
+    exact = nf.estimate_noise(model, classify, batches, symmetries, exact=True)
+    assert_same(fast, exact)
+    for name in symmetries:
+        # Between four batches: the same size, not the same number.
+        ratio = fast.standard_errors[name].net.mean() / exact.standard_errors[name].net.mean()
+        assert 0.5 < ratio < 2
+    short = nf.estimate_noise(model, classify, batches, symmetries, variances=False)
+    with pytest.raises(nf.SettingsError, match="variances"):
+        nf.solve_equilibrium(symmetries, model, short, nf.SGD(0.1, 8))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+def test_narrow_numbers_stay_within_their_bounds(dtype: torch.dtype, bound: float) -> None:
+    model = large().to(dtype)
+    x, y = examples(64)
+    batch = x.to(dtype), y
+    symmetries = nf.find_symmetries(large(), classify, (x, y))
+    exact = nf.estimate_noise(model, classify, [batch], symmetries, exact=True, dtype=torch.float64)
+    fast = nf.estimate_noise(model, classify, [batch], symmetries, exact=False)
+    torch.testing.assert_close(fast.trace, exact.trace, rtol=bound, atol=0)
+    for name, grams in exact.grams.items():
+        for mine, theirs in zip(fast.grams[name], grams, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound * theirs.mean().item())
+
+
+def test_autocast_is_within_the_bounds_of_its_type() -> None:
+    model = large().float()
+    x, y = examples(64)
+
+    def narrow(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return functional.cross_entropy(model(batch[0]), batch[1], reduction="none").float()
+
+    exact = nf.estimate_noise(model, classify, [(x.float(), y)], {}, exact=True)
+    fast = nf.estimate_noise(model, narrow, [(x.float(), y)], {}, exact=False)
+    assert not fast.fallback
+    torch.testing.assert_close(fast.trace, exact.trace, rtol=0.03, atol=0)
+
+
+def test_noise_below_rounding_is_measured_exactly() -> None:
+    """Examples that are all the same: sums of squares, less the square of the sum, would leave only rounding."""
+    x, y = examples(1)
+    batch = x.expand(30, -1), y.expand(30)
+    noise = nf.estimate_noise(large(), classify, [batch], {}, exact=False)
+    assert noise.trace < 1e-20
+
+
+def test_compiled_models_are_seen() -> None:
+    model = large()
+    batch = examples(8)
+    compiled = torch.compile(model, backend="eager")
+    compiled(batch[0])
+    exact = nf.estimate_noise(model, classify, [batch], {}, exact=True)
+    fast = nf.estimate_noise(compiled, classify, [batch], {}, exact=False)
+    torch.testing.assert_close(fast.trace, exact.trace, **TIGHT)
+    assert not fast.fallback
