@@ -31,7 +31,7 @@ from noetherflow.discover import (
 )
 from noetherflow.drift import drift, expected_step
 from noetherflow.equilibrium import Equilibrium, Outcome, Status, potential, solve_equilibrium
-from noetherflow.noise import NoiseMeter, NoiseMoments, estimate_noise
+from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments, estimate_noise
 from noetherflow.rebalance import rebalance_
 from noetherflow.report import Analysis, SymmetryReport, analyze
 from noetherflow.simulate import GradientDescent, GradientFlow, Langevin, NoetherFlow, Trajectory, simulate
@@ -63,6 +63,7 @@ __all__ = [
     "Loss",
     "LossError",
     "MatrixSymmetry",
+    "MicrobatchMeter",
     "NoetherFlow",
     "NoetherflowError",
     "NoiseMeter",

@@ -25,7 +25,7 @@ def require_uncoupled(model: nn.Module) -> None:
             raise CoupledExamplesError(
                 f"{name!r} ({type(module).__name__}) normalises with the statistics of the batch, which couples its "
                 "examples: the gradient of one example does not exist. Call model.eval() to use the running "
-                "statistics, or use GroupNorm or LayerNorm"
+                "statistics, use GroupNorm or LayerNorm, or measure the noise between microbatches with MicrobatchMeter"
             )
 
 
@@ -146,7 +146,8 @@ def require_independent(alone: Tensor, together: Tensor, where: str) -> None:
             f"{where}: example {worst} has loss {together[worst].item():.6g} within its batch and "
             f"{alone[worst].item():.6g} on its own. Either (a) the loss couples examples (contrastive losses, a "
             "normalisation over the batch), and no example has a gradient of its own; or (b) a tensor of the batch "
-            "that all examples share happens to have the batch size as its leading dimension"
+            "that all examples share happens to have the batch size as its leading dimension. For (a), MicrobatchMeter "
+            "measures the noise between microbatches"
         )
 
 

@@ -2,6 +2,7 @@
 
 from noetherflow.noise.estimate import estimate_noise
 from noetherflow.noise.meter import NoiseMeter
+from noetherflow.noise.microbatch import MicrobatchMeter
 from noetherflow.noise.moments import NoiseMoments
 
-__all__ = ["NoiseMeter", "NoiseMoments", "estimate_noise"]
+__all__ = ["MicrobatchMeter", "NoiseMeter", "NoiseMoments", "estimate_noise"]

@@ -1,17 +1,39 @@
 """What single batches say of the noise, and how far they agree."""
 
 from collections.abc import Mapping, Sequence
+from typing import final
 
 import torch
 from torch import Tensor
 
+from noetherflow._errors import EmptyDataError, SettingsError
 from noetherflow._types import Params
-from noetherflow.noise.asked import Squares, grams_of
-from noetherflow.noise.moments import Spread
-from noetherflow.symmetry import Grams
+from noetherflow.noise.asked import Squares, grams_of, names_with_variances
+from noetherflow.noise.moments import NoiseMoments, Spread
+from noetherflow.symmetry import Grams, Symmetry
 from noetherflow.symmetry.axes import AxisSymmetry
 
 BatchGrams = tuple[int, dict[str, Grams]]
+
+
+def along_axes(symmetries: Mapping[str, Symmetry]) -> dict[str, AxisSymmetry]:
+    """The same symmetries, after a check that none joins single entries of several tensors.
+
+    Returns:
+        The symmetries.
+
+    Raises:
+        SettingsError: If one does.
+    """
+    found = {}
+    for name, symmetry in symmetries.items():
+        if not isinstance(symmetry, AxisSymmetry):
+            raise SettingsError(
+                f"symmetry {name!r} is a {type(symmetry).__name__}, which joins single entries of several tensors: "
+                "its noise cannot be measured in passing. Use estimate_noise"
+            )
+        found[name] = symmetry
+    return found
 
 
 def all_grams(
@@ -49,3 +71,77 @@ def spreads(batches: Sequence[BatchGrams]) -> dict[str, Spread]:
             variance = torch.full_like(total, torch.nan)
         found[name] = Spread(total, variance * (count - 1) + total.square() / count)
     return found
+
+
+@final
+class Pool:
+    """Estimates from single steps, each centred by itself, put together."""
+
+    def __init__(self) -> None:
+        self._scatter: dict[str, Squares] = {}
+        self._batches: list[BatchGrams] = []
+        self._freedom = 0
+
+    def add(
+        self,
+        symmetries: Mapping[str, AxisSymmetry],
+        params: Params,
+        scatter: Mapping[str, Squares],
+        size: int,
+        freedom: int,
+    ) -> bool:
+        """Add a step.
+
+        Args:
+            symmetries: What is measured.
+            params: The parameters.
+            scatter: Sums of squares about the mean of the step, on the scale of single examples.
+            size: How many examples the step saw.
+            freedom: How many times the noise of one example the scatter is on average.
+
+        Returns:
+            False if it holds NaN or infinity, and was left out.
+        """
+        if not torch.isfinite(torch.stack([one.total for one in scatter.values()]).sum()):
+            return False
+        for name, squares in scatter.items():
+            before = self._scatter.get(name)
+            self._scatter[name] = squares if before is None else before.combine(squares, 1.0)
+        self._batches.append((size, all_grams(symmetries, scatter, params, freedom)))
+        self._freedom += freedom
+        return True
+
+    def moments(
+        self, symmetries: Mapping[str, AxisSymmetry], params: Params, aliases: Mapping[str, str]
+    ) -> NoiseMoments:
+        """The noise of one example, unbiased; with NaN for the mean gradient, which is not kept.
+
+        Args:
+            symmetries: What was measured.
+            params: The parameters.
+            aliases: Their other names.
+
+        Returns:
+            The moments.
+
+        Raises:
+            EmptyDataError: If nothing was added.
+        """
+        if not self._batches:
+            raise EmptyDataError(
+                "nothing was measured yet: every step needs two examples, or two microbatches, or more"
+            )
+        count = sum(size for size, _ in self._batches)
+        scatter = {name: one.scaled(count / self._freedom) for name, one in self._scatter.items()}
+        entries = {name: scatter[name].entries for name in names_with_variances(symmetries)}
+        nothing = torch.full((), torch.nan, dtype=torch.float64)
+        return NoiseMoments(
+            count=count,
+            mean={name: nothing.to(one.device).expand(one.shape) for name, one in params.items()},
+            scatter=all_grams(symmetries, scatter, params, 1),
+            square_scatter={name: one for name, one in entries.items() if one is not None},
+            total_scatter=torch.stack([one.total for one in scatter.values()]).sum(),
+            spreads=spreads(self._batches),
+            symmetries=dict(symmetries),
+            aliases=dict(aliases),
+        )

@@ -5,6 +5,7 @@ times, slices of packed projections and parameters of hand-written layers are al
 the model.
 """
 
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,22 @@ _DROPOUT = {
 _CALMED = {*_DROPOUT, functional.scaled_dot_product_attention}
 # Properties that are views of a tensor; all others say something about it, or cut it off from its gradient.
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
-_APART = {torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.requires_grad_, Tensor.detach}
+_APART = {Tensor.requires_grad_, Tensor.detach}
+
+
+def own_code(function: Any) -> Any:
+    """A function of PyTorch that would hand itself over to an active mode, as one that runs its own code at once."""
+    names = {"has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"}
+    space = {**function.__globals__, **dict.fromkeys(names, lambda *_: False)}
+    copy = types.FunctionType(function.__code__, space, argdefs=function.__defaults__, closure=function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+# Backward passes.
+_OWN_CODE: dict[Any, Any] = {
+    one: own_code(one) for one in (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
+}
 
 
 class Rule(Protocol):
@@ -123,7 +139,7 @@ class Calm(TorchFunctionMode):
     """A mode without dropout, so that two passes can be compared."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Skip dropout."""
         return _calmed(func, args, kwargs or {}) if func in _CALMED else func(*args, **(kwargs or {}))
@@ -183,13 +199,16 @@ class Capture(TorchFunctionMode):
         return {name: one.source.unknown for name, one in self._sources.items() if one.source.unknown}
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """See to one call."""
         kwargs = kwargs or {}
         leaves = list(_leaves((*args, *kwargs.values())))
         data = any(self.is_data(leaf) for leaf in leaves)
         known = any(id(leaf) in self._tracked or id(leaf) in self._names for leaf in leaves)
+        if func in _OWN_CODE:
+            with self:  # layers under checkpoint are computed again, and have to be seen again
+                return _OWN_CODE[func](*args, **kwargs)
         if self._calm and func in _CALMED:
             return self._mark(_calmed(func, args, kwargs), leaves)
         if not known or not torch.is_grad_enabled() or _is_apart(func):

@@ -140,8 +140,8 @@ class FastPass:
         with torch.compiler.set_stance("force_eager"), torch.enable_grad():
             with capture:
                 losses = subject.losses(subject.trained, batch)
-            if losses.requires_grad:
-                torch.autograd.grad(losses.sum(), [capture.anchor], allow_unused=True)
+                if losses.requires_grad:
+                    torch.autograd.grad(losses.sum(), [capture.anchor], allow_unused=True)
         self.unknown = capture.unknown | self.unknown
         return {name: one for name, one in capture.sums.items() if name not in self.unknown}, losses.detach()
 

@@ -5,21 +5,20 @@ from contextlib import contextmanager
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from noetherflow._batch import is_per_example, tensors_of
 from noetherflow._errors import EmptyDataError, SettingsError
 from noetherflow._per_example import require_uncoupled
 from noetherflow._types import Batch
-from noetherflow.noise.asked import Squares, asked_of, names_with_variances
-from noetherflow.noise.batches import BatchGrams, all_grams, spreads
+from noetherflow.noise.asked import asked_of
+from noetherflow.noise.batches import Pool, along_axes
 from noetherflow.noise.capture import Capture
 from noetherflow.noise.collect import squares_of
 from noetherflow.noise.exact import resolve
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
 from noetherflow.symmetry import Symmetry
-from noetherflow.symmetry.axes import AxisSymmetry
 
 
 @final
@@ -61,14 +60,7 @@ class NoiseMeter:
 
     def __init__(self, model: nn.Module, symmetries: Mapping[str, Symmetry], *, variances: bool = False) -> None:
         resolved, self._aliases = resolve(model, symmetries)
-        self._symmetries: dict[str, AxisSymmetry] = {}
-        for name, symmetry in resolved.items():
-            if not isinstance(symmetry, AxisSymmetry):
-                raise SettingsError(
-                    f"symmetry {name!r} is a {type(symmetry).__name__}, which joins single entries of several tensors: "
-                    "its noise cannot be measured in passing. Use estimate_noise"
-                )
-            self._symmetries[name] = symmetry
+        self._symmetries = along_axes(resolved)
         self._model, self._variances = model, variances
         self.skipped = 0
         self.reset()
@@ -77,8 +69,7 @@ class NoiseMeter:
         """Forget everything measured so far, and which parameters are trained."""
         self._params = {name: one for name, one in self._model.named_parameters() if one.requires_grad}
         self._asked = asked_of(self._params, self._symmetries, variances=self._variances)
-        self._scatter: dict[str, Squares] = {}
-        self._batches: list[BatchGrams] = []
+        self._pool = Pool()
 
     @contextmanager
     def step(self, batch: Batch, *, weight: float | None = None) -> Iterator[None]:
@@ -124,31 +115,12 @@ class NoiseMeter:
 
     @property
     def noise(self) -> NoiseMoments:
-        """What was measured. The mean gradient is not kept: its entries are NaN.
+        """What was measured, pooled over steps. The mean gradient is not kept: its entries are NaN.
 
         Raises:
             EmptyDataError: If nothing was measured, or only batches of one example.
         """
-        if not self._batches:
-            raise EmptyDataError(
-                "nothing was measured: run a step on two examples or more inside `with meter.step(batch)`"
-            )
-        count = sum(size for size, _ in self._batches)
-        freedom = count - len(self._batches)
-        scatter = {name: one.scaled(count / freedom) for name, one in self._scatter.items()}
-        named = names_with_variances(self._symmetries) if self._variances else []
-        entries = {name: scatter[name].entries for name in named}
-        nothing = torch.full((), torch.nan, dtype=torch.float64)
-        return NoiseMoments(
-            count=count,
-            mean={name: nothing.to(one.device).expand(one.shape) for name, one in self._params.items()},
-            scatter=all_grams(self._symmetries, scatter, self._params, 1),
-            square_scatter={name: one for name, one in entries.items() if one is not None},
-            total_scatter=torch.stack([one.total for one in scatter.values()]).sum(),
-            spreads=spreads(self._batches),
-            symmetries=dict(self._symmetries),
-            aliases=self._aliases,
-        )
+        return self._pool.moments(self._symmetries, self._params, self._aliases)
 
     def _add(self, capture: Capture, size: int, weight: float) -> None:
         if size < 2:
@@ -160,11 +132,5 @@ class NoiseMeter:
                 centred[name] = each.combine(whole, -1.0 / size).scaled(weight**-2)
             else:
                 centred[name] = squares_of(torch.zeros_like(one), self._asked[name])
-        total: Tensor = torch.stack([one.total for one in centred.values()]).sum()
-        if not torch.isfinite(total):
+        if not self._pool.add(self._symmetries, self._params, centred, size, size - 1):
             self.skipped += 1  # as a gradient scaler skips the step
-            return
-        for name, squares in centred.items():
-            before = self._scatter.get(name)
-            self._scatter[name] = squares if before is None else before.combine(squares, 1.0)
-        self._batches.append((size, all_grams(self._symmetries, centred, self._params, size - 1)))

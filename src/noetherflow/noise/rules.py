@@ -1,6 +1,5 @@
 """What each function of PyTorch does with parameters: how to compute it, and what to note of their gradients."""
 
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
-from noetherflow.noise.capture import Capture, Rule, Tracked
+from noetherflow.noise.capture import Capture, Rule, Tracked, own_code
 from noetherflow.noise.uses import Convolution, Outer, Rows, Whole, padded
 
 RULES: dict[Any, Rule] = {}
@@ -315,12 +314,7 @@ def attention(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[s
         return _ATTENTION(*args, **kwargs)
 
 
-# Where a mode is active, the function would hand itself over to it instead of running.
-_ATTENTION = types.FunctionType(
-    functional.multi_head_attention_forward.__code__,
-    {**vars(functional), "has_torch_function": lambda _: False},
-    argdefs=functional.multi_head_attention_forward.__defaults__,
-)
+_ATTENTION = own_code(functional.multi_head_attention_forward)
 
 
 def _named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -1,0 +1,255 @@
+"""Noise measured while training: gradients stay what they are, and nothing is left behind."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import _get_current_function_mode_stack
+
+import noetherflow as nf
+from test_fast_noise import TIGHT, Recurrent, classify, examples, in_double, large
+from zoo import ZOO, Animal, regression
+
+ALONG_AXES = [animal for animal in ZOO if animal.name != "stacked maps"]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: None if one.grad is None else one.grad.clone() for name, one in model.named_parameters()}
+
+
+def pooled(parts: list[nf.NoiseMoments]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Tr Sigma and the charges' noise from the scatter about each part's own mean, unbiased."""
+    freedom = sum(part.count - 1 for part in parts)
+    trace = sum(part.total_scatter for part in parts) / freedom
+    names = parts[0].scatter
+    return trace, {name: sum(part.scatter[name].plus for part in parts) / freedom for name in names}
+
+
+def assert_measured(noise: nf.NoiseMoments, parts: list[nf.NoiseMoments], **tolerance: float) -> None:
+    trace, plus = pooled(parts)
+    tolerance = tolerance or TIGHT
+    torch.testing.assert_close(noise.trace, trace, **tolerance)
+    for name, expected in plus.items():
+        torch.testing.assert_close(
+            noise.grams[name].plus, expected, rtol=tolerance["rtol"], atol=tolerance["rtol"] * trace.item()
+        )
+
+
+@pytest.mark.parametrize("animal", ALONG_AXES, ids=lambda animal: animal.name)
+def test_a_step_is_what_it_would_have_been(animal: Animal) -> None:
+    model, loss, batch = in_double(animal.build())
+    symmetries = nf.find_symmetries(model, loss, batch)
+    loss(model, batch).mean().backward()
+    plain = gradients(model)
+    model.zero_grad()
+    meter = nf.NoiseMeter(model, symmetries)
+    with meter.step(batch):
+        loss(model, batch).mean().backward()
+    # Llama computes its norms in float32 whatever its parameters are.
+    tolerance = {"rtol": 1e-6, "atol": 1e-9} if animal.name == "Llama" else {"rtol": 1e-10, "atol": 1e-12}
+    for name, one in gradients(model).items():
+        if plain[name] is None:
+            assert one is None
+        else:
+            torch.testing.assert_close(one, plain[name], **tolerance)
+    assert_measured(meter.noise, [nf.estimate_noise(model, loss, [batch], symmetries, exact=True)], **tolerance)
+
+
+@pytest.mark.parametrize(("reduce", "weight"), [("mean", None), ("sum", 1.0), ("third", 1 / 48)])
+def test_what_an_example_counts_in_the_loss_is_taken_out(reduce: str, weight: float | None) -> None:
+    model, batch = large(), examples(16)
+    symmetries = nf.find_symmetries(model, classify, batch)
+    exact = [nf.estimate_noise(model, classify, [batch], symmetries, exact=True)]
+    loss = {"mean": Tensor.mean, "sum": Tensor.sum, "third": lambda losses: losses.mean() / 3}[reduce]
+    meter, wrong = nf.NoiseMeter(model, symmetries), nf.NoiseMeter(model, symmetries)
+    with meter.step(batch, weight=weight):
+        loss(classify(model, batch)).backward()
+    assert_measured(meter.noise, exact)
+    with wrong.step(batch, weight=None if reduce == "sum" else 1.0):
+        loss(classify(model, batch)).backward()
+    with pytest.raises(AssertionError):
+        assert_measured(wrong.noise, exact)
+
+
+def test_steps_are_centred_by_themselves_and_pooled() -> None:
+    model = large()
+    batches = [examples(size, seed) for seed, size in enumerate((16, 10, 1, 16))]
+    symmetries = nf.find_symmetries(model, classify, batches[0])
+    meter = nf.NoiseMeter(model, symmetries, variances=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    parts = []
+    for batch in batches:
+        if len(batch[0]) > 1:
+            parts.append(nf.estimate_noise(model, classify, [batch], symmetries, exact=True))
+        optimizer.zero_grad()
+        with meter.step(batch):
+            classify(model, batch).mean().backward()
+        optimizer.step()
+    assert_measured(meter.noise, parts)
+    assert meter.noise.count == 42
+    assert all(torch.isfinite(one.net).all() for one in meter.noise.standard_errors.values())
+    assert nf.solve_equilibrium(symmetries, model, meter.noise, nf.SGD(0.5, 16, 1e-3)).trace_after > 0
+    meter.reset()
+    with pytest.raises(nf.EmptyDataError, match="nothing was measured"):
+        assert meter.noise
+
+
+def test_equilibria_need_variances() -> None:
+    model, batch = large(), examples(16)
+    symmetries = nf.find_symmetries(model, classify, batch)
+    meter = nf.NoiseMeter(model, symmetries)
+    with meter.step(batch):
+        classify(model, batch).mean().backward()
+    with pytest.raises(nf.SettingsError, match="variances=True"):
+        nf.solve_equilibrium(symmetries, model, meter.noise, nf.SGD(0.5, 16, 1e-3))
+
+
+def test_nothing_is_left_behind_whatever_is_raised() -> None:
+    model, batch = large(), examples(16)
+    symmetries = nf.find_symmetries(model, classify, batch)
+    before = {name: (set(vars(module)), module.training) for name, module in model.named_modules()}
+    parameters = {name: (set(vars(one)), one._backward_hooks) for name, one in model.named_parameters()}
+    meter = nf.NoiseMeter(model, symmetries)
+
+    def broken(where: str) -> None:
+        with meter.step(batch):
+            value = classify(model, batch).mean()
+            if where == "backward":
+                value.register_hook(lambda _: 1 / 0)
+            if where == "forward":
+                raise ZeroDivisionError
+            value.backward()
+
+    for where in ("forward", "backward"):
+        with pytest.raises(ZeroDivisionError):
+            broken(where)
+        assert not _get_current_function_mode_stack()
+        assert {name: (set(vars(module)), module.training) for name, module in model.named_modules()} == before
+        assert {name: (set(vars(one)), one._backward_hooks) for name, one in model.named_parameters()} == parameters
+        assert not any(vars(tensor) for tensor in batch)
+    model.zero_grad()
+    with meter.step(batch):
+        classify(model, batch).mean().backward()
+    assert_measured(meter.noise, [nf.estimate_noise(model, classify, [batch], symmetries, exact=True)])
+
+
+def test_what_cannot_be_taken_apart_is_named_and_its_gradient_is_right() -> None:
+    model, loss, batch = in_double(regression(Recurrent(), (5, 3), (5, 2)))
+    loss(model, batch).mean().backward()
+    plain = gradients(model)
+    model.zero_grad()
+    meter = nf.NoiseMeter(model, {})
+    with pytest.raises(nf.SettingsError, match=r"cell\.weight_hh_l0 \(lstm\)"), meter.step(batch):
+        loss(model, batch).mean().backward()
+    torch.testing.assert_close(gradients(model), plain, rtol=1e-10, atol=1e-12)
+
+
+def test_coupled_examples_are_refused_with_a_way_out() -> None:
+    model = nn.Sequential(nn.Linear(40, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)).double()
+    batch = examples(12)
+    meter = nf.NoiseMeter(model, {})
+    with pytest.raises(nf.CoupledExamplesError, match="MicrobatchMeter"), meter.step(batch):
+        pass
+    with pytest.raises(nf.CoupledExamplesError, match="MicrobatchMeter"):
+        nf.estimate_noise(model, classify, [batch], {})
+
+
+def test_a_step_without_a_backward_pass_is_a_mistake() -> None:
+    model, batch = large(), examples(12)
+    meter = nf.NoiseMeter(model, {})
+    with pytest.raises(nf.SettingsError, match="inside"), meter.step(batch):
+        classify(model, batch).mean()
+    with pytest.raises(nf.EmptyDataError, match="no tensor"), meter.step(()):
+        pass
+
+
+def test_a_step_that_overflows_is_left_out_and_counted() -> None:
+    model, batch = large(), examples(12)
+    meter = nf.NoiseMeter(model, {})
+    for scale in (1.0, float("inf")):
+        with meter.step(batch):
+            (scale * classify(model, batch).mean()).backward()
+    assert meter.skipped == 1
+    assert torch.isfinite(meter.noise.trace)
+
+
+def test_a_generator_given_as_a_matrix_is_refused() -> None:
+    with pytest.raises(nf.SettingsError, match="estimate_noise"):
+        nf.NoiseMeter(nn.Linear(1, 1), {"one": nf.DenseSymmetry(torch.eye(1), ["bias"])})
+
+
+def test_checkpointed_layers_are_measured() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model, batch = large(), examples(16)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inner = checkpoint(model[:3], batch[0], use_reentrant=False)
+        return functional.cross_entropy(model[3:](inner), batch[1], reduction="none")
+
+    loss(model, batch).mean().backward()
+    plain = gradients(model)
+    model.zero_grad()
+    meter = nf.NoiseMeter(model, {})
+    with meter.step(batch):
+        loss(model, batch).mean().backward()
+    torch.testing.assert_close(gradients(model), plain, rtol=1e-10, atol=1e-12)
+    exact = nf.estimate_noise(model, classify, [batch], {}, exact=True)
+    assert_measured(meter.noise, [exact])
+    torch.testing.assert_close(nf.estimate_noise(model, loss, [batch], {}, exact=False).trace, exact.trace, **TIGHT)
+
+
+def split(batch: tuple[Tensor, Tensor], sizes: list[int]) -> list[tuple[Tensor, ...]]:
+    return [tuple(part) for part in zip(*(one.split(sizes) for one in batch), strict=True)]
+
+
+def run_microbatches(meter: nf.MicrobatchMeter, model: nn.Module, parts: list[Any]) -> None:
+    total = sum(len(part[0]) for part in parts)
+    with meter.step() as done:
+        for part in parts:
+            share = len(part[0]) / total
+            (share * classify(model, part).mean()).backward()
+            done(size=len(part[0]), weight=share)
+
+
+def test_microbatches_agree_with_single_examples_on_average() -> None:
+    """Unbiased: over many draws of a data set's examples, sizes equal or not."""
+    model = large()
+    data = examples(60)
+    symmetries = nf.find_symmetries(model, classify, data)
+    exact = nf.estimate_noise(model, classify, [data], symmetries, exact=True)
+    generator = torch.Generator().manual_seed(0)
+    for sizes in ([4] * 8, [2, 6, 3, 9]):
+        meter = nf.MicrobatchMeter(model, symmetries)
+        for _ in range(150):
+            chosen = torch.randint(60, (sum(sizes),), generator=generator)
+            run_microbatches(meter, model, split(tuple(one[chosen] for one in data), sizes))
+        torch.testing.assert_close(meter.noise.trace, exact.trace, rtol=0.05, atol=0)
+        for name, grams in exact.grams.items():
+            errors = meter.noise.standard_errors[name]
+            score = (meter.noise.grams[name].plus - grams.plus) / errors.plus
+            assert 0.7 < score.square().mean().sqrt() < 1.4
+
+
+def test_microbatches_of_one_are_the_scatter_of_examples() -> None:
+    model, batch = large(), examples(12)
+    symmetries = nf.find_symmetries(model, classify, batch)
+    classify(model, batch).sum().backward()  # gradients that were there already do not matter
+    meter = nf.MicrobatchMeter(model, symmetries)
+    run_microbatches(meter, model, split(batch, [1] * 12))
+    assert_measured(
+        meter.noise, [nf.estimate_noise(model, classify, [batch], symmetries, exact=True)], rtol=1e-8, atol=0
+    )
+
+
+def test_a_microbatch_alone_says_nothing() -> None:
+    model, batch = large(), examples(12)
+    meter = nf.MicrobatchMeter(model, {})
+    with pytest.raises(nf.SettingsError, match="there were 1"):
+        run_microbatches(meter, model, [batch])
+    with pytest.raises(nf.EmptyDataError):
+        assert meter.noise
+    with pytest.raises(nf.SettingsError, match="size=0"), meter.step() as done:
+        done(size=0)
