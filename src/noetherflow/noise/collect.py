@@ -67,20 +67,21 @@ def collect(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) 
 def squares_of(gradient: Tensor, asked: Asked) -> Squares:
     """The squares of a single gradient."""
     wide = _wide(gradient)
-    if asked.entries:
+    rows = columns = entries = None
+    if asked.entries or asked.columns:
         entries = wide.square()
-        total, rows, columns = entries.sum(dtype=torch.float64), None, None
+        total, rows, columns = _from_entries(entries, asked)
+    elif asked.rows:
+        rows = torch.linalg.vector_norm(wide.reshape(len(wide), -1), dim=1).double().square()
+        total, rows = rows.sum(), rows.reshape(_rows_shape(wide.shape))
     else:
-        entries = None
-        rows = _norms(gradient, 1) if asked.rows else None
-        columns = _norms(gradient, 0) if asked.columns else None
-        known = rows if rows is not None else columns
-        total = known.sum() if known is not None else torch.linalg.vector_norm(wide).double().square()
+        total = torch.linalg.vector_norm(wide).double().square()
     grams = {}
     for axis in asked.grams:
         one = axis.rows(wide)
         grams[axis] = (one @ one.mT).double()
-    return Squares(total, rows, columns, entries if entries is None else entries.double(), grams)
+    kept = entries.double() if entries is not None and asked.entries else None
+    return Squares(total, rows, columns, kept, grams)
 
 
 def stacked(uses: Sequence[Use], shape: torch.Size, like: Tensor) -> Tensor:
@@ -110,17 +111,15 @@ def squares_of_stack(stack: Tensor, asked: Asked) -> Squares:
     """The squares of gradients stacked along a leading axis, summed over it."""
     wide = _wide(stack)
     entries = wide.square().sum(0).double()
-    shape = entries.shape
-    columns = entries.sum(0, keepdim=True) if shape else entries
-    rows = entries.reshape(shape[0], -1).sum(1).reshape(_rows_shape(shape)) if shape else entries
+    total, rows, columns = _from_entries(entries, asked)
     grams = {}
     for axis in asked.grams:
         one = axis.rows(wide, batch_dims=1).movedim(0, 1).flatten(1)
         grams[axis] = (one @ one.mT).double()
     return Squares(
-        entries.sum(),
-        rows if asked.rows else None,
-        columns if asked.columns else None,
+        total,
+        rows,
+        columns,
         entries if asked.entries else None,
         grams,
     )
@@ -230,13 +229,9 @@ def _one_by_one(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tens
     flat = buffer.view(shape[0] if shape else 1, -1)
     gradient = torch.zeros_like(buffer, dtype=_accumulator(buffer))
     wide = gradient.dtype
-    norms = {
-        dim: torch.empty(size, flat.shape[1 - dim], dtype=wide, device=like.device)
-        for dim, wanted in ((1, asked.rows), (0, asked.columns))
-        if wanted
-    }
-    totals = torch.empty(size, dtype=wide, device=like.device)
-    entries = torch.zeros_like(gradient) if asked.entries else None
+    # Sums over columns come from all entries: adding these up costs less than summing across the grain every time.
+    entries = torch.zeros_like(gradient) if asked.entries or asked.columns else None
+    norms = torch.empty(size, len(flat) if asked.rows else 1, dtype=wide, device=like.device)
     grams = {axis: torch.zeros(n, n, dtype=wide, device=like.device) for axis, n in _sizes(asked, buffer).items()}
     views = {axis: axis.rows(buffer) for axis in grams}
     for index in range(size):
@@ -246,26 +241,26 @@ def _one_by_one(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tens
             buffer.zero_()
         for use, part in rest:
             use.add_to(part, index)
-        for dim, found in norms.items():
-            torch.linalg.vector_norm(flat, dim=dim, dtype=wide, out=found[index])
         if entries is not None:
             entries.addcmul_(buffer, buffer)
-        elif not norms:
-            torch.linalg.vector_norm(buffer, dtype=wide, out=totals[index])
+        elif asked.rows:
+            torch.linalg.vector_norm(flat, dim=1, dtype=wide, out=norms[index])
+        else:
+            torch.linalg.vector_norm(buffer, dtype=wide, out=norms[index, 0])
         for axis, gram in grams.items():
             rows = _wide(_fresh(views[axis], axis, buffer))
             gram.addmm_(rows, rows.mT)
         gradient += buffer
-    sums = {dim: found.double().square().sum(0) for dim, found in norms.items()}
-    if entries is not None:
-        total = entries.sum(dtype=torch.float64)
+    if entries is None:
+        sums = norms.double().square().sum(0)
+        total, rows, columns = sums.sum(), sums.reshape(_rows_shape(shape)) if asked.rows else None, None
     else:
-        total = next(iter(sums.values())).sum() if sums else totals.double().square().sum()
+        total, rows, columns = _from_entries(entries, asked)
     squares = Squares(
         total,
-        sums[1].reshape(_rows_shape(shape)) if asked.rows else None,
-        sums[0].reshape(1, *shape[1:]) if asked.columns else None,
-        entries if entries is None else entries.double(),
+        rows,
+        columns,
+        entries.double() if entries is not None and asked.entries else None,
         {axis: gram.double() for axis, gram in grams.items()},
     )
     return Collected(squares, gradient)
@@ -280,12 +275,12 @@ def _sizes(asked: Asked, like: Tensor) -> dict[Axis, int]:
     return {axis: axis.size(like) for axis in asked.grams}
 
 
-def _norms(gradient: Tensor, dim: int) -> Tensor:
-    """Sums of squares of a matrix over dimension 0 or over all others, in the shape that `Squares` wants."""
-    shape = gradient.shape
-    flat = gradient.reshape(shape[0] if shape else 1, -1)
-    found = torch.linalg.vector_norm(flat, dim=dim, dtype=_accumulator(gradient)).double().square()
-    return found.reshape(_rows_shape(shape) if dim == 1 else (1, *shape[1:]) if shape else ())
+def _from_entries(entries: Tensor, asked: Asked) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Total, rows and columns."""
+    shape = entries.shape
+    rows = entries.reshape(shape[0] if shape else 1, -1).sum(1).double()
+    columns = entries.sum(0, keepdim=True).double() if shape else entries.double()
+    return rows.sum(), rows.reshape(_rows_shape(shape)) if asked.rows else None, columns if asked.columns else None
 
 
 def _rows_shape(shape: torch.Size) -> tuple[int, ...]:

@@ -137,11 +137,10 @@ class FastPass:
         own = [leaves[index] for index in self._own]
         capture = Capture(subject.trained, self._asked, len(own[0]), own, RULES, keep_gradients=False, calm=calm)
         # Compiled code would not be seen.
-        with torch.compiler.set_stance("force_eager"), torch.enable_grad():
-            with capture:
-                losses = subject.losses(subject.trained, batch)
-                if losses.requires_grad:
-                    torch.autograd.grad(losses.sum(), [capture.anchor], allow_unused=True)
+        with torch.compiler.set_stance("force_eager"), torch.enable_grad(), capture:
+            losses = subject.losses(subject.trained, batch)
+            if losses.requires_grad:
+                torch.autograd.grad(losses.sum(), [capture.anchor], allow_unused=True)
         self.unknown = capture.unknown | self.unknown
         return {name: one for name, one in capture.sums.items() if name not in self.unknown}, losses.detach()
 
