@@ -19,6 +19,9 @@ _SMALL = 2**14
 _TOGETHER = 2**18
 
 
+Totals = tuple[Tensor, Tensor | None, Tensor | None]
+
+
 class Collected(NamedTuple):
     """Of one parameter and one batch: the squares of each example's gradient, summed, and the sum of the gradients."""
 
@@ -253,13 +256,11 @@ def _one_by_one(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tens
         gradient += buffer
     if entries is None:
         sums = norms.double().square().sum(0)
-        total, rows, columns = sums.sum(), sums.reshape(_rows_shape(shape)) if asked.rows else None, None
+        found: Totals = (sums.sum(), sums.reshape(_rows_shape(shape)) if asked.rows else None, None)
     else:
-        total, rows, columns = _from_entries(entries, asked)
+        found = _from_entries(entries, asked)
     squares = Squares(
-        total,
-        rows,
-        columns,
+        *found,
         entries.double() if entries is not None and asked.entries else None,
         {axis: gram.double() for axis, gram in grams.items()},
     )
@@ -275,7 +276,7 @@ def _sizes(asked: Asked, like: Tensor) -> dict[Axis, int]:
     return {axis: axis.size(like) for axis in asked.grams}
 
 
-def _from_entries(entries: Tensor, asked: Asked) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _from_entries(entries: Tensor, asked: Asked) -> Totals:
     """Total, rows and columns."""
     shape = entries.shape
     rows = entries.reshape(shape[0] if shape else 1, -1).sum(1).double()

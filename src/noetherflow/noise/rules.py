@@ -65,8 +65,8 @@ def _linear(
     def note(inputs: Tensor, outputs: Tensor) -> None:
         g = layout.examples_first(outputs)
         if w is not None:
-            views = (*w.views, torch.t) if transposed else w.views
-            w.note(Outer(views, layout.examples_first(inputs), g))
+            tokens = layout.examples_first(inputs)
+            w.note(Outer(w.views, g, tokens) if transposed else Outer(w.views, tokens, g))
         if b is not None:
             b.note(Whole(b.views, g.sum(1) if g.shape[1] > 1 else g[:, 0]))
 
