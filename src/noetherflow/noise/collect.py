@@ -17,6 +17,8 @@ _CALL = 500_000  # the calls that one example takes by itself
 # Examples whose gradients are formed together, if one is smaller than this.
 _SMALL = 2**14
 _TOGETHER = 2**18
+# Numbers that the cache next to a core holds.
+_BLOCK = 2**16
 
 
 Totals = tuple[Tensor, Tensor | None, Tensor | None]
@@ -71,9 +73,11 @@ def squares_of(gradient: Tensor, asked: Asked) -> Squares:
     """The squares of a single gradient."""
     wide = _wide(gradient)
     rows = columns = entries = None
-    if asked.entries or asked.columns:
+    if asked.entries:
         entries = wide.square()
         total, rows, columns = _from_entries(entries, asked)
+    elif asked.columns:
+        total, rows, columns = _in_blocks(wide, asked)
     elif asked.rows:
         rows = torch.linalg.vector_norm(wide.reshape(len(wide), -1), dim=1).double().square()
         total, rows = rows.sum(), rows.reshape(_rows_shape(wide.shape))
@@ -83,8 +87,7 @@ def squares_of(gradient: Tensor, asked: Asked) -> Squares:
     for axis in asked.grams:
         one = axis.rows(wide)
         grams[axis] = (one @ one.mT).double()
-    kept = entries.double() if entries is not None and asked.entries else None
-    return Squares(total, rows, columns, kept, grams)
+    return Squares(total, rows, columns, None if entries is None else entries.double(), grams)
 
 
 def stacked(uses: Sequence[Use], shape: torch.Size, like: Tensor) -> Tensor:
@@ -131,12 +134,17 @@ def squares_of_stack(stack: Tensor, asked: Asked) -> Squares:
 def _token_free(x: Tensor, g: Tensor, asked: Asked) -> Collected:
     """The gradient of an example is one outer product: every square is a product of squares."""
     wide_x, wide_g = _wide(x), _wide(g)
-    x_sizes, g_sizes = (torch.linalg.vector_norm(one, dim=1).square() for one in (wide_x, wide_g))
+    x2 = wide_x.square() if asked.columns or asked.entries else None
+    g2 = wide_g.square() if asked.rows or asked.entries else None
+    x_sizes, g_sizes = (
+        torch.linalg.vector_norm(one, dim=1).square() if squares is None else squares.sum(1)
+        for one, squares in ((wide_x, x2), (wide_g, g2))
+    )
     squares = Squares(
         torch.dot(x_sizes, g_sizes).double(),
-        (x_sizes @ wide_g.square()).double()[:, None] if asked.rows else None,
-        (g_sizes @ wide_x.square()).double()[None] if asked.columns else None,
-        (wide_g.square().mT @ wide_x.square()).double() if asked.entries else None,
+        (x_sizes @ g2).double()[:, None] if asked.rows and g2 is not None else None,
+        (g_sizes @ x2).double()[None] if asked.columns and x2 is not None else None,
+        (g2.mT @ x2).double() if g2 is not None and x2 is not None and asked.entries else None,
         {axis: _outer_gram(axis, wide_x, wide_g) for axis in asked.grams},
     )
     return Collected(squares, g.mT @ x)
@@ -282,6 +290,25 @@ def _from_entries(entries: Tensor, asked: Asked) -> Totals:
     rows = entries.reshape(shape[0] if shape else 1, -1).sum(1).double()
     columns = entries.sum(0, keepdim=True).double() if shape else entries.double()
     return rows.sum(), rows.reshape(_rows_shape(shape)) if asked.rows else None, columns if asked.columns else None
+
+
+def _in_blocks(gradient: Tensor, asked: Asked) -> Totals:
+    """The same without keeping the entries: squares of a few rows at a time, which the cache holds."""
+    flat = gradient.reshape(len(gradient), -1)
+    step = max(1, _BLOCK // flat.shape[1])
+    scratch = flat.new_empty(min(step, len(flat)), flat.shape[1])
+    columns = torch.zeros_like(flat[0])
+    rows = []
+    for block in flat.split(step):
+        squares = torch.mul(block, block, out=scratch[: len(block)])
+        columns += squares.sum(0)
+        rows.append(squares.sum(1))
+    found = torch.cat(rows).double()
+    return (
+        found.sum(),
+        found.reshape(_rows_shape(gradient.shape)) if asked.rows else None,
+        columns.double().reshape(1, *gradient.shape[1:]),
+    )
 
 
 def _rows_shape(shape: torch.Size) -> tuple[int, ...]:
