@@ -5,10 +5,8 @@ times, slices of packed projections and parameters of hand-written layers are al
 the model.
 """
 
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
 import torch
@@ -21,27 +19,13 @@ from torch.overrides import TorchFunctionMode
 from noetherflow._per_example import each
 from noetherflow.noise.asked import Asked
 from noetherflow.noise.collect import Sums, collect, squares_of, stacked
-from noetherflow.noise.uses import Rows, Use, View, Whole
+from noetherflow.noise.modes import CALMED, DROPOUT, calmed, own_code
+from noetherflow.noise.tracked import Layout, Source, Tracked, as_function, is_view, leaves_of, mapped, replay
+from noetherflow.noise.uses import Rows, View, Whole
 
-_DROPOUT = {
-    functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
-    functional.feature_alpha_dropout, torch.dropout, torch.feature_dropout, torch.alpha_dropout,
-}  # fmt: skip
-_CALMED = {*_DROPOUT, functional.scaled_dot_product_attention}
 # Properties that are views of a tensor; all others say something about it, or cut it off from its gradient.
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 _APART = {Tensor.requires_grad_, Tensor.detach}
-
-
-def own_code(function: Any) -> Any:
-    """A function of PyTorch that would hand itself over to an active mode, as one that runs its own code at once."""
-    names = {"has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"}
-    space = {**function.__globals__, **dict.fromkeys(names, lambda *_: False)}
-    copy = types.FunctionType(function.__code__, space, argdefs=function.__defaults__, closure=function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
 # Backward passes.
 _OWN_CODE: dict[Any, Any] = {
     one: own_code(one) for one in (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
@@ -53,104 +37,6 @@ class Rule(Protocol):
 
     def __call__(self, capture: "Capture", func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of the call, or NotImplemented."""
-
-
-@final
-@dataclass(eq=False)
-class Source:
-    """A tensor whose per-example gradient is collected: a parameter, or what a forward pass makes of parameters alone.
-
-    Args:
-        name: Of the parameter, or None.
-        shape: Of the tensor.
-        parents: What it was made of.
-        function: How: the tensor as a function of its parents'.
-        ids: If it is made of the rows of a table, which ones.
-        uses: Noted in the backward pass.
-        unknown: The operation that stands in the way, if there is one.
-    """
-
-    name: str | None
-    shape: torch.Size
-    parents: tuple["Tracked", ...] = ()
-    function: Callable[..., Tensor] | None = None
-    ids: Tensor | None = None
-    uses: list[Use] = field(default_factory=list)
-    unknown: str | None = None
-
-    def refuse(self, operation: str) -> None:
-        """Note that the per-example gradient cannot be had."""
-        self.unknown = self.unknown or operation
-        for parent in self.parents:
-            parent.source.refuse(operation)
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Tracked:
-    """A tensor of the forward pass that is a source or a view of one."""
-
-    source: Source
-    tensor: Tensor
-    views: tuple[View, ...] = ()
-
-    def note(self, use: Use) -> None:
-        """Keep a use until the last one of its source is there."""
-        self.source.uses.append(use)
-
-
-@final
-@dataclass(frozen=True)
-class Layout:
-    """Where in a tensor the examples are: along its first dimension, with or without tokens, or along its second.
-
-    Args:
-        size: Number of examples.
-        second: Whether tokens come first.
-    """
-
-    size: int
-    second: bool
-
-    def fits(self, tensor: Tensor, kept: int = 1) -> bool:
-        """Whether `examples_first` can be asked for."""
-        before = tensor.ndim - kept
-        if self.second and before >= 2:
-            return tensor.shape[1] == self.size
-        return before >= 1 and tensor.shape[0] > 0 and tensor.shape[0] % self.size == 0
-
-    def examples_first(self, tensor: Tensor, kept: int = 1) -> Tensor:
-        """A tensor of tokens as (B, T, *its last `kept` dimensions); a view, if possible.
-
-        A leading dimension of several times B is that of examples and tokens, or of tokens and examples.
-
-        Returns:
-            Shape (B, T, ...).
-        """
-        last = tensor.shape[tensor.ndim - kept :]
-        if self.second:
-            tokens = tensor if tensor.ndim - kept >= 2 else tensor.reshape(-1, self.size, *last)
-            return tokens.transpose(0, 1).reshape(self.size, -1, *last)
-        return tensor.reshape(self.size, -1, *last)
-
-
-@final
-class Calm(TorchFunctionMode):
-    """A mode without dropout, so that two passes can be compared."""
-
-    def __torch_function__(
-        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Skip dropout."""
-        return _calmed(func, args, kwargs or {}) if func in _CALMED else func(*args, **(kwargs or {}))
-
-
-def _calmed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if func in _DROPOUT:
-        return args[0] if args else kwargs["input"]
-    if len(args) > 4:
-        return func(*args[:4], 0.0, *args[5:], **kwargs)
-    return func(*args, **{**kwargs, "dropout_p": 0.0})
 
 
 @final
@@ -203,18 +89,18 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """See to one call."""
         kwargs = kwargs or {}
-        leaves = list(_leaves((*args, *kwargs.values())))
+        leaves = list(leaves_of((*args, *kwargs.values())))
         data = any(self.is_data(leaf) for leaf in leaves)
         known = any(id(leaf) in self._tracked or id(leaf) in self._names for leaf in leaves)
         if func in _OWN_CODE:
             with self:  # layers under checkpoint are computed again, and have to be seen again
                 return _OWN_CODE[func](*args, **kwargs)
-        if self._calm and func in _CALMED:
-            return self._mark(_calmed(func, args, kwargs), leaves)
+        if self._calm and func in CALMED:
+            return self._mark(calmed(func, args, kwargs), leaves)
         if not known or not torch.is_grad_enabled() or _is_apart(func):
             return self._mark(func(*args, **kwargs), leaves) if data else func(*args, **kwargs)
-        args = tuple(_mapped(self._enter, one) for one in args)
-        kwargs = {name: _mapped(self._enter, one) for name, one in kwargs.items()}
+        args = tuple(mapped(self._enter, one) for one in args)
+        kwargs = {name: mapped(self._enter, one) for name, one in kwargs.items()}
         if not data:
             return self._derive(func, args, kwargs)
         rule = self._rules.get(func)
@@ -297,7 +183,7 @@ class Capture(TorchFunctionMode):
 
     def _mark(self, found: Any, leaves: list[Tensor]) -> Any:
         """Note of the results of a call that they depend on the batch."""
-        for one in (found,) if isinstance(found, Tensor) else _leaves((found,)):
+        for one in (found,) if isinstance(found, Tensor) else leaves_of((found,)):
             if any(one is leaf for leaf in leaves):
                 self._data[id(one)] = one  # a tensor of the user's: nothing is attached to it
             else:
@@ -306,13 +192,13 @@ class Capture(TorchFunctionMode):
 
     def _derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call in which parameters meet no data: a view of one, or something made of them."""
-        leaves = list(_leaves((*args, *kwargs.values())))
+        leaves = list(leaves_of((*args, *kwargs.values())))
         parents = tuple(self._tracked[id(leaf)] for leaf in leaves if id(leaf) in self._tracked)
         name = getattr(func, "__name__", "")
         if func is functional.embedding and leaves[0].ndim > 1 and len(leaves[0]) == self.size:
             # Constants, but one for each example: the types of tokens that nobody gave.
             return self._mark(self._rules[func](self, func, args, kwargs), leaves)
-        if (name.endswith("_") and not name.endswith("__")) or func in _DROPOUT:
+        if (name.endswith("_") and not name.endswith("__")) or func in DROPOUT:
             self._refuse(func, args, kwargs)
             return func(*args, **kwargs)
         if name in ("expand", "repeat", "broadcast_to") and len(parents) == 1 and parents[0].tensor.ndim:
@@ -321,14 +207,14 @@ class Capture(TorchFunctionMode):
             if shape[0] == self.size and own in (shape[1:], (1, *shape[1:])):
                 return self._mark(self.spread(parents[0], shape), [])
         result = func(*args, **kwargs)
-        for index, one in enumerate([result] if isinstance(result, Tensor) else list(_leaves((result,)))):
+        for index, one in enumerate([result] if isinstance(result, Tensor) else list(leaves_of((result,)))):
             if not one.requires_grad or id(one) in self._tracked:
                 continue
-            if len(parents) == 1 and _is_view(one, parents[0].tensor):
-                view = _replay(func, args, kwargs, parents[0].tensor, None if isinstance(result, Tensor) else index)
+            if len(parents) == 1 and is_view(one, parents[0].tensor):
+                view = replay(func, args, kwargs, parents[0].tensor, None if isinstance(result, Tensor) else index)
                 self._track(parents[0].source, one, (*parents[0].views, view))
             elif isinstance(result, Tensor):
-                source = Source(None, one.shape, parents, _function(func, args, kwargs, parents))
+                source = Source(None, one.shape, parents, as_function(func, args, kwargs, parents))
                 if func is functional.embedding and len(parents) == 1 and len(args) == 2 and not kwargs:
                     source.ids = args[0]
                 return self._gather(one, source).tensor
@@ -337,7 +223,7 @@ class Capture(TorchFunctionMode):
         return result
 
     def _refuse(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for leaf in _leaves((*args, *kwargs.values())):
+        for leaf in leaves_of((*args, *kwargs.values())):
             if id(leaf) in self._tracked:
                 self._tracked[id(leaf)].source.refuse(getattr(func, "__name__", str(func)))
 
@@ -426,64 +312,8 @@ class _Spread(Function):
         return None, None, None
 
 
-def _leaves(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among arguments."""
-    for one in values:
-        if isinstance(one, Tensor):
-            yield one
-        elif isinstance(one, (tuple, list)):
-            yield from _leaves(one)
-
-
-def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) in (tuple, list):
-        return type(value)(_mapped(function, one) for one in value)
-    return value
-
-
 def _is_apart(func: Any) -> bool:
     """Whether a call has nothing to do with the gradient of its arguments."""
     if func in _APART:
         return True
     return getattr(func, "__name__", "") in ("__get__", "__set__") and func not in _VIEWS
-
-
-def _is_view(tensor: Tensor, of: Tensor) -> bool:
-    """Whether a tensor shares the memory of another, every entry at a place of its own."""
-    overlapping = any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True))
-    return not overlapping and tensor.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
-
-
-def _replay(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], of: Tensor, part: int | None) -> View:
-    """The same view of another tensor."""
-
-    def view(tensor: Tensor) -> Tensor:
-        def put(leaf: Tensor) -> Tensor:
-            return tensor if leaf is of else leaf
-
-        result = func(*(_mapped(put, one) for one in args), **{name: _mapped(put, one) for name, one in kwargs.items()})
-        found: Tensor = result if part is None else list(_leaves((result,)))[part]
-        return found
-
-    return view
-
-
-def _function(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parents: tuple[Tracked, ...]
-) -> Callable[..., Tensor]:
-    """A call as a function of the tensors it was made with."""
-
-    def function(*tensors: Tensor) -> Tensor:
-        stand_ins = {id(parent.tensor): tensor for parent, tensor in zip(parents, tensors, strict=True)}
-
-        def put(leaf: Tensor) -> Tensor:
-            return stand_ins.get(id(leaf), leaf)
-
-        found: Tensor = func(
-            *(_mapped(put, one) for one in args), **{name: _mapped(put, one) for name, one in kwargs.items()}
-        )
-        return found
-
-    return function

@@ -13,9 +13,10 @@ from noetherflow._per_example import require_independent, require_losses
 from noetherflow._types import Batch
 from noetherflow.noise.asked import Squares, asked_of, names_with_variances
 from noetherflow.noise.batches import all_grams, spreads
-from noetherflow.noise.capture import Calm, Capture
+from noetherflow.noise.capture import Capture
 from noetherflow.noise.collect import Sums, squares_of, squares_of_stack
 from noetherflow.noise.exact import Subject, chunks
+from noetherflow.noise.modes import Calm
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
 from noetherflow.symmetry import Grams

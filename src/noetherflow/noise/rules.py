@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
-from noetherflow.noise.capture import Capture, Rule, Tracked, own_code
+from noetherflow.noise.capture import Capture, Rule
+from noetherflow.noise.modes import own_code
+from noetherflow.noise.tracked import Tracked
 from noetherflow.noise.uses import Convolution, Outer, Rows, Whole, padded
 
 RULES: dict[Any, Rule] = {}

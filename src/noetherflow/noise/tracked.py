@@ -1,0 +1,146 @@
+"""Tensors that are made of parameters alone, and tensors that hold examples."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from noetherflow.noise.uses import Use, View
+
+
+@final
+@dataclass(eq=False)
+class Source:
+    """A tensor whose per-example gradient is collected: a parameter, or what a forward pass makes of parameters alone.
+
+    Args:
+        name: Of the parameter, or None.
+        shape: Of the tensor.
+        parents: What it was made of.
+        function: How: the tensor as a function of its parents'.
+        ids: If it is made of the rows of a table, which ones.
+        uses: Noted in the backward pass.
+        unknown: The operation that stands in the way, if there is one.
+    """
+
+    name: str | None
+    shape: torch.Size
+    parents: tuple["Tracked", ...] = ()
+    function: Callable[..., Tensor] | None = None
+    ids: Tensor | None = None
+    uses: list[Use] = field(default_factory=list)
+    unknown: str | None = None
+
+    def refuse(self, operation: str) -> None:
+        """Note that the per-example gradient cannot be had."""
+        self.unknown = self.unknown or operation
+        for parent in self.parents:
+            parent.source.refuse(operation)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Tracked:
+    """A tensor of the forward pass that is a source or a view of one."""
+
+    source: Source
+    tensor: Tensor
+    views: tuple[View, ...] = ()
+
+    def note(self, use: Use) -> None:
+        """Keep a use until the last one of its source is there."""
+        self.source.uses.append(use)
+
+
+@final
+@dataclass(frozen=True)
+class Layout:
+    """Where in a tensor the examples are: along its first dimension, with or without tokens, or along its second.
+
+    Args:
+        size: Number of examples.
+        second: Whether tokens come first.
+    """
+
+    size: int
+    second: bool
+
+    def fits(self, tensor: Tensor, kept: int = 1) -> bool:
+        """Whether `examples_first` can be asked for."""
+        before = tensor.ndim - kept
+        if self.second and before >= 2:
+            return tensor.shape[1] == self.size
+        return before >= 1 and tensor.shape[0] > 0 and tensor.shape[0] % self.size == 0
+
+    def examples_first(self, tensor: Tensor, kept: int = 1) -> Tensor:
+        """A tensor of tokens as (B, T, *its last `kept` dimensions); a view, if possible.
+
+        A leading dimension of several times B is that of examples and tokens, or of tokens and examples.
+
+        Returns:
+            Shape (B, T, ...).
+        """
+        last = tensor.shape[tensor.ndim - kept :]
+        if self.second:
+            tokens = tensor if tensor.ndim - kept >= 2 else tensor.reshape(-1, self.size, *last)
+            return tokens.transpose(0, 1).reshape(self.size, -1, *last)
+        return tensor.reshape(self.size, -1, *last)
+
+
+def leaves_of(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments."""
+    for one in values:
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, (tuple, list)):
+            yield from leaves_of(one)
+
+
+def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A function of every tensor in an argument."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(mapped(function, one) for one in value)
+    return value
+
+
+def is_view(tensor: Tensor, of: Tensor) -> bool:
+    """Whether a tensor shares the memory of another, every entry at a place of its own."""
+    overlapping = any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True))
+    return not overlapping and tensor.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+
+
+def replay(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], of: Tensor, part: int | None) -> View:
+    """The same view of another tensor."""
+
+    def view(tensor: Tensor) -> Tensor:
+        def put(leaf: Tensor) -> Tensor:
+            return tensor if leaf is of else leaf
+
+        result = func(*(mapped(put, one) for one in args), **{name: mapped(put, one) for name, one in kwargs.items()})
+        found: Tensor = result if part is None else list(leaves_of((result,)))[part]
+        return found
+
+    return view
+
+
+def as_function(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parents: tuple[Tracked, ...]
+) -> Callable[..., Tensor]:
+    """A call as a function of the tensors it was made with."""
+
+    def function(*tensors: Tensor) -> Tensor:
+        stand_ins = {id(parent.tensor): tensor for parent, tensor in zip(parents, tensors, strict=True)}
+
+        def put(leaf: Tensor) -> Tensor:
+            return stand_ins.get(id(leaf), leaf)
+
+        found: Tensor = func(
+            *(mapped(put, one) for one in args), **{name: mapped(put, one) for name, one in kwargs.items()}
+        )
+        return found
+
+    return function
