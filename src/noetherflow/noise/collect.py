@@ -116,7 +116,11 @@ def _whole(uses: Sequence[Use], shape: torch.Size, asked: Asked) -> Collected:
 def squares_of_stack(stack: Tensor, asked: Asked) -> Squares:
     """The squares of gradients stacked along a leading axis, summed over it."""
     wide = _wide(stack)
-    entries = wide.square().sum(0).double()
+    # Examples that are small are like rows of one matrix.
+    flat = wide.reshape(len(wide), -1)
+    _, _, sums = _in_blocks(flat, Asked(columns=True))
+    assert sums is not None
+    entries = sums.reshape(wide.shape[1:])
     total, rows, columns = _from_entries(entries, asked)
     grams = {}
     for axis in asked.grams:
@@ -293,21 +297,21 @@ def _from_entries(entries: Tensor, asked: Asked) -> Totals:
 
 
 def _in_blocks(gradient: Tensor, asked: Asked) -> Totals:
-    """The same without keeping the entries: squares of a few rows at a time, which the cache holds."""
+    """The same without keeping the entries: squares are added up in a few rows, which the cache holds."""
     flat = gradient.reshape(len(gradient), -1)
-    step = max(1, _BLOCK // flat.shape[1])
-    scratch = flat.new_empty(min(step, len(flat)), flat.shape[1])
-    columns = torch.zeros_like(flat[0])
-    rows = []
+    step = min(len(flat), max(1, _BLOCK // flat.shape[1]))
+    sums = flat.new_zeros(step, flat.shape[1])
+    norms = []
     for block in flat.split(step):
-        squares = torch.mul(block, block, out=scratch[: len(block)])
-        columns += squares.sum(0)
-        rows.append(squares.sum(1))
-    found = torch.cat(rows).double()
+        sums[: len(block)].addcmul_(block, block)
+        if asked.rows:
+            norms.append(torch.linalg.vector_norm(block, dim=1))
+    columns = sums.sum(0).double()
+    rows = torch.cat(norms).double().square() if asked.rows else None
     return (
-        found.sum(),
-        found.reshape(_rows_shape(gradient.shape)) if asked.rows else None,
-        columns.double().reshape(1, *gradient.shape[1:]),
+        columns.sum(),
+        None if rows is None else rows.reshape(_rows_shape(gradient.shape)),
+        columns.reshape(1, *gradient.shape[1:]),
     )
 
 
