@@ -39,7 +39,7 @@ class Squares:
         total: The sum of all squares, shape ().
         rows: Shape (n, 1, ..., 1), or None if it was not asked for.
         columns: Shape (1, *rest), or None.
-        entries: The shape of the parameter, or None.
+        entries: The shape of the parameter, or None; of one batch in the precision of its gradients.
         grams: For each axis asked for, shape (n, n).
     """
 
@@ -53,7 +53,7 @@ class Squares:
         """This plus a multiple of another."""
 
         def both(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-            return None if mine is None or theirs is None else mine + weight * theirs
+            return None if mine is None or theirs is None else torch.add(mine, theirs, alpha=weight)
 
         return Squares(
             self.total + weight * other.total,
@@ -64,8 +64,20 @@ class Squares:
         )
 
     def scaled(self, factor: float) -> "Squares":
-        """A multiple."""
-        return self.combine(self, factor - 1.0)
+        """A multiple, in float64."""
+
+        def times(mine: Tensor | None) -> Tensor | None:
+            return (
+                None if mine is None else mine.double().mul_(factor) if mine.dtype != torch.float64 else mine * factor
+            )
+
+        return Squares(
+            self.total * factor,
+            times(self.rows),
+            times(self.columns),
+            times(self.entries),
+            {axis: gram * factor for axis, gram in self.grams.items()},
+        )
 
 
 def asked_of(params: Params, symmetries: Mapping[str, Symmetry], *, variances: bool) -> dict[str, Asked]:

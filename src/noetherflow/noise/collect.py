@@ -87,7 +87,7 @@ def squares_of(gradient: Tensor, asked: Asked) -> Squares:
     for axis in asked.grams:
         one = axis.rows(wide)
         grams[axis] = (one @ one.mT).double()
-    return Squares(total, rows, columns, None if entries is None else entries.double(), grams)
+    return Squares(total, rows, columns, entries, grams)
 
 
 def stacked(uses: Sequence[Use], shape: torch.Size, like: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def _token_free(x: Tensor, g: Tensor, asked: Asked) -> Collected:
         torch.dot(x_sizes, g_sizes).double(),
         (x_sizes @ g2).double()[:, None] if asked.rows and g2 is not None else None,
         (g_sizes @ x2).double()[None] if asked.columns and x2 is not None else None,
-        (g2.mT @ x2).double() if g2 is not None and x2 is not None and asked.entries else None,
+        g2.mT @ x2 if g2 is not None and x2 is not None and asked.entries else None,
         {axis: _outer_gram(axis, wide_x, wide_g) for axis in asked.grams},
     )
     return Collected(squares, g.mT @ x)
@@ -273,7 +273,7 @@ def _one_by_one(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tens
         found = _from_entries(entries, asked)
     squares = Squares(
         *found,
-        entries.double() if entries is not None and asked.entries else None,
+        entries if asked.entries else None,
         {axis: gram.double() for axis, gram in grams.items()},
     )
     return Collected(squares, gradient)

@@ -24,6 +24,8 @@ from noetherflow.symmetry.axes import AxisSymmetry
 
 # Examples of the first batch that are done one by one as well: not two, so that other sizes are less likely the same.
 _CHECKED = 3
+# Batches whose gradients are added up in their own precision before they are added to the rest: memory traffic.
+_RECENT = 16
 
 
 @final
@@ -48,6 +50,7 @@ class FastPass:
         self._asked = asked_of(subject.trained, subject.symmetries, variances=variances)
         self._each: dict[str, Squares] = {}
         self._sum: dict[str, Tensor] = {}
+        self._recent: dict[str, Tensor] = {}
         self._direction: dict[str, Tensor] | None = None
         self._batches: list[tuple[int, dict[str, Grams]]] = []
 
@@ -88,7 +91,8 @@ class FastPass:
         sums, losses = self._measure(batch, calm=False)
         size = require_losses(losses, where)
         sums.update(self._exactly(batch, size, where))
-        if not self._is_symmetric(sums, size):
+        number = len(self._batches) + 1
+        if number & (number - 1) == 0 and not self._is_symmetric(sums, size):
             return False
         noise = sum(float(one.each.total - one.whole.total / size) for one in sums.values())
         total = sum(float(one.each.total) for one in sums.values())
@@ -99,9 +103,12 @@ class FastPass:
             assert gradient is not None
             if name in self._each:
                 self._each[name] = self._each[name].combine(one.each, 1.0)
-                self._sum[name] += gradient
+                self._recent[name] += gradient
             else:
-                self._each[name], self._sum[name] = one.each, gradient.double()
+                self._each[name], self._sum[name] = one.each.scaled(1.0), gradient.double()
+                self._recent[name] = torch.zeros_like(gradient)
+        if len(self._batches) % _RECENT == 0:
+            self._settle()
         self.count += size
         centred = {name: one.each.combine(one.whole, -1.0 / size) for name, one in sums.items()}
         self._batches.append((size, all_grams(self._symmetries, centred, self._subject.trained, size - 1)))
@@ -109,6 +116,7 @@ class FastPass:
 
     def moments(self) -> NoiseMoments:
         """The moments of everything that was added."""
+        self._settle()
         trained, count = self._subject.trained, self.count
         each, total = dict(self._each), dict(self._sum)
         for name, one in trained.items():
@@ -144,6 +152,12 @@ class FastPass:
                 torch.autograd.grad(losses.sum(), [capture.anchor], allow_unused=True)
         self.unknown = capture.unknown | self.unknown
         return {name: one for name, one in capture.sums.items() if name not in self.unknown}, losses.detach()
+
+    def _settle(self) -> None:
+        """Put recent batches with all others, in float64."""
+        for name, recent in self._recent.items():
+            self._sum[name] += recent
+            recent.zero_()
 
     def _is_symmetric(self, sums: Mapping[str, Sums], size: int) -> bool:
         """Whether the mean gradient has no component along a direction in which the loss should not change."""
