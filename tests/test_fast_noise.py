@@ -346,3 +346,32 @@ def test_compiled_models_are_seen() -> None:
     fast = nf.estimate_noise(compiled, classify, [batch], {}, exact=False)
     torch.testing.assert_close(fast.trace, exact.trace, **TIGHT)
     assert not fast.fallback
+
+
+class Branching(nn.Module):
+    """A second branch that only some batches take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes = (nn.Sequential(nn.Linear(40, 8), nn.ReLU(), nn.Linear(8, 5)) for _ in range(2))
+
+    def forward(self, x: Tensor, both: Tensor) -> Tensor:
+        return self.always(x) + self.sometimes(x) if bool(both) else self.always(x)
+
+
+def test_a_parameter_that_a_batch_does_not_reach_has_no_gradient_there() -> None:
+    torch.manual_seed(0)
+    model = Branching().double()
+    batches = [(*examples(6, seed), torch.tensor(both)) for seed, both in enumerate((True, False, True))]
+    into, out_of = (
+        [nf.Axis("sometimes.0.weight", 0), nf.Axis("sometimes.0.bias", 0)],
+        [nf.Axis("sometimes.2.weight", 1)],
+    )
+    symmetries = {"sometimes": nf.DiagonalSymmetry(into, out_of)}
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return functional.cross_entropy(model(batch[0], batch[2]), batch[1], reduction="none")
+
+    fast, exact = (nf.estimate_noise(model, loss, batches, symmetries, exact=one) for one in (False, True))
+    assert_same(fast, exact)
+    assert not fast.fallback

@@ -1,12 +1,13 @@
 """From the uses of one parameter to the squares of its per-example gradients, without keeping any of these."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from noetherflow._types import Params
 from noetherflow.noise.asked import Asked, Squares
 from noetherflow.noise.uses import Outer, Rows, Use, Whole
 from noetherflow.symmetry import Axis
@@ -37,6 +38,17 @@ class Sums(NamedTuple):
     each: Squares
     whole: Squares
     gradient: Tensor | None
+
+
+def completed(sums: Mapping[str, Sums], params: Params, asked: Mapping[str, Asked]) -> dict[str, Sums]:
+    """The same, with zeros for parameters that no gradient reached."""
+    found = dict(sums)
+    for name, one in params.items():
+        if name not in found:
+            gradient = torch.zeros_like(one)
+            nothing = squares_of(gradient, asked[name])
+            found[name] = Sums(nothing, nothing, gradient)
+    return found
 
 
 def collect(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) -> Collected:

@@ -14,7 +14,7 @@ from noetherflow._types import Batch
 from noetherflow.noise.asked import Squares, asked_of, names_with_variances
 from noetherflow.noise.batches import all_grams, spreads
 from noetherflow.noise.capture import Capture
-from noetherflow.noise.collect import Sums, squares_of, squares_of_stack
+from noetherflow.noise.collect import Sums, completed, squares_of, squares_of_stack
 from noetherflow.noise.exact import Subject, chunks
 from noetherflow.noise.modes import Calm
 from noetherflow.noise.moments import NoiseMoments
@@ -80,8 +80,7 @@ class FastPass:
         rough = torch.finfo(together.dtype).eps ** 0.5
         for name, one in stack.items():
             truth = one.double().square().sum()
-            measured = sums[name].each.total if name in sums else torch.zeros_like(truth)
-            if name not in self.unknown and not (measured - truth).abs() <= rough * truth:
+            if name in sums and not (sums[name].each.total - truth).abs() <= rough * truth:
                 self.unknown[name] = "the gradients of single examples are others"
 
     def add(self, batch: Batch, where: str) -> bool:
@@ -118,19 +117,14 @@ class FastPass:
         """The moments of everything that was added."""
         self._settle()
         trained, count = self._subject.trained, self.count
-        each, total = dict(self._each), dict(self._sum)
-        for name, one in trained.items():
-            if name not in each:  # no gradient ever reached it
-                total[name] = torch.zeros_like(one, dtype=torch.float64)
-                each[name] = squares_of(total[name], self._asked[name])
-        whole = {name: squares_of(one, self._asked[name]) for name, one in total.items()}
-        centred = {name: each[name].combine(whole[name], -1.0 / count) for name in trained}
+        whole = {name: squares_of(self._sum[name], self._asked[name]) for name in trained}
+        centred = {name: self._each[name].combine(whole[name], -1.0 / count) for name in trained}
         scatter = all_grams(self._symmetries, centred, trained, 1)
         named = names_with_variances(self._subject.symmetries) if self._variances else []
         entries = {name: centred[name].entries for name in named}
         return NoiseMoments(
             count=count,
-            mean={name: total[name] / count for name in trained},
+            mean={name: self._sum[name] / count for name in trained},
             scatter=scatter,
             square_scatter={name: one for name, one in entries.items() if one is not None},
             total_scatter=torch.stack([one.total for one in centred.values()]).sum(),
@@ -151,7 +145,8 @@ class FastPass:
             if losses.requires_grad:
                 torch.autograd.grad(losses.sum(), [capture.anchor], allow_unused=True)
         self.unknown = capture.unknown | self.unknown
-        return {name: one for name, one in capture.sums.items() if name not in self.unknown}, losses.detach()
+        sums = completed(capture.sums, subject.trained, self._asked)
+        return {name: one for name, one in sums.items() if name not in self.unknown}, losses.detach()
 
     def _settle(self) -> None:
         """Put recent batches with all others, in float64."""

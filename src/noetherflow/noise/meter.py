@@ -14,7 +14,7 @@ from noetherflow._types import Batch
 from noetherflow.noise.asked import asked_of
 from noetherflow.noise.batches import Pool, along_axes
 from noetherflow.noise.capture import Capture
-from noetherflow.noise.collect import squares_of
+from noetherflow.noise.collect import completed
 from noetherflow.noise.exact import resolve
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
@@ -125,12 +125,7 @@ class NoiseMeter:
     def _add(self, capture: Capture, size: int, weight: float) -> None:
         if size < 2:
             return  # a single example is its own mean
-        centred = {}
-        for name, one in self._params.items():
-            if name in capture.sums:
-                each, whole, _ = capture.sums[name]
-                centred[name] = each.combine(whole, -1.0 / size).scaled(weight**-2)
-            else:
-                centred[name] = squares_of(torch.zeros_like(one), self._asked[name])
+        sums = completed(capture.sums, self._params, self._asked)
+        centred = {name: one.each.combine(one.whole, -1.0 / size).scaled(weight**-2) for name, one in sums.items()}
         if not self._pool.add(self._symmetries, self._params, centred, size, size - 1):
             self.skipped += 1  # as a gradient scaler skips the step
