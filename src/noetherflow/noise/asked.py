@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from noetherflow._types import Params
-from noetherflow.symmetry import Axis, DenseSymmetry, DiagonalSymmetry, Grams, MatrixSymmetry, ScalarSymmetry, Symmetry
+from noetherflow.symmetry import Axis, DiagonalSymmetry, Grams, MatrixSymmetry, ScalarSymmetry, Symmetry
 from noetherflow.symmetry.axes import AxisSymmetry
 
 
@@ -67,9 +67,7 @@ class Squares:
         """A multiple, in float64."""
 
         def times(mine: Tensor | None) -> Tensor | None:
-            return (
-                None if mine is None else mine.double().mul_(factor) if mine.dtype != torch.float64 else mine * factor
-            )
+            return None if mine is None else mine.double() * factor
 
         return Squares(
             self.total * factor,
@@ -80,12 +78,12 @@ class Squares:
         )
 
 
-def asked_of(params: Params, symmetries: Mapping[str, Symmetry], *, variances: bool) -> dict[str, Asked]:
+def asked_of(params: Params, symmetries: Mapping[str, AxisSymmetry], *, variances: bool) -> dict[str, Asked]:
     """For each parameter, what all symmetries together ask of it.
 
     Args:
         params: The trained parameters.
-        symmetries: With canonical names; those given by a matrix on all entries of several parameters are passed over.
+        symmetries: With canonical names.
         variances: Whether to ask for every entry of the parameters on which scalings and rescalings act.
 
     Returns:
@@ -94,9 +92,6 @@ def asked_of(params: Params, symmetries: Mapping[str, Symmetry], *, variances: b
     rows, columns, entries = set(), set(), set()
     grams: dict[str, dict[Axis, None]] = {name: {} for name in params}
     for symmetry in symmetries.values():
-        if isinstance(symmetry, DenseSymmetry):
-            continue
-        assert isinstance(symmetry, AxisSymmetry)
         for axis in symmetry.plus + symmetry.minus:
             tensor = params[axis.name]
             if isinstance(symmetry, MatrixSymmetry):

@@ -73,28 +73,44 @@ def spreads(batches: Sequence[BatchGrams]) -> dict[str, Spread]:
     return found
 
 
+def pooled(
+    symmetries: Mapping[str, AxisSymmetry],
+    scatter: Mapping[str, Squares],
+    mean: Mapping[str, Tensor],
+    batches: Sequence[BatchGrams],
+) -> NoiseMoments:
+    """Moments from the squares of all gradients about their mean, and from what single batches say."""
+    entries = {name: scatter[name].entries for name in names_with_variances(symmetries)}
+    return NoiseMoments(
+        count=sum(size for size, _ in batches),
+        mean=dict(mean),
+        scatter=all_grams(symmetries, scatter, mean, 1),
+        square_scatter={name: one for name, one in entries.items() if one is not None},
+        total_scatter=torch.stack([one.total for one in scatter.values()]).sum(),
+        spreads=spreads(batches),
+        symmetries=dict(symmetries),
+    )
+
+
 @final
 class Pool:
-    """Estimates from single steps, each centred by itself, put together."""
+    """Estimates from single steps, each centred by itself, put together.
 
-    def __init__(self) -> None:
+    Args:
+        symmetries: What is measured.
+        params: The parameters.
+    """
+
+    def __init__(self, symmetries: Mapping[str, AxisSymmetry], params: Params) -> None:
+        self._symmetries, self._params = symmetries, params
         self._scatter: dict[str, Squares] = {}
         self._batches: list[BatchGrams] = []
         self._freedom = 0
 
-    def add(
-        self,
-        symmetries: Mapping[str, AxisSymmetry],
-        params: Params,
-        scatter: Mapping[str, Squares],
-        size: int,
-        freedom: int,
-    ) -> bool:
+    def add(self, scatter: Mapping[str, Squares], size: int, freedom: int) -> bool:
         """Add a step.
 
         Args:
-            symmetries: What is measured.
-            params: The parameters.
             scatter: Sums of squares about the mean of the step, on the scale of single examples.
             size: How many examples the step saw.
             freedom: How many times the noise of one example the scatter is on average.
@@ -107,19 +123,12 @@ class Pool:
         for name, squares in scatter.items():
             before = self._scatter.get(name)
             self._scatter[name] = squares if before is None else before.combine(squares, 1.0)
-        self._batches.append((size, all_grams(symmetries, scatter, params, freedom)))
+        self._batches.append((size, all_grams(self._symmetries, scatter, self._params, freedom)))
         self._freedom += freedom
         return True
 
-    def moments(
-        self, symmetries: Mapping[str, AxisSymmetry], params: Params, aliases: Mapping[str, str]
-    ) -> NoiseMoments:
+    def moments(self) -> NoiseMoments:
         """The noise of one example, unbiased; with NaN for the mean gradient, which is not kept.
-
-        Args:
-            symmetries: What was measured.
-            params: The parameters.
-            aliases: Their other names.
 
         Returns:
             The moments.
@@ -133,15 +142,6 @@ class Pool:
             )
         count = sum(size for size, _ in self._batches)
         scatter = {name: one.scaled(count / self._freedom) for name, one in self._scatter.items()}
-        entries = {name: scatter[name].entries for name in names_with_variances(symmetries)}
         nothing = torch.full((), torch.nan, dtype=torch.float64)
-        return NoiseMoments(
-            count=count,
-            mean={name: nothing.to(one.device).expand(one.shape) for name, one in params.items()},
-            scatter=all_grams(symmetries, scatter, params, 1),
-            square_scatter={name: one for name, one in entries.items() if one is not None},
-            total_scatter=torch.stack([one.total for one in scatter.values()]).sum(),
-            spreads=spreads(self._batches),
-            symmetries=dict(symmetries),
-            aliases=dict(aliases),
-        )
+        mean = {name: nothing.to(one.device).expand(one.shape) for name, one in self._params.items()}
+        return pooled(self._symmetries, scatter, mean, self._batches)

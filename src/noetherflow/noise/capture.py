@@ -20,7 +20,7 @@ from noetherflow._per_example import each
 from noetherflow.noise.asked import Asked
 from noetherflow.noise.collect import Sums, collect, squares_of, stacked
 from noetherflow.noise.modes import CALMED, DROPOUT, calmed, own_code
-from noetherflow.noise.tracked import Layout, Source, Tracked, as_function, is_view, leaves_of, mapped, replay
+from noetherflow.noise.tracked import Layout, Source, Tracked, as_function, is_view, leaves_of, mapped, part_of
 from noetherflow.noise.uses import Rows, View, Whole
 
 # Properties that are views of a tensor; all others say something about it, or cut it off from its gradient.
@@ -68,7 +68,6 @@ class Capture(TorchFunctionMode):
         self.size = size
         self.sums: dict[str, Sums] = {}
         self._names = {id(tensor): name for name, tensor in params.items()}
-        self._params = dict(params)
         self._asked, self._rules, self._keep, self._calm = asked, rules, keep_gradients, calm
         # Strong references, so that no identity is used twice.
         self._data = {id(tensor): tensor for tensor in batch}
@@ -99,8 +98,7 @@ class Capture(TorchFunctionMode):
             return self._mark(calmed(func, args, kwargs), leaves)
         if not known or not torch.is_grad_enabled() or _is_apart(func):
             return self._mark(func(*args, **kwargs), leaves) if data else func(*args, **kwargs)
-        args = tuple(mapped(self._enter, one) for one in args)
-        kwargs = {name: mapped(self._enter, one) for name, one in kwargs.items()}
+        args, kwargs = mapped(self._enter, args), mapped(self._enter, kwargs)
         if not data:
             return self._derive(func, args, kwargs)
         rule = self._rules.get(func)
@@ -119,7 +117,7 @@ class Capture(TorchFunctionMode):
         return id(tensor) in self._data or getattr(tensor, "_of_batch", False)
 
     @property
-    def layout(self) -> "Layout":
+    def layout(self) -> Layout:
         """How tensors are laid out at this point of the forward pass."""
         return Layout(self.size, self._batch_second)
 
@@ -211,10 +209,13 @@ class Capture(TorchFunctionMode):
             if not one.requires_grad or id(one) in self._tracked:
                 continue
             if len(parents) == 1 and is_view(one, parents[0].tensor):
-                view = replay(func, args, kwargs, parents[0].tensor, None if isinstance(result, Tensor) else index)
+                again = as_function(func, args, kwargs, parents[0].tensor)
+                view = again if isinstance(result, Tensor) else part_of(again, index)
                 self._track(parents[0].source, one, (*parents[0].views, view))
             elif isinstance(result, Tensor):
-                source = Source(None, one.shape, parents, as_function(func, args, kwargs, parents))
+                source = Source(
+                    None, one.shape, parents, as_function(func, args, kwargs, *(parent.tensor for parent in parents))
+                )
                 if func is functional.embedding and len(parents) == 1 and len(args) == 2 and not kwargs:
                     source.ids = args[0]
                 return self._gather(one, source).tensor

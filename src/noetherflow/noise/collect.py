@@ -259,8 +259,8 @@ def _one_by_one(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tens
     # Sums over columns come from all entries: adding these up costs less than summing across the grain every time.
     entries = torch.zeros_like(gradient) if asked.entries or asked.columns else None
     norms = torch.empty(size, len(flat) if asked.rows else 1, dtype=wide, device=like.device)
-    grams = {axis: torch.zeros(n, n, dtype=wide, device=like.device) for axis, n in _sizes(asked, buffer).items()}
-    views = {axis: axis.rows(buffer) for axis in grams}
+    views = {axis: axis.rows(buffer) for axis in asked.grams}
+    grams = {axis: gradient.new_zeros(len(one), len(one)) for axis, one in views.items()}
     for index in range(size):
         if first:
             first.write_to(buffer, index)
@@ -294,10 +294,6 @@ def _one_by_one(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tens
 def _fresh(view: Tensor, axis: Axis, buffer: Tensor) -> Tensor:
     """The rows of the buffer as it is now: some unfoldings are views of it, others copies."""
     return view if view.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() else axis.rows(buffer)
-
-
-def _sizes(asked: Asked, like: Tensor) -> dict[Axis, int]:
-    return {axis: axis.size(like) for axis in asked.grams}
 
 
 def _from_entries(entries: Tensor, asked: Asked) -> Totals:

@@ -11,16 +11,14 @@ from torch import Tensor
 from noetherflow._batch import is_per_example, select, tensors_of
 from noetherflow._per_example import require_independent, require_losses
 from noetherflow._types import Batch
-from noetherflow.noise.asked import Squares, asked_of, names_with_variances
-from noetherflow.noise.batches import all_grams, spreads
+from noetherflow.noise.asked import Squares, asked_of
+from noetherflow.noise.batches import BatchGrams, all_grams, along_axes, pooled
 from noetherflow.noise.capture import Capture
 from noetherflow.noise.collect import Sums, completed, squares_of, squares_of_stack
 from noetherflow.noise.exact import Subject, chunks
 from noetherflow.noise.modes import Calm
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
-from noetherflow.symmetry import Grams
-from noetherflow.symmetry.axes import AxisSymmetry
 
 # Examples of the first batch that are done one by one as well: not two, so that other sizes are less likely the same.
 _CHECKED = 3
@@ -44,15 +42,15 @@ class FastPass:
     def __init__(self, subject: Subject, *, variances: bool, max_bytes: int) -> None:
         self.count = 0
         self.unknown: dict[str, str] = {}
-        self._symmetries = {name: one for name, one in subject.symmetries.items() if isinstance(one, AxisSymmetry)}
-        self._subject, self._max_bytes, self._variances = subject, max_bytes, variances
+        self._symmetries = along_axes(subject.symmetries)
+        self._subject, self._max_bytes = subject, max_bytes
         self._own: list[int] = []
-        self._asked = asked_of(subject.trained, subject.symmetries, variances=variances)
+        self._asked = asked_of(subject.trained, self._symmetries, variances=variances)
         self._each: dict[str, Squares] = {}
         self._sum: dict[str, Tensor] = {}
         self._recent: dict[str, Tensor] = {}
         self._direction: dict[str, Tensor] | None = None
-        self._batches: list[tuple[int, dict[str, Grams]]] = []
+        self._batches: list[BatchGrams] = []
 
     def check(self, batch: Batch, together: Tensor, *, random: bool, where: str) -> None:
         """Compare with single examples: what differs is done exactly from now on.
@@ -119,19 +117,8 @@ class FastPass:
         trained, count = self._subject.trained, self.count
         whole = {name: squares_of(self._sum[name], self._asked[name]) for name in trained}
         centred = {name: self._each[name].combine(whole[name], -1.0 / count) for name in trained}
-        scatter = all_grams(self._symmetries, centred, trained, 1)
-        named = names_with_variances(self._subject.symmetries) if self._variances else []
-        entries = {name: centred[name].entries for name in named}
-        return NoiseMoments(
-            count=count,
-            mean={name: self._sum[name] / count for name in trained},
-            scatter=scatter,
-            square_scatter={name: one for name, one in entries.items() if one is not None},
-            total_scatter=torch.stack([one.total for one in centred.values()]).sum(),
-            spreads=spreads(self._batches),
-            symmetries=dict(self._subject.symmetries),
-            fallback=dict(self.unknown),
-        )
+        mean = {name: self._sum[name] / count for name in trained}
+        return replace(pooled(self._symmetries, centred, mean, self._batches), fallback=dict(self.unknown))
 
     def _measure(self, batch: Batch, *, calm: bool) -> tuple[dict[str, Sums], Tensor]:
         """Sums for every parameter that can be measured so, and the losses."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -69,7 +70,7 @@ class NoiseMeter:
         """Forget everything measured so far, and which parameters are trained."""
         self._params = {name: one for name, one in self._model.named_parameters() if one.requires_grad}
         self._asked = asked_of(self._params, self._symmetries, variances=self._variances)
-        self._pool = Pool()
+        self._pool = Pool(self._symmetries, self._params)
 
     @contextmanager
     def step(self, batch: Batch, *, weight: float | None = None) -> Iterator[None]:
@@ -120,12 +121,12 @@ class NoiseMeter:
         Raises:
             EmptyDataError: If nothing was measured, or only batches of one example.
         """
-        return self._pool.moments(self._symmetries, self._params, self._aliases)
+        return replace(self._pool.moments(), aliases=self._aliases)
 
     def _add(self, capture: Capture, size: int, weight: float) -> None:
         if size < 2:
             return  # a single example is its own mean
         sums = completed(capture.sums, self._params, self._asked)
         centred = {name: one.each.combine(one.whole, -1.0 / size).scaled(weight**-2) for name, one in sums.items()}
-        if not self._pool.add(self._symmetries, self._params, centred, size, size - 1):
+        if not self._pool.add(centred, size, size - 1):
             self.skipped += 1  # as a gradient scaler skips the step

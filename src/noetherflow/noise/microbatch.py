@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -55,10 +56,10 @@ class MicrobatchMeter:
 
     def __init__(self, model: nn.Module, symmetries: Mapping[str, Symmetry], *, variances: bool = False) -> None:
         resolved, self._aliases = resolve(model, symmetries)
-        self._symmetries = along_axes(resolved)
+        along = along_axes(resolved)
         self._params = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        self._asked = asked_of(self._params, self._symmetries, variances=variances)
-        self._pool = Pool()
+        self._asked = asked_of(self._params, along, variances=variances)
+        self._pool = Pool(along, self._params)
         self.skipped = 0
 
     @contextmanager
@@ -79,7 +80,7 @@ class MicrobatchMeter:
                 f"the noise of a step is the difference between its microbatches, and there were {running.count}: call "
                 "what `meter.step()` gives after the backward pass of each, of two or more"
             )
-        if not self._pool.add(self._symmetries, self._params, running.scatter, running.examples, running.count - 1):
+        if not self._pool.add(running.scatter, running.examples, running.count - 1):
             self.skipped += 1
 
     @property
@@ -89,7 +90,7 @@ class MicrobatchMeter:
         Raises:
             EmptyDataError: If nothing was measured.
         """
-        return self._pool.moments(self._symmetries, self._params, self._aliases)
+        return replace(self._pool.moments(), aliases=self._aliases)
 
 
 @final

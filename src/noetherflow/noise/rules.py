@@ -55,10 +55,7 @@ def _linear(
     if capture.tracked(x) or weight.ndim != 2 or (bias is not None and bias.ndim != 1):
         return NotImplemented
     layout = capture.layout
-    if not layout.fits(x) or any(
-        one is not None and (capture.is_data(one) or (one.requires_grad and not known))
-        for one, known in ((weight, w), (bias, b))
-    ):
+    if not layout.fits(x) or not _are_known(capture, weight, bias):
         return NotImplemented
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -178,10 +175,7 @@ def layer_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
             gains, biases = (torch.stack(one) for one in zip(*found, strict=True))
         else:
             gains, biases = (g * ((x - m) * r)).sum(1), g.sum(1)
-        if w is not None:
-            w.note(Whole(w.views, gains))
-        if b is not None:
-            b.note(Whole(b.views, biases))
+        _note_affine(w, b, gains, biases)
 
     return capture.tap(output, x, note, *_present(w, b))
 

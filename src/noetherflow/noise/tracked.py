@@ -99,11 +99,13 @@ def leaves_of(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """A function of every tensor in an argument."""
+    """A function of every tensor in an argument, or in all of them."""
     if isinstance(value, Tensor):
         return function(value)
     if type(value) in (tuple, list):
         return type(value)(mapped(function, one) for one in value)
+    if type(value) is dict:
+        return {name: mapped(function, one) for name, one in value.items()}
     return value
 
 
@@ -113,34 +115,20 @@ def is_view(tensor: Tensor, of: Tensor) -> bool:
     return not overlapping and tensor.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
 
 
-def replay(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], of: Tensor, part: int | None) -> View:
-    """The same view of another tensor."""
+def as_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *given: Tensor) -> Callable[..., Any]:
+    """A call as a function of some of the tensors that it was given."""
 
-    def view(tensor: Tensor) -> Tensor:
-        def put(leaf: Tensor) -> Tensor:
-            return tensor if leaf is of else leaf
-
-        result = func(*(mapped(put, one) for one in args), **{name: mapped(put, one) for name, one in kwargs.items()})
-        found: Tensor = result if part is None else list(leaves_of((result,)))[part]
-        return found
-
-    return view
-
-
-def as_function(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parents: tuple[Tracked, ...]
-) -> Callable[..., Tensor]:
-    """A call as a function of the tensors it was made with."""
-
-    def function(*tensors: Tensor) -> Tensor:
-        stand_ins = {id(parent.tensor): tensor for parent, tensor in zip(parents, tensors, strict=True)}
+    def function(*tensors: Tensor) -> Any:
+        stand_ins = {id(one): tensor for one, tensor in zip(given, tensors, strict=True)}
 
         def put(leaf: Tensor) -> Tensor:
             return stand_ins.get(id(leaf), leaf)
 
-        found: Tensor = func(
-            *(mapped(put, one) for one in args), **{name: mapped(put, one) for name, one in kwargs.items()}
-        )
-        return found
+        return func(*mapped(put, args), **mapped(put, kwargs))
 
     return function
+
+
+def part_of(function: Callable[..., Any], index: int) -> View:
+    """One of several views that a function returns."""
+    return lambda tensor: list(leaves_of((function(tensor),)))[index]
