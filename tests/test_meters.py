@@ -1,5 +1,7 @@
 """Noise measured while training: gradients stay what they are, and nothing is left behind."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -251,3 +253,20 @@ def test_a_microbatch_alone_says_nothing() -> None:
         assert meter.noise
     with pytest.raises(nf.SettingsError, match="size=0"), meter.step() as done:
         done(size=0)
+
+
+def test_memory_is_free_without_the_cycle_collector() -> None:
+    """Whatever a step holds on to is let go of with its block, or training would take fresh memory at every step."""
+    model, batch = large(), examples(16)
+    meter = nf.NoiseMeter(model, {})
+    gc.collect()
+    gc.disable()
+    try:
+        with meter.step(batch):
+            hidden = model[0](batch[0]).contiguous()  # the tensor itself: the step keeps a reference of its own
+            seen = weakref.ref(hidden)
+            functional.cross_entropy(model[1:](hidden), batch[1]).backward()
+        del hidden
+        assert seen() is None
+    finally:
+        gc.enable()

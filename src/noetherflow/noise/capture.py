@@ -74,14 +74,31 @@ class Capture(TorchFunctionMode):
         self._tracked: dict[int, Tracked] = {}
         self._sources: dict[str, Tracked] = {}
         self._batch_second = False
+        self._depth = 0
+        self.unknown: dict[str, str] = {}
         some = next(iter(params.values()))
         # Makes outputs require gradients even if the parameters that made them do not.
         self.anchor = torch.zeros((), dtype=some.dtype, device=some.device, requires_grad=True)
 
-    @property
-    def unknown(self) -> dict[str, str]:
-        """The parameters whose per-example gradients could not be had, with the operation in the way."""
-        return {name: one.source.unknown for name, one in self._sources.items() if one.source.unknown}
+    def __exit__(self, *raised: Any) -> None:
+        """Leave the mode, and with the outermost block everything that was held on to.
+
+        What autograd keeps of a forward pass refers to this object: without this, both would wait for Python's cycle
+        collector, and every step would take fresh memory.
+        """
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        self._depth -= 1
+        if not self._depth:
+            self.unknown = {name: one.source.unknown for name, one in self._sources.items() if one.source.unknown}
+            self._data.clear()
+            self._tracked.clear()
+            self._sources.clear()
+
+    def __enter__(self) -> "Capture":
+        """Enter the mode, once more if it is active."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._depth += 1
+        return self
 
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
