@@ -18,6 +18,8 @@ _CALL = 500_000  # the calls that one example takes by itself
 # Examples whose gradients are formed together, if one is smaller than this.
 _SMALL = 2**14
 _TOGETHER = 2**18
+# Numbers of a gradient that are formed at a time.
+_STRIP = 2**17
 # Numbers that the cache next to a core holds.
 _BLOCK = 2**16
 
@@ -76,6 +78,8 @@ def collect(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) 
                 return _by_tokens(use, asked)
             if shape.numel() <= _SMALL:
                 return _stacked(use, shape, asked)
+            if not asked.grams:
+                return _in_strips(use, shape, asked, like)
         if isinstance(use, Rows) and not any(axis.dim % 2 == 0 or axis.within for axis in asked.grams):
             return _table(use, shape, asked)
     return _one_by_one(uses, shape, asked, like)
@@ -245,6 +249,44 @@ def _stacked(use: Outer, shape: torch.Size, asked: Asked) -> Collected:
     assert squares is not None
     assert gradient is not None
     return Collected(squares, gradient)
+
+
+def _in_strips(use: Outer, shape: torch.Size, asked: Asked, like: Tensor) -> Collected:
+    """Some rows of all examples' gradients after others, so that they and their sum stay in the cache."""
+    # A tall gradient is formed turned, as a wide one: products of few tokens are faster so.
+    if shape[0] > shape[1]:
+        turned = Asked(asked.columns, asked.rows, asked.entries)
+        squares, gradient = _in_strips(Outer((), use.outputs, use.inputs), shape[::-1], turned, like)
+        rows, columns, entries = (
+            None if one is None else one.mT for one in (squares.columns, squares.rows, squares.entries)
+        )
+        return Collected(Squares(squares.total, rows, columns, entries, {}), gradient.mT)
+    (n, m), wide = shape, _accumulator(like)
+    step = min(n, max(1, _STRIP // m))
+    buffer = like.new_empty(step, m)
+    gradient = like.new_zeros(n, m, dtype=wide)
+    kept = like.new_zeros(n if asked.entries else step, m, dtype=wide) if asked.entries or asked.columns else None
+    norms = like.new_empty(use.size, n, dtype=wide)
+    inputs = use.inputs.unbind()
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        strip, total = buffer[: rows.stop - start], gradient[rows]
+        into = None if kept is None else kept[rows] if asked.entries else kept[: len(strip)]
+        outputs = use.outputs[:, :, rows].mT.unbind()
+        for x, g, lengths in zip(inputs, outputs, norms[:, rows].unbind(), strict=True):
+            torch.mm(g, x, out=strip)
+            if into is not None:
+                into.addcmul_(strip, strip)
+            if not asked.entries:
+                torch.linalg.vector_norm(strip, dim=1, dtype=wide, out=lengths)
+            total += strip
+    if asked.entries and kept is not None:
+        found: Totals = _from_entries(kept, asked)
+    else:
+        sums = norms.double().square().sum(0)[:, None]
+        columns = None if kept is None else kept.sum(0, keepdim=True).double()
+        found = sums.sum(), sums if asked.rows else None, columns
+    return Collected(Squares(*found, kept if asked.entries else None, {}), gradient)
 
 
 def _one_by_one(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) -> Collected:
