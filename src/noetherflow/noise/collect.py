@@ -269,11 +269,11 @@ def _in_strips(use: Outer, shape: torch.Size, asked: Asked, like: Tensor) -> Col
     norms = like.new_empty(use.size, n, dtype=wide)
     inputs = use.inputs.unbind()
     for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        strip, total = buffer[: rows.stop - start], gradient[rows]
-        into = None if kept is None else kept[rows] if asked.entries else kept[: len(strip)]
-        outputs = use.outputs[:, :, rows].mT.unbind()
-        for x, g, lengths in zip(inputs, outputs, norms[:, rows].unbind(), strict=True):
+        part = slice(start, min(start + step, n))
+        strip, total = buffer[: part.stop - start], gradient[part]
+        into = None if kept is None else kept[part] if asked.entries else kept[: len(strip)]
+        outputs = use.outputs[:, :, part].mT.unbind()
+        for x, g, lengths in zip(inputs, outputs, norms[:, part].unbind(), strict=True):
             torch.mm(g, x, out=strip)
             if into is not None:
                 into.addcmul_(strip, strip)
