@@ -81,6 +81,7 @@ def discover_blocks(
         The generators, as a matrix for each axis.
 
     Raises:
+        FrozenParameterError: If the model has no trainable parameter.
         ParameterNameError: If an axis is that of a parameter which is not there or is frozen.
         SettingsError: If there are too many unknowns, or no axes.
 
@@ -130,7 +131,7 @@ def discover_blocks(
     trivial = null_space(draws.pretend(count, products)).vectors
     found = null_space(draws.rows(count, products, "equations", progress), trivial)
     null = [
-        vectors.reshape(-1, basis.shape[1], basis.shape[1])
+        vectors.reshape(len(vectors), basis.shape[1], basis.shape[1])
         for vectors, basis in zip(found.vectors.split([basis.shape[1] ** 2 for basis in live], 1), live, strict=True)
     ]
     symmetric, antisymmetric = (

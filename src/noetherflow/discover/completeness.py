@@ -67,6 +67,7 @@ def check_completeness(model: nn.Module, loss: Loss, batch: Batch) -> Completene
         How many symmetric generators are missing, and how many are false.
 
     Raises:
+        FrozenParameterError: If the model has no trainable parameter.
         SettingsError: If the model is too large.
 
     Examples:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from noetherflow._batch import cast, is_per_example, tensors_of, with_tensors
+from noetherflow._errors import FrozenParameterError
 from noetherflow._params import bind, snapshot
 from noetherflow._per_example import each, own_randomness, require_losses
 from noetherflow._progress import track
@@ -38,6 +39,11 @@ class Draws:
 
     def __init__(self, model: nn.Module, loss: Loss, batch: Batch, generator: torch.Generator | None) -> None:
         trainable = {name for name, one in model.named_parameters() if one.requires_grad}
+        if not trainable:
+            raise FrozenParameterError(
+                "the model has no parameter that requires gradients: a symmetry acts on what is trained, so there is "
+                "none to be found. Unfreeze parameters with requires_grad_()"
+            )
         everything = snapshot(model)
         self._params = {name: one for name, one in everything.items() if name in trainable}
         self._frozen = {name: one for name, one in everything.items() if name not in trainable}
@@ -107,6 +113,8 @@ class NullSpace:
 def null_space(rows: Tensor, trivial: Tensor | None = None) -> NullSpace:
     """What is orthogonal to every row, less a space of trivial solutions if one is given."""
     unknowns = rows.shape[1]
+    if not unknowns:
+        return NullSpace(rows.new_zeros(0, 0), (0.0, 1.0))
     _, upper = torch.linalg.qr(rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-300), mode="r")
     _, values, right = torch.linalg.svd(upper)
     relative = values / values[0].clamp_min(1e-300)

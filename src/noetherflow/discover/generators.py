@@ -82,6 +82,7 @@ def discover_generators(
         The generators.
 
     Raises:
+        FrozenParameterError: If the model has no trainable parameter.
         SettingsError: If the model has too many parameters: the unknowns are their number squared. `find_symmetries`
             has no such limit.
 
@@ -114,7 +115,7 @@ def discover_generators(
         return (gradient[:, :, None] * theta[:, None, :]).flatten(1)
 
     found = null_space(draws.rows(enough(rank * rank), products, "equations", progress))
-    null = found.vectors.reshape(-1, rank, rank)
+    null = found.vectors.reshape(len(found.vectors), rank, rank)
     symmetric, antisymmetric = (part([null], sign)[0] for sign in (1.0, -1.0))
     wide = torch.einsum("kij,ia,jb->kab", symmetric, live, live)
     turned = torch.einsum("kij,ia,jb->kab", antisymmetric, live, live)

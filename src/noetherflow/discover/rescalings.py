@@ -78,6 +78,7 @@ def discover_rescalings(
         The rescalings.
 
     Raises:
+        FrozenParameterError: If the model has no trainable parameter.
         SettingsError: If there are too many unknowns.
 
     Examples:

@@ -256,37 +256,46 @@ def _in_strips(use: Outer, shape: torch.Size, asked: Asked, like: Tensor) -> Col
     # A tall gradient is formed turned, as a wide one: products of few tokens are faster so.
     if shape[0] > shape[1]:
         turned = Asked(asked.columns, asked.rows, asked.entries)
-        squares, gradient = _in_strips(Outer((), use.outputs, use.inputs), shape[::-1], turned, like)
-        rows, columns, entries = (
-            None if one is None else one.mT for one in (squares.columns, squares.rows, squares.entries)
-        )
-        return Collected(Squares(squares.total, rows, columns, entries, {}), gradient.mT)
+        found, gradient = _in_strips(Outer((), use.outputs, use.inputs), shape[::-1], turned, like)
+        back = [None if one is None else one.mT for one in (found.columns, found.rows, found.entries)]
+        return Collected(Squares(found.total, back[0], back[1], back[2], {}), gradient.mT.contiguous())
     (n, m), wide = shape, _accumulator(like)
     step = min(n, max(1, _STRIP // m))
     buffer = like.new_empty(step, m)
     gradient = like.new_zeros(n, m, dtype=wide)
-    kept = like.new_zeros(n if asked.entries else step, m, dtype=wide) if asked.entries or asked.columns else None
-    norms = like.new_empty(use.size, n, dtype=wide)
+    # Sums over columns come from all entries, and then those over rows do too.
+    entries = like.new_zeros(n if asked.entries else step, m, dtype=wide) if asked.entries or asked.columns else None
+    norms = like.new_empty(use.size, step, dtype=wide)
     inputs = use.inputs.unbind()
+    rows: list[Tensor] = []
+    columns: list[Tensor] = []
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
         strip, total = buffer[: part.stop - start], gradient[part]
-        into = None if kept is None else kept[part] if asked.entries else kept[: len(strip)]
         outputs = use.outputs[:, :, part].mT.unbind()
-        for x, g, lengths in zip(inputs, outputs, norms[:, part].unbind(), strict=True):
-            torch.mm(g, x, out=strip)
-            if into is not None:
-                into.addcmul_(strip, strip)
-            if not asked.entries:
+        if entries is None:
+            for x, g, lengths in zip(inputs, outputs, norms[:, : len(strip)].unbind(), strict=True):
+                torch.mm(g, x, out=strip)
                 torch.linalg.vector_norm(strip, dim=1, dtype=wide, out=lengths)
-            total += strip
-    if asked.entries and kept is not None:
-        found: Totals = _from_entries(kept, asked)
-    else:
-        sums = norms.double().square().sum(0)[:, None]
-        columns = None if kept is None else kept.sum(0, keepdim=True).double()
-        found = sums.sum(), sums if asked.rows else None, columns
-    return Collected(Squares(*found, kept if asked.entries else None, {}), gradient)
+                total += strip
+            rows.append(norms[:, : len(strip)].double().square().sum(0))
+        else:
+            squares = entries[part] if asked.entries else entries[: len(strip)].zero_()
+            for x, g in zip(inputs, outputs, strict=True):
+                torch.mm(g, x, out=strip)
+                squares.addcmul_(strip, strip)
+                total += strip
+            rows.append(squares.sum(1).double())
+            columns.append(squares.sum(0).double())
+    sums = torch.cat(rows)
+    found = Squares(
+        sums.sum(),
+        sums[:, None] if asked.rows else None,
+        torch.stack(columns).sum(0)[None] if asked.columns else None,
+        entries if asked.entries else None,
+        {},
+    )
+    return Collected(found, gradient)
 
 
 def _one_by_one(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) -> Collected:

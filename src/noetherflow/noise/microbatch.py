@@ -1,14 +1,19 @@
-"""Noise from the differences between microbatches: for whatever has no gradient of single examples, and for free."""
+"""Noise from the differences between microbatches or ranks: for whatever has no gradient of single examples."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from types import TracebackType
 from typing import final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
-from noetherflow._errors import SettingsError
+from noetherflow._errors import CoupledExamplesError, SettingsError
 from noetherflow.noise.asked import Asked, Squares, asked_of
 from noetherflow.noise.batches import Pool, along_axes
 from noetherflow.noise.collect import squares_of
@@ -16,22 +21,46 @@ from noetherflow.noise.exact import resolve
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.symmetry import Symmetry
 
+# Numbers that go over the wire at a time.
+_BUCKET = 2**23
+
 
 @final
 class MicrobatchMeter:
-    r"""Measures gradient noise from the microbatches of a step, as gradient accumulation has them.
+    r"""Measures gradient noise from the microbatches of a step: those of gradient accumulation, of the ranks, or both.
 
     With mean gradients $\hat g_j$ of k microbatches of $b_j$ examples and their weighted mean $\bar g$,
     $\hat\Sigma = \frac{1}{k-1}\sum_j b_j (\hat g_j - \bar g)(\hat g_j - \bar g)^T$ is an unbiased estimate of the
-    covariance of one example's gradient. It needs no such gradient, so the loss may couple the examples of a
-    microbatch: BatchNorm in train mode, contrastive losses. Then it is b times the noise of a microbatch, whatever that
-    is made of. Few microbatches make a rough estimate: one step's relative error is about $\sqrt{2 / (k-1)}$ in the
-    worst case, and steps are pooled.
+    covariance of one example's gradient, sizes equal or not. It needs no such gradient, so the loss may couple the
+    examples of a microbatch: BatchNorm in train mode, contrastive losses. Then it is b times the noise of a microbatch,
+    whatever that is made of. Few microbatches make a rough estimate: one step's relative error is about
+    $\sqrt{2 / (k-1)}$ in the worst case, and steps are pooled.
+
+    Gradients are seen on their way into `.grad`: before DistributedDataParallel averages them, and whatever was in
+    `.grad` before. So a training loop with several ranks stays as it is, `no_sync()` for accumulation included, and so
+    does `.grad`; nothing is registered with DistributedDataParallel, whose communication hooks could not be removed:
+
+    ```python
+    meter = nf.MicrobatchMeter(ddp.module, symmetries, group=dist.group.WORLD)
+    with meter.step() as done:  # on every rank
+        loss(ddp, batch).mean().backward()  # averages .grad, as always
+        done(size=len(batch))
+    optimizer.step()
+    ```
+
+    At the end of such a block the scatter within each rank and that of the ranks' means about the mean of all are added
+    up: the numbers are those of one process that had all microbatches, and the same on every rank. A step that
+    overflows on one rank is skipped on all. This takes an all-reduce as large as that of the gradients, in pieces of
+    some 30 MB, and with `variances` one of their squares in float64: measure every tenth step if that is felt.
+
+    During a step it keeps two copies of the gradients, or one while there is one microbatch per rank.
 
     Args:
-        model: The model that is trained; on several ranks, what is inside DistributedDataParallel, under `no_sync()`.
+        model: The model that is trained; on several ranks, what is inside DistributedDataParallel.
         symmetries: What to measure the noise for, by name; they act along axes.
         variances: Measure the variance of every entry of the parameters on which scalings and rescalings act.
+        group: The ranks between which gradients are compared, each with examples of its own; by default none, every
+            process for itself.
 
     Raises:
         SettingsError: If a symmetry is a `DenseSymmetry`.
@@ -50,13 +79,21 @@ class MicrobatchMeter:
         >>> meter.noise.count, meter.noise.trace > 0
         (32, tensor(True))
 
-    Source: McCandlish, Kaplan, Amodei et al. (2018) for the idea of comparing batches; the statistics are those of
-        Ziyin et al. (2024).
+    Source: McCandlish, Kaplan, Amodei et al. (2018) for the idea of comparing batches, also those of ranks; the
+        statistics are those of Ziyin et al. (2024), merged as by Chan, Golub, LeVeque (1979).
     """
 
-    def __init__(self, model: nn.Module, symmetries: Mapping[str, Symmetry], *, variances: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        symmetries: Mapping[str, Symmetry],
+        *,
+        variances: bool = False,
+        group: "dist.ProcessGroup | None" = None,
+    ) -> None:
         resolved, self._aliases = resolve(model, symmetries)
         along = along_axes(resolved)
+        self._model, self._group = model, group
         self._params = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self._asked = asked_of(self._params, along, variances=variances)
         self._pool = Pool(along, self._params)
@@ -66,22 +103,32 @@ class MicrobatchMeter:
     def step(self) -> Iterator[Callable[..., None]]:
         """The block of one step: call what it gives after the backward pass of each microbatch.
 
+        If it is called once after several backward passes, all their examples are one microbatch. With a `group`, every
+        rank has to go through the block, and leaving it waits for the others.
+
         Yields:
             A function of `size`, the number of examples of the microbatch, and `weight`, what their mean loss counts in
-            the loss that was differentiated: 1 by default, 1 / k if it was divided by the number of microbatches.
+            the loss that was differentiated: 1 by default, 1 / k if it was divided by the number of microbatches of
+            this rank. A loss scale multiplies it; the average that is taken over ranks does not.
 
         Raises:
-            SettingsError: If there were fewer than two microbatches.
+            CoupledExamplesError: If a layer normalises over all ranks: their gradients are not independent.
+            SettingsError: If there were fewer than two microbatches, or one without a backward pass.
         """
-        running = _Running(self._params, self._asked)
-        yield running.add
-        if running.count < 2:
-            raise SettingsError(
-                f"the noise of a step is the difference between its microbatches, and there were {running.count}: call "
-                "what `meter.step()` gives after the backward pass of each, of two or more"
-            )
-        if not self._pool.add(running.scatter, running.examples, running.count - 1):
-            self.skipped += 1
+        if self._group is not None:
+            _require_independent(self._model)
+        with _Running(self._params, self._asked) as running:
+            yield running.add
+            if self._group is not None:
+                running.merge(self._group)
+            if running.count < 2:
+                raise SettingsError(
+                    "the noise of a step is the difference between its microbatches, and there were "
+                    f"{running.count}: call what `meter.step()` gives after the backward pass of each, of two or more "
+                    "(gradient accumulation), or give a `group` of several ranks"
+                )
+            if not self._pool.add(running.scatter, running.examples, running.count - 1):
+                self.skipped += 1
 
     @property
     def noise(self) -> NoiseMoments:
@@ -101,23 +148,116 @@ class _Running:
         self.count = self.examples = 0
         self.scatter: dict[str, Squares] = {}
         self._params, self._asked = params, asked
+        self._arrived: dict[str, Tensor] = {}
         self._mean: dict[str, Tensor] = {}
-        self._before = {name: one.grad.detach().clone() for name, one in params.items() if one.grad is not None}
+        self._nodes: list[Node] = []
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "_Running":
+        for name, one in self._params.items():
+            if one.requires_grad:
+                # Where gradients go into .grad: it exists only as long as somebody holds it.
+                node = get_gradient_edge(one).node
+                self._nodes.append(node)
+                self._handles.append(node.register_prehook(partial(self._note, name)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        # Whoever keeps the function that the block gave keeps this object.
+        for kept in (self._handles, self._nodes, self._arrived, self._mean, self.scatter):
+            kept.clear()
 
     def add(self, *, size: int, weight: float = 1.0) -> None:
-        """Take what the last backward pass added to the gradients."""
+        """Take what has arrived since the last call."""
         if size < 1 or not weight > 0:
             raise SettingsError(f"a microbatch has examples and a weight, got size={size} and weight={weight}")
+        if not self._arrived:
+            raise SettingsError(
+                "no gradient has come since the last microbatch: run the backward pass of each inside "
+                "`with meter.step() as done`, and call `done` after it"
+            )
         share = size / (self.examples + size)
-        for name, one in self._params.items():
-            now = torch.zeros_like(one) if one.grad is None else one.grad.detach().clone()
-            gradient = (now - self._before.get(name, 0.0)) / weight
-            self._before[name] = now
-            mean = self._mean.setdefault(name, torch.zeros_like(gradient))
-            gap = gradient - mean
-            mean += share * gap
-            squares = squares_of(gap, self._asked[name]).scaled(share * self.examples)
-            before = self.scatter.get(name)
-            self.scatter[name] = squares if before is None else before.combine(squares, 1.0)
+        for name in self._params:
+            gap = self._take(self._arrived, name).div_(weight)
+            if not self.count:
+                self._mean[name] = gap
+                continue
+            gap -= self._mean[name]
+            self._mean[name].add_(gap, alpha=share)
+            self._scatter(name, gap, share * self.examples)
         self.count += 1
         self.examples += size
+
+    def merge(self, group: "dist.ProcessGroup") -> None:
+        """Put together what all ranks have: afterwards each has the same."""
+        mine = self.examples
+        counts = torch.tensor([self.count, mine], device=next(iter(self._params.values())).device)
+        dist.all_reduce(counts, group=group)
+        self.count, self.examples = (int(one) for one in counts.tolist())
+        for names in _buckets(self._params):
+            gaps = [self._take(self._mean, name) for name in names]
+            wholes = [one * (mine / max(1, self.examples)) for one in gaps]
+            _sum_(wholes, group)
+            for name, gap, whole in zip(names, gaps, wholes, strict=True):
+                self._scatter(name, gap.sub_(whole), mine)
+            _sum_([one for name in names for one in _tensors(self.scatter[name])], group)
+
+    def _note(self, name: str, gradients: tuple[Tensor | None, ...]) -> None:
+        (gradient,) = gradients
+        if gradient is not None:
+            # A copy, or what becomes .grad would be what is kept here.
+            kept = gradient.detach().to_dense().to(_accumulator(gradient), copy=True)
+            before = self._arrived.get(name)
+            self._arrived[name] = kept if before is None else kept.add_(before)
+
+    def _take(self, tensors: dict[str, Tensor], name: str) -> Tensor:
+        """What is there of a parameter, or zeros if no gradient reached it."""
+        found = tensors.pop(name, None)
+        one = self._params[name]
+        return torch.zeros_like(one, dtype=_accumulator(one), requires_grad=False) if found is None else found
+
+    def _scatter(self, name: str, gap: Tensor, weight: float) -> None:
+        squares = squares_of(gap, self._asked[name]).scaled(weight)
+        before = self.scatter.get(name)
+        self.scatter[name] = squares if before is None else before.combine(squares, 1.0)
+
+
+def _require_independent(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and (module.training or module.running_mean is None):
+            raise CoupledExamplesError(
+                f"{name!r} (SyncBatchNorm) normalises over the examples of all ranks, which couples these: their "
+                "gradients are no independent samples. Use BatchNorm, or measure in a process that trains alone, "
+                "between its microbatches"
+            )
+
+
+def _buckets(params: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, one in params.items():
+        if names and size + one.numel() > _BUCKET:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += one.numel()
+    yield names
+
+
+def _sum_(tensors: Sequence[Tensor], group: "dist.ProcessGroup") -> None:
+    """Make each tensor the sum of those of all ranks, in one message."""
+    flat = torch.cat([one.flatten() for one in tensors])
+    dist.all_reduce(flat, group=group)
+    for one, whole in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
+        one.copy_(whole.view(one.shape))
+
+
+def _tensors(squares: Squares) -> list[Tensor]:
+    found = (squares.total, squares.rows, squares.columns, squares.entries, *squares.grams.values())
+    return [one for one in found if one is not None]
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
