@@ -184,3 +184,45 @@ def test_a_large_model_is_refused_with_a_way_out() -> None:
     model, loss, batch = sequential((10,), (10,), nn.Linear(10, 10))
     with pytest.raises(nf.SettingsError, match=r"110\^2.*find_symmetries"):
         nf.discover_generators(model, loss, batch)
+
+
+SEARCHES = {
+    "generators": nf.discover_generators,
+    "rescalings": nf.discover_rescalings,
+    "blocks": lambda *built: nf.discover_blocks(*built, [nf.Axis("0.weight", 0)]),
+    "completeness": nf.check_completeness,
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_where_nothing_is_trained_there_is_nothing_to_find(search: Any) -> None:
+    model, loss, batch = sequential((2,), (2,), nn.Linear(2, 2), nn.ReLU())
+    for untrained in (model.requires_grad_(False), nn.Sequential(nn.ReLU())):
+        with pytest.raises(nf.FrozenParameterError, match=r"no parameter that requires gradients.*Unfreeze"):
+            search(untrained, loss, batch)
+    model[0].bias.requires_grad_()
+    if search is not SEARCHES["blocks"]:
+        search(model, loss, batch)
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_what_a_loss_does_not_see_at_all_is_dead(search: Any) -> None:
+    model, _, batch = sequential((2,), (2,), nn.Linear(2, 2))
+    found = search(model, lambda model, batch: 0 * model(batch[0]).sum(1), batch)
+    if isinstance(found, nf.Completeness):
+        assert found.complete
+        found = found.discovery
+    assert found.decided
+    assert (len(found.symmetric[0]) if isinstance(found, nf.Blocks) else count_of(found)) == 0
+
+
+def count_of(found: Any) -> int:
+    return len(found.symmetric) if isinstance(found, nf.Discovery) else found.count
+
+
+def test_one_axis_may_be_dead_while_another_is_not() -> None:
+    model, _, batch = sequential((2,), (2,), nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    axes = [nf.Axis("0.weight", 0), nf.Axis("2.bias", 0)]
+    found = nf.discover_blocks(model, lambda model, batch: model[1](model[0](batch[0])).square().sum(1), batch, axes)
+    assert found.decided
+    assert (found.count, len(found.antisymmetric[1]), found.others) == (0, 0, 0)

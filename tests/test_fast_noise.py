@@ -15,7 +15,8 @@ import noetherflow as nf
 from noetherflow import _batch
 from noetherflow.noise import collect as collecting
 from noetherflow.noise.asked import Asked, Squares
-from noetherflow.noise.collect import collect, squares_of_stack
+from noetherflow.noise.collect import collect
+from noetherflow.noise.squares import Sums, squares_of, squares_of_stack
 from noetherflow.noise.uses import Outer
 from zoo import ZOO, Animal, Call, ids, regression, sequential, tokens_of
 
@@ -219,14 +220,15 @@ def test_every_way_of_adding_up(
     generator = torch.Generator().manual_seed(0)
     x, g = (torch.randn(size, tokens, k, generator=generator, dtype=torch.float64) for k in (m, n))
     asked = Asked(rows, columns, entries, (nf.Axis("w", 0, 0, (n + 1) // 2), nf.Axis("w", 1)) if small else ())
-    wanted = squares_of_stack(g.mT @ x, asked)
+    wanted, together = squares_of_stack(g.mT @ x, asked), squares_of((g.mT @ x).sum(0), asked)
     for threshold in (0, 2**14):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collecting, "_SMALL", threshold)
-            squares, gradient = collect([Outer((), x, g)], torch.Size((n, m)), asked, x)
+            squares, whole, gradient = collect([Outer((), x, g)], torch.Size((n, m)), asked, x)
         torch.testing.assert_close(gradient, (g.mT @ x).sum(0), **TIGHT)
         for field in ("total", "rows", "columns", "entries", "grams"):
             torch.testing.assert_close(getattr(squares, field), getattr(wanted, field), **TIGHT)
+            torch.testing.assert_close(getattr(whole, field), getattr(together, field), **TIGHT)
 
 
 @pytest.mark.usefixtures("any_direction")
@@ -236,10 +238,11 @@ def test_gradients_of_a_tied_weight_are_summed_before_they_are_squared(monkeypat
 
     def apart(uses: Any, shape: torch.Size, asked: Asked, like: Tensor) -> Any:
         parts = [collect([use], shape, asked, like) for use in uses]
-        squares: Squares = parts[0].squares
+        squares: Squares = parts[0].each
         for part in parts[1:]:
-            squares = squares.combine(part.squares, 1.0)
-        return collecting.Collected(squares, sum(part.gradient for part in parts))
+            squares = squares.combine(part.each, 1.0)
+        gradient = torch.stack([part.gradient for part in parts]).sum(0)
+        return Sums(squares, squares_of(gradient, asked), gradient)
 
     exact = nf.estimate_noise(model, loss, [batch], {}, exact=True)
     monkeypatch.setattr("noetherflow.noise.capture.collect", apart)

@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from typing import Any
 
 import pytest
 import torch
@@ -199,60 +198,6 @@ def test_checkpointed_layers_are_measured() -> None:
         loss(model, batch).mean().backward()
     torch.testing.assert_close(gradients(model), plain, rtol=1e-10, atol=1e-12)
     assert_measured(meter.noise, [nf.estimate_noise(model, classify, [batch], {}, exact=True)])
-
-
-def split(batch: tuple[Tensor, Tensor], sizes: list[int]) -> list[tuple[Tensor, ...]]:
-    return [tuple(part) for part in zip(*(one.split(sizes) for one in batch), strict=True)]
-
-
-def run_microbatches(meter: nf.MicrobatchMeter, model: nn.Module, parts: list[Any]) -> None:
-    total = sum(len(part[0]) for part in parts)
-    with meter.step() as done:
-        for part in parts:
-            share = len(part[0]) / total
-            (share * classify(model, part).mean()).backward()
-            done(size=len(part[0]), weight=share)
-
-
-def test_microbatches_agree_with_single_examples_on_average() -> None:
-    """Unbiased: over many draws of a data set's examples, sizes equal or not."""
-    model = large()
-    data = examples(60)
-    symmetries = nf.find_symmetries(model, classify, data)
-    exact = nf.estimate_noise(model, classify, [data], symmetries, exact=True)
-    generator = torch.Generator().manual_seed(0)
-    for sizes in ([4] * 8, [2, 6, 3, 9]):
-        meter = nf.MicrobatchMeter(model, symmetries)
-        for _ in range(150):
-            chosen = torch.randint(60, (sum(sizes),), generator=generator)
-            run_microbatches(meter, model, split(tuple(one[chosen] for one in data), sizes))
-        torch.testing.assert_close(meter.noise.trace, exact.trace, rtol=0.05, atol=0)
-        for name, grams in exact.grams.items():
-            errors = meter.noise.standard_errors[name]
-            score = (meter.noise.grams[name].plus - grams.plus) / errors.plus
-            assert 0.7 < score.square().mean().sqrt() < 1.4
-
-
-def test_microbatches_of_one_are_the_scatter_of_examples() -> None:
-    model, batch = large(), examples(12)
-    symmetries = nf.find_symmetries(model, classify, batch)
-    classify(model, batch).sum().backward()  # gradients that were there already do not matter
-    meter = nf.MicrobatchMeter(model, symmetries)
-    run_microbatches(meter, model, split(batch, [1] * 12))
-    assert_measured(
-        meter.noise, [nf.estimate_noise(model, classify, [batch], symmetries, exact=True)], rtol=1e-8, atol=0
-    )
-
-
-def test_a_microbatch_alone_says_nothing() -> None:
-    model, batch = large(), examples(12)
-    meter = nf.MicrobatchMeter(model, {})
-    with pytest.raises(nf.SettingsError, match="there were 1"):
-        run_microbatches(meter, model, [batch])
-    with pytest.raises(nf.EmptyDataError):
-        assert meter.noise
-    with pytest.raises(nf.SettingsError, match="size=0"), meter.step() as done:
-        done(size=0)
 
 
 def test_memory_is_free_without_the_cycle_collector() -> None:

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from noetherflow._per_example import each
 from noetherflow.noise.asked import Asked
-from noetherflow.noise.collect import Sums, collect, squares_of, stacked
+from noetherflow.noise.collect import collect, stacked
 from noetherflow.noise.modes import CALMED, DROPOUT, calmed, own_code
+from noetherflow.noise.squares import Sums
 from noetherflow.noise.tracked import Layout, Source, Tracked, as_function, is_view, leaves_of, mapped, part_of
 from noetherflow.noise.uses import Rows, View, Whole
 
@@ -256,11 +257,11 @@ class Capture(TorchFunctionMode):
         if not uses:
             return incoming if self._keep else None
         if source.name is not None:
-            asked = self._asked[source.name]
-            squares, gradient = collect(uses, source.shape, asked, tensor)
+            sums = collect(uses, source.shape, self._asked[source.name], tensor)
+            gradient = sums.gradient
+            assert gradient is not None
             # A gradient that goes on is not held on to, or autograd would copy it.
-            kept = None if self._keep else gradient
-            self.sums[source.name] = Sums(squares, squares_of(gradient, asked), kept)
+            self.sums[source.name] = sums._replace(gradient=None) if self._keep else sums
             return gradient.to(tensor.dtype) if self._keep else None
         stack = stacked(uses, source.shape, tensor)
         if source.ids is not None:

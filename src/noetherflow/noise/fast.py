@@ -14,11 +14,12 @@ from noetherflow._types import Batch
 from noetherflow.noise.asked import Squares, asked_of
 from noetherflow.noise.batches import BatchGrams, all_grams, along_axes, pooled
 from noetherflow.noise.capture import Capture
-from noetherflow.noise.collect import Sums, completed, squares_of, squares_of_stack
+from noetherflow.noise.collect import completed
 from noetherflow.noise.exact import Subject, chunks
 from noetherflow.noise.modes import Calm
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
+from noetherflow.noise.squares import Sums, squares_of, squares_of_stack
 
 # Examples of the first batch that are done one by one as well: not two, so that other sizes are less likely the same.
 _CHECKED = 3

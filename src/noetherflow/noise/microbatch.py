@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from noetherflow._errors import CoupledExamplesError, SettingsError
 from noetherflow.noise.asked import Asked, Squares, asked_of
 from noetherflow.noise.batches import Pool, along_axes
-from noetherflow.noise.collect import squares_of
 from noetherflow.noise.exact import resolve
 from noetherflow.noise.moments import NoiseMoments
+from noetherflow.noise.squares import squares_of
 from noetherflow.symmetry import Symmetry
 
 # Numbers that go over the wire at a time.

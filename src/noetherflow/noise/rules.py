@@ -122,7 +122,8 @@ def convolution(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict
 
     def note(inputs: Tensor, outputs: Tensor) -> None:
         if w is not None:
-            w.note(Convolution(w.views, padded(inputs.to(outputs.dtype), padding), outputs, stride, dilation, groups))
+            patched = padded(inputs.to(outputs.dtype), padding)
+            w.note(Convolution(w.views, patched, outputs, stride, dilation, groups, weight.shape[2:]))
         if b is not None:
             b.note(Whole(b.views, outputs.flatten(2).sum(2)))
 

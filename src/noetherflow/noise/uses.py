@@ -1,7 +1,7 @@
 """How one parameter was used in a forward pass: what its gradient, example by example, is made of."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -44,9 +44,21 @@ class Use(ABC):
         self.add_to(part.zero_(), index)
 
 
+class Product(Use):
+    """A use for which the gradient of an example, as a matrix, is the product of two."""
+
+    @abstractmethod
+    def factors(self, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each example: some rows of the left one, and the right one."""
+
+    @abstractmethod
+    def folded(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """Some rows of such a matrix as a part of a parameter of that shape; a view."""
+
+
 @final
 @dataclass(frozen=True, eq=False)
-class Outer(Use):
+class Outer(Product):
     """A linear map of tokens: the gradient is the sum over tokens of output gradient times input.
 
     Args:
@@ -69,6 +81,14 @@ class Outer(Use):
     def write_to(self, part: Tensor, index: int) -> None:
         """Write it."""
         torch.mm(self.outputs[index].mT, self.inputs[index], out=part)
+
+    def factors(self, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each example: output gradients and inputs."""
+        return zip(self.outputs[:, :, part].mT.unbind(), self.inputs.unbind(), strict=True)
+
+    def folded(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The matrix is the parameter."""
+        return matrix
 
 
 @final
@@ -121,8 +141,8 @@ class Whole(Use):
 
 @final
 @dataclass(frozen=True, eq=False)
-class Convolution(Use):
-    """A convolution: a linear map of patches, of each group of channels by itself.
+class Convolution(Product):
+    """A convolution: a linear map of patches, of each group of channels by itself; a product if there is one group.
 
     Args:
         inputs: Padded, shape (B, channels, *space).
@@ -130,6 +150,7 @@ class Convolution(Use):
         stride: Of each dimension of space.
         dilation: Of each dimension of space.
         groups: How many separate maps it is made of.
+        kernel: Its size.
     """
 
     inputs: Tensor
@@ -137,6 +158,7 @@ class Convolution(Use):
     stride: Sequence[int]
     dilation: Sequence[int]
     groups: int
+    kernel: Sequence[int]
     _patches: list[Tensor] = field(default_factory=list)
 
     @property
@@ -151,6 +173,23 @@ class Convolution(Use):
     def write_to(self, part: Tensor, index: int) -> None:
         """Write it."""
         self._product(part, index, part)
+
+    def factors(self, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each example: output gradients and patches, which are copied along channels, the longest run of memory."""
+        channels, places, kernel = self.inputs.shape[1], self.outputs.shape[2:], self.kernel
+        inputs = self.inputs.movedim(1, -1).contiguous()
+        steps = inputs.stride()[1:-1]
+        moves = [distance * step for distance, step in zip(self.dilation, steps, strict=True)]
+        jumps = [distance * step for distance, step in zip(self.stride, steps, strict=True)]
+        shape, strides = (*places, *kernel, channels), (*jumps, *moves, 1)
+        copied = inputs.new_empty(shape)
+        for one, gradient in zip(inputs, self.outputs.flatten(2)[:, part], strict=True):
+            copied.copy_(one.as_strided(shape, strides, one.storage_offset()))
+            yield gradient, copied.view(places.numel(), -1)
+
+    def folded(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """Channels come last in the matrix, and second in the parameter."""
+        return matrix.view(len(matrix), *shape[2:], shape[1]).movedim(-1, 1)
 
     def _product(self, part: Tensor, index: int, out: Tensor) -> Tensor:
         one, gradient = self.inputs[index], self.outputs[index]
