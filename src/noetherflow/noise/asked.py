@@ -63,14 +63,6 @@ class Squares:
             {axis: gram + weight * other.grams[axis] for axis, gram in self.grams.items()},
         )
 
-    def of_number(self) -> "Squares":
-        """The same for a parameter of shape (), not (1,)."""
-
-        def bare(one: Tensor | None) -> Tensor | None:
-            return None if one is None else one.reshape(())
-
-        return Squares(self.total, bare(self.rows), bare(self.columns), bare(self.entries), self.grams)
-
     def scaled(self, factor: float) -> "Squares":
         """A multiple, in float64."""
 

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from noetherflow._types import Params
 from noetherflow.noise.asked import Asked, Squares
-from noetherflow.noise.squares import GramSums, Sums, Tally, accumulator, squares_of, squares_of_stack, wide
+from noetherflow.noise.squares import (
+    GramSums,
+    Sums,
+    Tally,
+    accumulator,
+    gradient_grams,
+    squares_of,
+    squares_of_stack,
+    wide,
+)
 from noetherflow.noise.strips import in_strips
 from noetherflow.noise.uses import Convolution, Outer, Rows, Use, Whole
 from noetherflow.symmetry import Axis
@@ -20,7 +29,7 @@ _CALL = 500_000  # the calls that one example takes by itself
 _SMALL = 2**14
 _TOGETHER = 2**18
 # Numbers that the cache next to a core holds.
-_CACHED = 2**17
+_CACHED = 2**18
 
 
 def completed(sums: Mapping[str, Sums], params: Params, asked: Mapping[str, Asked]) -> dict[str, Sums]:
@@ -48,8 +57,8 @@ def collect(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) 
     """
     # First one that fills the whole parameter, if there is any: it need not find zeros.
     uses = sorted(uses, key=lambda use: (isinstance(use, Rows), bool(use.views)))
-    if all(isinstance(use, Whole) for use in uses):
-        return _whole(uses, shape, asked)
+    if all(isinstance(use, Whole) for use in uses) or len(shape) < 2:
+        return _whole(uses, shape, asked, like)
     if len(uses) == 1 and not uses[0].views:
         use = uses[0]
         if isinstance(use, Outer):
@@ -75,14 +84,11 @@ def stacked(uses: Sequence[Use], shape: torch.Size, like: Tensor) -> Tensor:
     return found
 
 
-def _whole(uses: Sequence[Use], shape: torch.Size, asked: Asked) -> Sums:
+def _whole(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) -> Sums:
     """Every example's gradient is there already: biases, gains, and whatever else is small."""
     stack: Tensor | None = None
     for use in uses:
-        assert isinstance(use, Whole)
-        one = use.gradients
-        if use.views:
-            one = stacked([use], shape, one)
+        one = use.gradients if isinstance(use, Whole) and not use.views else stacked([use], shape, like)
         stack = one if stack is None else stack + one
     assert stack is not None
     stack = stack.reshape(len(stack), *shape)
@@ -110,9 +116,9 @@ def _token_free(x: Tensor, g: Tensor, asked: Asked) -> Sums:
     for strip, part in zip(gradient.split(step), g.mT.split(step), strict=True):
         torch.mm(part, x, out=strip)
         whole.add(strip)
-    grams = GramSums(asked.grams, gradient)
-    grams.add()
-    return Sums(squares, whole.squares(gradient.shape, grams.found(), lambda matrix: matrix), gradient)
+    return Sums(
+        squares, whole.squares(gradient.shape, gradient_grams(asked, gradient), lambda matrix: matrix), gradient
+    )
 
 
 def _outer_gram(axis: Axis, x: Tensor, g: Tensor) -> Tensor:
@@ -206,7 +212,7 @@ def _one_by_one(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tens
     buffer = like.new_empty(shape)
     first = uses[0] if not uses[0].views and not isinstance(uses[0], Rows) else None
     rest = [(use, use.of(buffer)) for use in uses[first is not None :]]
-    matrix = buffer.view(shape[0] if shape else 1, -1)
+    matrix = buffer.view(shape[0], -1)
     gradient = torch.zeros_like(buffer, dtype=accumulator(buffer))
     kind = gradient.dtype
     squares = gradient.new_zeros(matrix.shape) if asked.entries or asked.columns else None
@@ -231,9 +237,7 @@ def _one_by_one(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tens
         each.add_squares(squares)
     else:
         each.add_lengths(lengths.square().sum(0))
-    some = shape or torch.Size((1,))
-    found = each.squares(some, grams.found(), lambda one: one.reshape(len(one), *some[1:]))
-    return _sums(found if shape else found.of_number(), gradient, asked)
+    return _sums(each.squares(shape, grams.found(), lambda one: one.reshape(-1, *shape[1:])), gradient, asked)
 
 
 def _sums(each: Squares, gradient: Tensor, asked: Asked) -> Sums:

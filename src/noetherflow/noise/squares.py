@@ -9,7 +9,7 @@ from torch import Tensor
 from noetherflow.noise.asked import Asked, Squares
 from noetherflow.symmetry import Axis
 
-# Numbers that the cache next to a core holds.
+# Numbers over which columns are added up: so few that they stay next to the core.
 _BLOCK = 2**16
 
 
@@ -24,32 +24,45 @@ class Sums(NamedTuple):
 def squares_of(gradient: Tensor, asked: Asked) -> Squares:
     """The squares of a single gradient."""
     one = wide(gradient)
-    shape = one.shape or torch.Size((1,))
-    flat = one.reshape(shape[0], -1)
+    if one.ndim < 2:
+        return _of_vector(one.square(), asked, gradient_grams(asked, one))
     tally = Tally(asked)
-    for block in flat.split(max(1, _BLOCK // flat.shape[1])) if asked.columns else (flat,):
-        tally.add(block)
-    grams = GramSums(asked.grams, one)
-    grams.add()
-    found = tally.squares(shape, grams.found(), lambda matrix: matrix.reshape(len(matrix), *shape[1:]))
-    return found if one.ndim else found.of_number()
+    tally.add(one.reshape(len(one), -1))
+    return tally.squares(one.shape, gradient_grams(asked, one), lambda matrix: matrix.reshape(-1, *one.shape[1:]))
 
 
 def squares_of_stack(stack: Tensor, asked: Asked) -> Squares:
     """The squares of gradients stacked along a leading axis, summed over it."""
     one = wide(stack)
-    shape = one.shape[1:] or torch.Size((1,))
     # Examples that are small are like rows of one matrix.
     flat = one.reshape(len(one), -1)
-    sums = torch.stack([block.square().sum(0) for block in flat.split(max(1, _BLOCK // flat.shape[1]))]).sum(0)
-    tally = Tally(asked)
-    tally.add_squares(sums.reshape(shape[0], -1))
+    examples = Tally(Asked(columns=True))
+    examples.add(flat)
     grams = {}
     for axis in asked.grams:
         side = axis.rows(one, batch_dims=1).movedim(0, 1).flatten(1)
         grams[axis] = (side @ side.mT).double()
-    found = tally.squares(shape, grams, lambda matrix: matrix.reshape(len(matrix), *shape[1:]))
-    return found if one.ndim > 1 else found.of_number()
+    sums = examples.columns().reshape(one.shape[1:])
+    if sums.ndim < 2:
+        return _of_vector(sums, asked, grams)
+    tally = Tally(asked)
+    tally.add_squares(sums.reshape(len(sums), -1))
+    return tally.squares(sums.shape, grams, lambda matrix: matrix.reshape(-1, *sums.shape[1:]))
+
+
+def _of_vector(squares: Tensor, asked: Asked, grams: dict[Axis, Tensor]) -> Squares:
+    """What is asked of a vector or a number, whose entries are its rows."""
+    exact = squares.double()
+    total = exact.sum()
+    columns = total.reshape([1] * squares.ndim) if asked.columns else None
+    return Squares(total, exact if asked.rows else None, columns, squares if asked.entries else None, grams)
+
+
+def gradient_grams(asked: Asked, gradient: Tensor) -> dict[Axis, Tensor]:
+    """The Gram matrices of a single gradient."""
+    sums = GramSums(asked.grams, gradient)
+    sums.add()
+    return sums.found()
 
 
 def rows_shape(shape: torch.Size) -> tuple[int, ...]:
@@ -78,30 +91,49 @@ class Tally:
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
         self._lengths: list[Tensor] = []
-        self._columns: list[Tensor] = []
+        self._sums: Tensor | None = None
         self._entries: list[Tensor] = []
 
     def add(self, strip: Tensor) -> None:
         """Take the next rows of a gradient."""
         strip = wide(strip)
-        if self._asked.columns or self._asked.entries:
+        if self._asked.entries:
             self.add_squares(strip.square())
-        elif self._asked.rows:
+            return
+        for sums, block in self.blocks(strip):
+            sums.addcmul_(block, block)
+        if self._asked.rows:
             self.add_lengths(torch.linalg.vector_norm(strip, dim=1).square())
-        else:
+        elif not self._asked.columns:
             self.add_lengths(torch.linalg.vector_norm(strip).square()[None])
 
+    def blocks(self, strip: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Parts of the next rows, each with what its squares are to be added to, if columns are asked for."""
+        if not self._asked.columns:
+            return []
+        if self._sums is None:
+            count = min(len(strip), max(1, _BLOCK // strip.shape[1]))
+            self._sums = strip.new_zeros(count, strip.shape[1], dtype=accumulator(strip))
+        sums = self._sums
+        return [(sums[: len(block)], block) for block in strip.split(len(sums))]
+
     def add_squares(self, squares: Tensor) -> None:
-        """Take the squares of the next rows, entry by entry."""
-        self._columns.append(squares.sum(0))
+        """Take the squares of all rows, entry by entry."""
         if self._asked.rows:
             self._lengths.append(squares.sum(1))
         if self._asked.entries:
             self._entries.append(squares)
+        if self._asked.columns or not self._asked.rows:
+            self._sums = squares.sum(0, keepdim=True) if self._sums is None else self._sums + squares.sum(0)
 
     def add_lengths(self, lengths: Tensor) -> None:
         """Take the squared lengths of the next rows, shape (rows,) if they are asked for, and (1,) if not."""
         self._lengths.append(lengths)
+
+    def columns(self) -> Tensor:
+        """The sums over columns, if they are asked for."""
+        assert self._sums is not None
+        return self._sums.sum(0)
 
     def squares(self, shape: torch.Size, grams: dict[Axis, Tensor], folded: Callable[[Tensor], Tensor]) -> Squares:
         """What there is.
@@ -115,8 +147,8 @@ class Tally:
             The squares.
         """
         lengths = torch.cat(self._lengths).double() if self._lengths else None
-        columns = torch.stack(self._columns).sum(0, dtype=torch.float64) if self._columns else None
-        some = columns if columns is not None else lengths
+        columns = None if self._sums is None else self.columns().double()
+        some = lengths if lengths is not None else columns
         assert some is not None
         return Squares(
             some.sum(),

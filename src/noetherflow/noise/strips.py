@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.noise.asked import Asked, Squares
-from noetherflow.noise.squares import GramSums, Sums, Tally, accumulator
+from noetherflow.noise.squares import GramSums, Sums, Tally, accumulator, gradient_grams
 from noetherflow.noise.uses import Outer, Product
 
 # Numbers of a gradient that are formed at a time.
@@ -39,32 +39,34 @@ def in_strips(use: Product, shape: torch.Size, asked: Asked, like: Tensor) -> Su
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
         strip, total = buffer[: part.stop - start], gradient[part]
-        # Sums over columns come from all entries, and then those over rows do too.
-        squares = like.new_zeros(strip.shape, dtype=kind) if asked.entries or asked.columns else None
+        squares = like.new_zeros(strip.shape, dtype=kind) if asked.entries else None
         lengths = like.new_empty(use.size, len(strip) if asked.rows else 1, dtype=kind)
+        blocks = [] if asked.entries else each.blocks(strip)
         for (left, right), length in zip(use.factors(part), lengths.unbind(), strict=True):
             torch.mm(left, right, out=strip)
+            for sums, block in blocks:
+                sums.addcmul_(block, block)
             if squares is not None:
                 squares.addcmul_(strip, strip)
             elif asked.rows:
                 torch.linalg.vector_norm(strip, dim=1, dtype=kind, out=length)
-            else:
+            elif not asked.columns:
                 torch.linalg.vector_norm(strip, dtype=kind, out=length[0])
             grams.add()
             total += strip
         if squares is not None:
             each.add_squares(squares)
-        else:
+        elif asked.rows or not asked.columns:
             each.add_lengths(lengths.square().sum(0))
         whole.add(total)
     folded = use.folded(gradient, shape).contiguous()
-    last = GramSums(asked.grams, folded)
-    last.add()
 
     def fold(matrix: Tensor) -> Tensor:
         return use.folded(matrix, shape)
 
-    return Sums(each.squares(shape, grams.found(), fold), whole.squares(shape, last.found(), fold), folded)
+    return Sums(
+        each.squares(shape, grams.found(), fold), whole.squares(shape, gradient_grams(asked, folded), fold), folded
+    )
 
 
 def _turned(squares: Squares) -> Squares:
