@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: .venv demo reproduce test lint types docs format clean help
+.PHONY: .venv demo reproduce test lint types docs format bench clean help
 
 .venv: $(STAMP)  ## Create .venv and install the package with everything needed to work on it
 
@@ -44,6 +44,10 @@ types: $(STAMP)  ## Check types
 
 docs: $(STAMP)  ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(STAMP)  ## Install what benchmarks/ compares with (no other PyTorch: their own wishes for one are not heard)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r benchmarks/rivals.txt
 
 clean:  ## Remove builds and caches; .venv and results stay
 	rm -rf site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """The squares of one gradient, or of gradients stacked along a leading axis: passes over memory, as few as possible."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, final
 
 import torch
@@ -25,7 +26,7 @@ def squares_of(gradient: Tensor, asked: Asked) -> Squares:
     """The squares of a single gradient."""
     one = wide(gradient)
     if one.ndim < 2:
-        return _of_vector(one.square(), asked, gradient_grams(asked, one))
+        return _of_vector(one.square(), asked, one.reshape(1, -1))
     tally = Tally(asked)
     tally.add(one.reshape(len(one), -1))
     return tally.squares(one.shape, gradient_grams(asked, one), lambda matrix: matrix.reshape(-1, *one.shape[1:]))
@@ -38,24 +39,33 @@ def squares_of_stack(stack: Tensor, asked: Asked) -> Squares:
     flat = one.reshape(len(one), -1)
     examples = Tally(Asked(columns=True))
     examples.add(flat)
+    sums = examples.columns().reshape(one.shape[1:])
+    if sums.ndim < 2:
+        return _of_vector(sums, asked, flat)
     grams = {}
     for axis in asked.grams:
         side = axis.rows(one, batch_dims=1).movedim(0, 1).flatten(1)
         grams[axis] = (side @ side.mT).double()
-    sums = examples.columns().reshape(one.shape[1:])
-    if sums.ndim < 2:
-        return _of_vector(sums, asked, grams)
     tally = Tally(asked)
     tally.add_squares(sums.reshape(len(sums), -1))
     return tally.squares(sums.shape, grams, lambda matrix: matrix.reshape(-1, *sums.shape[1:]))
 
 
-def _of_vector(squares: Tensor, asked: Asked, grams: dict[Axis, Tensor]) -> Squares:
-    """What is asked of a vector or a number, whose entries are its rows."""
+def _of_vector(squares: Tensor, asked: Asked, stack: Tensor) -> Squares:
+    """What is asked of vectors or numbers, whose entries are their rows: from sums of squares, and from all of them."""
     exact = squares.double()
     total = exact.sum()
     columns = total.reshape([1] * squares.ndim) if asked.columns else None
-    return Squares(total, exact if asked.rows else None, columns, squares if asked.entries else None, grams)
+    # Stacked, they are a matrix, whose second dimension is their first.
+    turned = {replace(axis, dim=1): axis for axis in asked.grams}
+    grams = gradient_grams(Asked(grams=tuple(turned)), stack)
+    return Squares(
+        total,
+        exact if asked.rows else None,
+        columns,
+        squares if asked.entries else None,
+        {turned[axis]: gram for axis, gram in grams.items()},
+    )
 
 
 def gradient_grams(asked: Asked, gradient: Tensor) -> dict[Axis, Tensor]:

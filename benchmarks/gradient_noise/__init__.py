@@ -1,0 +1,1 @@
+"""What benchmarks/noise.py is made of."""
