@@ -37,9 +37,13 @@ def squares_of_stack(stack: Tensor, asked: Asked) -> Squares:
     one = wide(stack)
     # Examples that are small are like rows of one matrix.
     flat = one.reshape(len(one), -1)
-    examples = Tally(Asked(columns=True))
-    examples.add(flat)
-    sums = examples.columns().reshape(one.shape[1:])
+    if flat.numel() <= _BLOCK:
+        sums = flat.square().sum(0)
+    else:
+        examples = Tally(Asked(columns=True))
+        examples.add(flat)
+        sums = examples.columns()
+    sums = sums.reshape(one.shape[1:])
     if sums.ndim < 2:
         return _of_vector(sums, asked, flat)
     grams = {}
@@ -56,16 +60,13 @@ def _of_vector(squares: Tensor, asked: Asked, stack: Tensor) -> Squares:
     exact = squares.double()
     total = exact.sum()
     columns = total.reshape([1] * squares.ndim) if asked.columns else None
-    # Stacked, they are a matrix, whose second dimension is their first.
-    turned = {replace(axis, dim=1): axis for axis in asked.grams}
-    grams = gradient_grams(Asked(grams=tuple(turned)), stack)
-    return Squares(
-        total,
-        exact if asked.rows else None,
-        columns,
-        squares if asked.entries else None,
-        {turned[axis]: gram for axis, gram in grams.items()},
-    )
+    grams = {}
+    if asked.grams:
+        # Stacked, they are a matrix, whose second dimension is their first.
+        turned = {replace(axis, dim=1): axis for axis in asked.grams}
+        found = gradient_grams(Asked(grams=tuple(turned)), stack)
+        grams = {turned[axis]: gram for axis, gram in found.items()}
+    return Squares(total, exact if asked.rows else None, columns, squares if asked.entries else None, grams)
 
 
 def gradient_grams(asked: Asked, gradient: Tensor) -> dict[Axis, Tensor]:
