@@ -97,6 +97,24 @@ def test_steps_are_centred_by_themselves_and_pooled() -> None:
         assert meter.noise
 
 
+@pytest.mark.parametrize("variances", [True, False], ids=["variances", "sums"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+def test_narrow_numbers_stay_within_their_bounds(dtype: torch.dtype, bound: float, variances: bool) -> None:
+    model = large().to(dtype)
+    batches = [(x.to(dtype), y) for x, y in (examples(64, 1), examples(48, 2))]
+    symmetries = nf.find_symmetries(large(), classify, examples(64, 1))
+    meter = nf.NoiseMeter(model, symmetries, variances=variances)
+    for batch in batches:
+        with meter.step(batch):
+            classify(model, batch).mean().backward()
+    exact = [nf.estimate_noise(model, classify, [one], symmetries, exact=True, dtype=torch.float64) for one in batches]
+    assert_measured(meter.noise, exact, rtol=bound, atol=0)
+    assert all(one.dtype == torch.float64 for grams in meter.noise.grams.values() for one in grams)
+    for name, variance in meter.noise.variance.items():
+        expected = sum(part.square_scatter[name] for part in exact) / sum(part.count - 1 for part in exact)
+        torch.testing.assert_close(variance, expected, rtol=bound, atol=bound * expected.max().item())
+
+
 def test_equilibria_need_variances() -> None:
     model, batch = large(), examples(16)
     symmetries = nf.find_symmetries(model, classify, batch)

@@ -49,17 +49,19 @@ class Squares:
     entries: Tensor | None
     grams: dict[Axis, Tensor]
 
-    def combine(self, other: "Squares", weight: float) -> "Squares":
-        """This plus a multiple of another."""
+    def combine(self, other: "Squares", weight: float, *, reuse: bool = False) -> "Squares":
+        """This plus a multiple of another; in the memory of this one's entries, if that is to be reused."""
 
-        def both(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-            return None if mine is None or theirs is None else torch.add(mine, theirs, alpha=weight)
+        def both(mine: Tensor | None, theirs: Tensor | None, *, reuse: bool = False) -> Tensor | None:
+            if mine is None or theirs is None:
+                return None
+            return mine.add_(theirs, alpha=weight) if reuse else torch.add(mine, theirs, alpha=weight)
 
         return Squares(
             self.total + weight * other.total,
             both(self.rows, other.rows),
             both(self.columns, other.columns),
-            both(self.entries, other.entries),
+            both(self.entries, other.entries, reuse=reuse),
             {axis: gram + weight * other.grams[axis] for axis, gram in self.grams.items()},
         )
 
@@ -67,7 +69,7 @@ class Squares:
         """A multiple, in float64."""
 
         def times(mine: Tensor | None) -> Tensor | None:
-            return None if mine is None else mine.double() * factor
+            return None if mine is None else mine.double() if factor == 1.0 else mine.double() * factor
 
         return Squares(
             self.total * factor,
@@ -127,7 +129,7 @@ def _along(symmetry: AxisSymmetry, axis: Axis, squares: Squares, tensor: Tensor)
     if isinstance(symmetry, MatrixSymmetry):
         return squares.grams[axis]
     if squares.entries is not None:
-        return symmetry.reduce(axis.rows(squares.entries))
+        return symmetry.reduce(axis.rows(squares.entries)).double()
     if _is_whole(axis, tensor, symmetry):
         return squares.total
     sums = squares.rows if axis.dim % tensor.ndim == 0 else squares.columns

@@ -37,7 +37,7 @@ def along_axes(symmetries: Mapping[str, Symmetry]) -> dict[str, AxisSymmetry]:
 
 
 def all_grams(
-    symmetries: Mapping[str, AxisSymmetry], squares: Mapping[str, Squares], like: Params, count: int
+    symmetries: Mapping[str, AxisSymmetry], squares: Mapping[str, Squares], like: Params, count: float
 ) -> dict[str, Grams]:
     """What every symmetry wants of some squares, over a number of examples."""
     found = {name: grams_of(symmetry, squares, like) for name, symmetry in symmetries.items()}
@@ -107,13 +107,14 @@ class Pool:
         self._batches: list[BatchGrams] = []
         self._freedom = 0
 
-    def add(self, scatter: Mapping[str, Squares], size: int, freedom: int) -> bool:
+    def add(self, scatter: Mapping[str, Squares], size: int, freedom: int, weight: float = 1.0) -> bool:
         """Add a step.
 
         Args:
-            scatter: Sums of squares about the mean of the step, on the scale of single examples.
+            scatter: Sums of squares about the mean of the step.
             size: How many examples the step saw.
             freedom: How many times the noise of one example the scatter is on average.
+            weight: What the gradient of an example was multiplied by.
 
         Returns:
             False if it holds NaN or infinity, and was left out.
@@ -122,8 +123,10 @@ class Pool:
             return False
         for name, squares in scatter.items():
             before = self._scatter.get(name)
-            self._scatter[name] = squares if before is None else before.combine(squares, 1.0)
-        self._batches.append((size, all_grams(self._symmetries, scatter, self._params, freedom)))
+            self._scatter[name] = (
+                squares.scaled(weight**-2) if before is None else before.combine(squares, weight**-2, reuse=True)
+            )
+        self._batches.append((size, all_grams(self._symmetries, scatter, self._params, freedom * weight**2)))
         self._freedom += freedom
         return True
 

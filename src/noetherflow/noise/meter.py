@@ -127,6 +127,6 @@ class NoiseMeter:
         if size < 2:
             return  # a single example is its own mean
         sums = completed(capture.sums, self._params, self._asked)
-        centred = {name: one.each.combine(one.whole, -1.0 / size).scaled(weight**-2) for name, one in sums.items()}
-        if not self._pool.add(centred, size, size - 1):
+        centred = {name: one.each.combine(one.whole, -1.0 / size, reuse=True) for name, one in sums.items()}
+        if not self._pool.add(centred, size, size - 1, weight):
             self.skipped += 1  # as a gradient scaler skips the step
