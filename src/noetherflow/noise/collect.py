@@ -133,33 +133,63 @@ def _outer_gram(axis: Axis, x: Tensor, g: Tensor) -> Tensor:
 
 def _is_cheaper_by_tokens(use: Outer, asked: Asked) -> bool:
     """Whether products between the tokens of an example cost less than forming its gradient."""
-    if asked.entries or asked.grams:
+    if asked.entries or any(axis.within for axis in asked.grams):
         return False
     _, tokens, m = use.inputs.shape
     n = use.outputs.shape[2]
-    products = tokens**2 * (m + n) * (1 + (asked.rows and asked.columns))
-    passes = tokens * (m + n) * (1 + asked.rows + asked.columns)
+    on_rows, on_columns = _sides(asked)
+    sides = on_rows + on_columns
+    products = tokens**2 * (m + n) * max(1, sides)
+    passes = tokens * (m + n) * (1 + sides)
     formed = m * n * (2 + (asked.rows and asked.columns))
+    for axis in asked.grams:
+        (length, width) = (n, m) if axis.dim % 2 == 0 else (m, n)
+        size = ((length if axis.stop is None else axis.stop) - (axis.start or 0)) // axis.repeat
+        products += size**2 * axis.repeat * tokens
+        formed += size**2 * axis.repeat * width // _PASS
     return 3 * products + _PASS * passes < _PASS * formed + _CALL * (m * n > _SMALL)
+
+
+def _sides(asked: Asked) -> tuple[bool, bool]:
+    """Whether more than the total is wanted of rows, and of columns."""
+    dims = {axis.dim % 2 for axis in asked.grams}
+    return asked.rows or 0 in dims, asked.columns or 1 in dims
 
 
 def _by_tokens(use: Outer, asked: Asked) -> Sums:
     """From the inner products of inputs and those of output gradients, token by token."""
+    # With x and g of one example, G G^T = g^T (x x^T g): the Gram matrices of all examples are one product.
     x, g = wide(use.inputs), wide(use.outputs)
+    on_rows, on_columns = _sides(asked)
     rows = columns = total = None
-    if asked.rows or not asked.columns:
+    grams = {}
+    if on_rows or not on_columns:
         inner = x @ x.mT
-        if asked.rows:
-            rows = ((inner @ g) * g).sum((0, 1)).double()[:, None]
+        if on_rows:
+            spread = inner @ g
+            rows = (spread * g).sum((0, 1)).double()[:, None]
             total = rows.sum()
+            grams.update(_grams_by_tokens(0, asked, spread, g))
         else:
             total = (inner * (g @ g.mT)).sum().double()
-    if asked.columns:
-        columns = ((g @ g.mT @ x) * x).sum((0, 1)).double()[None]
+    if on_columns:
+        spread = g @ g.mT @ x
+        columns = (spread * x).sum((0, 1)).double()[None]
         total = columns.sum() if total is None else total
+        grams.update(_grams_by_tokens(1, asked, spread, x))
     assert total is not None
     gradient = use.outputs.flatten(0, 1).mT @ use.inputs.flatten(0, 1)
-    return _sums(Squares(total, rows, columns, None, {}), gradient, asked)
+    each = Squares(total, rows if asked.rows else None, columns if asked.columns else None, None, grams)
+    return _sums(each, gradient, asked)
+
+
+def _grams_by_tokens(dim: int, asked: Asked, spread: Tensor, side: Tensor) -> dict[Axis, Tensor]:
+    found = {}
+    for axis in asked.grams:
+        if axis.dim % 2 == dim:
+            first, second = (replace(axis, dim=0).rows(one.flatten(0, 1).mT) for one in (spread, side))
+            found[axis] = (first @ second.mT).double()
+    return found
 
 
 def _table(use: Rows, shape: torch.Size, asked: Asked) -> Sums:
