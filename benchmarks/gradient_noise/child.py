@@ -1,136 +1,248 @@
-"""What one process does: time the ways of one model, or find the peak of memory of one way."""
+"""What one process does: time the ways of one model, or find the peaks of memory."""
 
+import contextlib
 import ctypes
 import gc
+import importlib
+import json
 import logging
+import os
+import pickle
 import resource
 import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .models import Built, build, one_by_one
-from .ways import OURS, RIVALS, Way, plain
+from .models import SWEEP, Built, build, in_examples_of, one_by_one
+from .ways import FOUND, OURS, Way, plain, symmetries_of, ways_for
 
-# Ways that take many times as long are timed less often, after all others.
-_SLOW_ROUNDS = 3
-_SLOW = ("torch.func", "nf, exact=True", "loop")
+# A way that takes that many plain steps is timed after all others, and in so many rounds as fit into these seconds.
+_SLOW, _PATIENCE, _FEWEST = 3.0, 10.0, 3
+# Rounds of the ways of others.
+_RIVALS = 7
+# Where two steps take longer than these seconds, the peak of memory is that of two; otherwise of three.
+_LONG = 2.0
+# Of many small examples, the truth is found for so many.
+_JUDGED = 64
 # How far a Tr Sigma in float32 may be from the loop in float64.
 _CORRECT = 1e-4
 
 
-def do(job: dict[str, Any]) -> Any:
-    """Dispatch."""
+def do(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one job."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(job["threads"])
-    if job["do"] == "memory":
-        return memory(job["model"], job["way"])
-    built = build(job["model"])
-    if job["do"] == "time":
-        return measured(job["model"], built, list(OURS) + list(RIVALS), job["rounds"])
     if job["do"] == "sweep":
-        return measured(job["model"], built, ["while training"], job["rounds"])
-    return [*measured(job["model"], built, ["while training"], job["rounds"]), processors(job["model"], built)]
-
-
-def measured(name: str, built: Built, wanted: list[str], rounds: int) -> list[dict[str, Any]]:
-    """A row for each way: its error, or what is wrong; if nothing is, its times."""
-    truth = one_by_one(built.in_double())
-    base = plain(built)
-    rows, ways = [], {}
-    for way in wanted:
-        row, built_way = judged(built, way, truth)
-        row = {"model": name, "way": way} | row
-        rows.append(row)
-        if built_way is not None:
-            ways[way] = (row, built_way)
-    for row, way in sorted(ways.values(), key=lambda pair: pair[0]["way"] in _SLOW):
-        few = min(rounds, _SLOW_ROUNDS) if row["way"] in _SLOW else rounds
-        row |= timed(base, way, few)
+        return sweep(job["rounds"])
+    built = build(job["model"])
+    remember(built, Path(job["kept"]) / f"{job['model']}.pickle")
+    rows = (
+        memory(built) if job["do"] == "memory" else measured(built, job["only"] or list(ways_for(built)), job["rounds"])
+    )
     for row in rows:
-        said = row.get("wrong") or f"{row['ratio']:.3f} ({row['quartiles'][0]:.3f} to {row['quartiles'][1]:.3f})"
-        print(f"{name:8s} {row['way']:26s} {said}", file=sys.stderr, flush=True)
+        row["model"] = job["model"]
+        say(row)
+    return rows
+
+
+def remember(built: Built, path: Path) -> None:
+    """Find the symmetries, or read what another job for the same model found: it takes as long as many steps."""
+    if path.exists():
+        FOUND[built.model] = pickle.loads(path.read_bytes())
+    else:
+        symmetries_of(built, matrices=True)
+        path.write_bytes(pickle.dumps(FOUND[built.model]))
+
+
+def sweep(rounds: int) -> list[dict[str, Any]]:
+    """The same linear layers and tokens, with more and more tokens in an example."""
+    whole, rows = build("linear"), []
+    for tokens in SWEEP:
+        built = in_examples_of(whole, tokens)
+        few = built._replace(batch=built.examples(slice(_JUDGED)))
+        for row in measured(built, ["while training"], rounds, few):
+            row |= {"model": "linear", "tokens": tokens, "batch": built.size}
+            rows.append(row)
+            say(row)
+    return rows
+
+
+def measured(built: Built, wanted: list[str], rounds: int, few: Built | None = None) -> list[dict[str, Any]]:
+    """A row for the plain step, and one for each way: its error, or what is wrong; if nothing is, its times.
+
+    The error is that on all examples, or on a few.
+    """
+    truth = one_by_one((few or built).in_double())
+    base = plain(built)
+    rows = [{"way": "plain"} | busy(base)]
+    ways: list[tuple[dict[str, Any], Way]] = []
+    for name in wanted:
+        row, way = judged(few or built, name, truth)
+        rows.append(row)
+        if way is not None:
+            ways.append((row, ways_for(built)[name](built) if few else way))
+    limit = _SLOW * rows[0]["milliseconds"] / 1e3
+    costs = [(row, way, once(way)["seconds"] if row["first seconds"] > limit else 0.0) for row, way in ways]
+    times: dict[str, list[dict[str, float]]] = {row["way"]: [] for row, _ in ways}
+    for number in range(rounds):
+        for row, way, cost in costs:
+            if cost <= limit and (row["way"] in OURS or number < _RIVALS):
+                times[row["way"]].append(beside(base, way))
+    for row, way, cost in costs:
+        if cost > limit:
+            number = min(rounds, max(_FEWEST, int(_PATIENCE / cost)))
+            times[row["way"]] = [beside(base, way) for _ in range(number)]
+    for row, _ in ways:
+        row |= summed_up(times[row["way"]])
     return rows
 
 
 def judged(built: Built, name: str, truth: float) -> tuple[dict[str, Any], Way | None]:
     """How far a way is from the truth; None if it is not the truth."""
+    row: dict[str, Any] = {"way": name}
     try:
-        way = (OURS | RIVALS)[name](built)
-        way.step()
-        error = abs(way.trace() / truth - 1)
-    except ImportError:
-        return {"wrong": "not installed"}, None
+        way = ways_for(built)[name](built)
+        row["first seconds"] = once(way, clear=False)["seconds"]
+        row["error"] = abs(way.trace() / truth - 1)
+        missing = way.missing()
+        way.clear()
+    except ImportError as problem:
+        return row | {"absent": str(problem)}, None
     except Exception as problem:  # whatever a package raises is what is to be reported
-        return {"wrong": f"{type(problem).__name__}: {str(problem).splitlines()[0][:160]}"}, None
-    if not error < _CORRECT:
-        return {"error": error, "wrong": f"Tr Sigma is off by {error:.1%}"}, None
-    return {"error": error}, way
+        first = next(iter(str(problem).splitlines()), "")
+        return row | {"wrong": f"raises {type(problem).__name__}: {first[:200]}"}, None
+    if missing or not row["error"] < _CORRECT:
+        off = f"{row['error']:.0%}" if row["error"] > 0.1 else f"{row['error']:.1g}"
+        return row | {"wrong": f"{missing}; " * bool(missing) + f"Tr Σ is off by {off}"}, None
+    return row, way
 
 
-def timed(base: Way, way: Way, rounds: int) -> dict[str, Any]:
-    """Seconds of a way and of the plain step before it, and page faults."""
-    ours, theirs, faults = [], [], []
-    for _ in range(rounds + 1):
-        gc.collect()
-        start = time.perf_counter()
-        base.step()
-        middle, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        way.step()
-        end = time.perf_counter()
-        theirs.append(middle - start)
-        ours.append(end - middle)
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    ours, theirs, faults = ours[1:], theirs[1:], faults[1:]  # the first one warms up
-    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
+def once(way: Way, *, clear: bool = True) -> dict[str, float]:
+    """Seconds and page faults of a step."""
+    gc.collect()
+    faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+    way.step()
+    seconds = time.perf_counter() - start
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    if clear:
+        way.clear()
+    return {"seconds": seconds, "faults": faults}
+
+
+def beside(base: Way, way: Way) -> dict[str, float]:
+    """The same of a way, and of a plain step right before it."""
+    before = once(base)
+    return {"plain seconds": before["seconds"], "plain faults": before["faults"]} | once(way)
+
+
+def summed_up(times: list[dict[str, float]]) -> dict[str, Any]:
+    ratios = [one["seconds"] / one["plain seconds"] for one in times]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {
         "ratio": statistics.median(ratios),
         "quartiles": [low, high],
-        "page faults": statistics.median(faults),
-        "milliseconds": 1e3 * statistics.median(ours),
-        "plain milliseconds": 1e3 * statistics.median(theirs),
-        "seconds": ours,
-        "plain seconds": theirs,
+        "rounds": len(times),
+        "milliseconds": 1e3 * statistics.median(one["seconds"] for one in times),
+        "plain milliseconds": 1e3 * statistics.median(one["plain seconds"] for one in times),
+        "page faults": statistics.median(one["faults"] for one in times),
+        "plain page faults": statistics.median(one["plain faults"] for one in times),
+        "seconds": [round(one["seconds"], 6) for one in times],
+        "plain seconds": [round(one["plain seconds"], 6) for one in times],
     }
 
 
-def processors(name: str, built: Built) -> dict[str, Any]:
-    """How many processors a plain step keeps busy."""
-    base = plain(built)
+def busy(base: Way) -> dict[str, float]:
+    """How long a plain step takes, and how many processors it keeps busy."""
     base.step()
-    wall, busy = time.perf_counter(), time.process_time()
-    for _ in range(5):
+    steps, wall, used = 0, time.perf_counter(), time.process_time()
+    while steps < 5 or time.perf_counter() - wall < 0.5:
         base.step()
-    busy, wall = time.process_time() - busy, time.perf_counter() - wall
-    return {"model": name, "way": "plain", "processors": busy / wall}
+        steps += 1
+    used, wall = time.process_time() - used, time.perf_counter() - wall
+    return {"milliseconds": 1e3 * wall / steps, "processors": used / wall}
 
 
-def memory(name: str, way: str) -> dict[str, Any]:
-    """What a way adds to the memory of a process that holds model and batch, at most, in bytes."""
-    built = build(name)
-    row: dict[str, Any] = {"model": name, "way": way}
+def memory(built: Built) -> list[dict[str, Any]]:
+    """What each way adds to the memory of a process that holds model and batch, at most, in bytes.
+
+    Every way has a process of its own, forked from this one, which has not run a backward pass: torch forbids to fork
+    after one.
+    """
+    for name in ("torch._dynamo", "opacus", "backpack"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)  # once, not in every process
+    rows = []
+    for name, make in ({"plain": plain} | ways_for(built)).items():
+        said = forked(lambda make=make: json.dumps(growth(built, make)).encode())
+        rows.append({"way": name} | (json.loads(said) if said else {"wrong": "the process ended"}))
+    return rows
+
+
+def forked(function: Callable[[], bytes]) -> bytes:
+    """What a function returns in a copy of this process; nothing if that came to an end."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with os.fdopen(writing, "wb") as pipe:
+                pipe.write(function())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return said
+
+
+def growth(built: Built, make: Callable[[Built], Way]) -> dict[str, Any]:
+    base = plain(built)
+    base.step()  # so that what the libraries keep for themselves is there
+    base.clear()
+    built.model.zero_grad()
     try:
-        ready = plain(built) if way == "plain" else (OURS | RIVALS)[way](built)
-        # What was needed to get ready does not count: finding symmetries takes more than a step.
+        way = make(built)
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
         before = peak(reset=True)
-        for _ in range(3):
-            ready.step()
+        start = time.perf_counter()
+        for done in range(3):
+            if done > 1 and time.perf_counter() - start > _LONG:
+                break
+            way.step()
     except Exception as problem:
-        return row | {"wrong": type(problem).__name__}
-    return row | {"bytes": peak() - before}
+        return {"wrong": type(problem).__name__}
+    return {"bytes": peak() - before}
 
 
 def peak(*, reset: bool = False) -> int:
-    """The most memory that was resident since the last reset, from Linux."""
+    """The most memory that was resident since the last reset; where there is no reset, ever."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if reset:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+        Path("/proc/self/clear_refs").write_text("5")
+    return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+
+def say(row: dict[str, Any]) -> None:
+    """A row in a line, for whoever waits."""
+    if "ratio" in row:
+        low, high = row["quartiles"]
+        said = f"{row['ratio']:8.3f} ({low:.3f} to {high:.3f}) in {row['rounds']} rounds, off by {row['error']:.0e}"
+    elif "processors" in row:
+        said = f"{row['milliseconds']:8.1f} ms, keeps {row['processors']:.2f} processors busy"
+    elif "bytes" in row:
+        said = f"{row['bytes'] / 1e6:8.1f} MB"
+    else:
+        said = row.get("wrong") or row["absent"]
+    name = f"{row['model']} {row.get('tokens', '')}".strip()
+    print(f"{name:12s} {row['way']:33s} {said}", file=sys.stderr, flush=True)

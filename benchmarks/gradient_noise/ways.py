@@ -1,12 +1,11 @@
-"""Ways of measuring gradient noise: ours, the plain ones, and those of other packages.
-
-Each is a pair of functions: one step, which is timed, and Tr Sigma (unbiased within the batch) from the last step.
-"""
+"""Ways of measuring gradient noise: ours, the plain ones, and those of other packages."""
 
 import copy
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -17,11 +16,24 @@ from noetherflow.noise.fast import FastPass
 from .models import Built, one_by_one
 
 
+def nothing() -> None:
+    """What there is to do after a step that leaves nothing behind."""
+
+
 class Way(NamedTuple):
-    """What is timed, and what it found."""
+    """What is timed, what it found, and how to let go of that.
+
+    Args:
+        step: One step.
+        trace: Tr Sigma, unbiased within the batch, from the last step.
+        clear: Frees what the last step left behind; not timed.
+        missing: What the last step did not find, in words.
+    """
 
     step: Callable[[], object]
     trace: Callable[[], float]
+    clear: Callable[[], None] = nothing
+    missing: Callable[[], str] = str
 
 
 def plain(built: Built) -> Way:
@@ -43,13 +55,15 @@ def training(built: Built, *, matrices: bool = False, variances: bool = False) -
     return Way(step, lambda: float(meter.noise.trace))
 
 
-def measuring(built: Built) -> Way:
+def measuring(built: Built, *, mean: bool = True) -> Way:
     """One batch of many: `estimate_noise` also checks the first one."""
     subject = Subject.of(built.model, built.loss, symmetries_of(built, matrices=False), None)
-    quick = FastPass(subject, variances=False, max_bytes=2**28)
+    asked: dict[str, Any] = {} if mean else {"mean": False}
+    quick = FastPass(subject, variances=False, max_bytes=2**28, **asked)
     quick.check(built.batch, subject.losses_of(built.batch), random=False, where="the batch")
-    # The same batch again and again: it changes no average.
-    return Way(lambda: quick.add(built.batch, "the batch"), lambda: float(quick.moments().trace) * built.unbiased)
+    # The same batch again and again changes no average. About its own mean the estimate is unbiased as it is.
+    factor = built.unbiased if mean else 1.0
+    return Way(lambda: quick.add(built.batch, "the batch"), lambda: float(quick.moments().trace) * factor)
 
 
 def loop(built: Built) -> Way:
@@ -83,7 +97,8 @@ def vectorised(built: Built) -> Way:
 
     def step() -> float:
         stacks = gradients(params, *batch).values()
-        return built.trace(sum(float(one.square().sum()) for one in stacks), [one.sum(0) for one in stacks])
+        squares = sum(squares_of(one) for one in stacks)
+        return built.trace(squares, [one.sum(0) for one in stacks])
 
     return keeping(step)
 
@@ -94,55 +109,74 @@ def backpack(built: Built, *, extension: str) -> Way:
 
     field = {"BatchL2Grad": "batch_l2", "SumGradSquared": "sum_grad_squared", "Variance": "variance"}[extension]
     model = extend(copy.deepcopy(built.model))
-    entropy = extend(nn.CrossEntropyLoss())
     parameters = dict(model.named_parameters())
-
-    def loss() -> Tensor:
-        if isinstance(built.batch, tuple):
-            return entropy(model(built.batch[0]), built.batch[1])
-        return built.loss(model, built.batch).mean()
 
     def step() -> None:
         model.zero_grad()
         with recording(getattr(extensions, extension)()):
-            loss().backward()
+            built.loss(model, built.batch).mean().backward()
 
     def trace() -> float:
-        missing = [name for name, one in parameters.items() if not hasattr(one, field)]
-        if missing:
-            raise AttributeError(f"no {field} for {len(missing)} of {len(parameters)} parameters, such as {missing[0]}")
-        found = sum(float(getattr(one, field).double().sum()) for one in parameters.values()) * built.size**2
+        # Of a mean over the batch: the gradient of an example is divided by the size of the batch.
+        fields = [getattr(one, field) for one in parameters.values() if hasattr(one, field)]
+        found = sum(float(one.double().sum()) for one in fields) * built.size**2
         if extension == "Variance":
             return found * built.unbiased
         return built.trace(found, [one.grad * built.size for one in parameters.values() if one.grad is not None])
 
-    return Way(step, trace)
+    def clear() -> None:
+        model.zero_grad()
+        for one in parameters.values():
+            if hasattr(one, field):
+                delattr(one, field)
+
+    def missing() -> str:
+        without = {id(one) for one in parameters.values() if not hasattr(one, field)}
+        kinds = {
+            type(module).__name__
+            for module in model.modules()
+            if any(id(one) in without for one in module.parameters(recurse=False))
+        }
+        return f"{len(without)} of {len(parameters)} parameters have no `{field}`: those of {', '.join(sorted(kinds))}"
+
+    return Way(step, trace, clear, lambda: missing() if not all(hasattr(p, field) for p in parameters.values()) else "")
 
 
-def opacus(built: Built, *, ghost: bool) -> Way:
+def opacus(built: Built, *, ghost: bool, told: bool = False) -> Way:
     from opacus import GradSampleModule
     from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
 
-    inner = copy.deepcopy(built.model)
-    model = (
+    inner, loss = copy.deepcopy(built.model), built.told if told else built.loss
+    assert loss is not None
+    model: Any = (
         GradSampleModuleFastGradientClipping(inner, loss_reduction="mean", max_grad_norm=1.0, use_ghost_clipping=True)
         if ghost
         else GradSampleModule(inner, loss_reduction="mean")
     )
-    parameters = list(inner.parameters())
+    parameters: dict[str, Any] = dict(inner.named_parameters())
 
     def step() -> None:
         model.zero_grad()
-        built.loss(model, built.batch).mean().backward()
+        loss(model, built.batch).mean().backward()
 
     def trace() -> float:
         if ghost:
             squares = float(model.get_norm_sample().double().square().sum())
         else:
-            squares = sum(float(one.grad_sample.double().square().sum()) for one in parameters)
-        return built.trace(squares, [one.grad * built.size for one in parameters])
+            squares = sum(squares_of(one.grad_sample) for one in parameters.values())
+        return built.trace(squares, [one.grad * built.size for one in parameters.values()])
 
-    return Way(step, trace)
+    def missing() -> str:
+        shapes = {} if ghost else {name: tuple(one.grad_sample.shape) for name, one in parameters.items()}
+        other = [f"`{name}` has shape {shape}" for name, shape in shapes.items() if shape[0] != built.size]
+        return f"of {built.size} examples, `grad_sample` of {', '.join(other)}" if other else ""
+
+    return Way(step, trace, model.zero_grad, missing)
+
+
+def squares_of(stack: Tensor) -> float:
+    """The sum of all squares. By example: over all at once, float32 loses digits. No second stack is made."""
+    return float(torch.linalg.vector_norm(stack.flatten(1), dim=1).double().square().sum())
 
 
 def keeping(step: Callable[[], float]) -> Way:
@@ -155,8 +189,14 @@ def keeping(step: Callable[[], float]) -> Way:
     return Way(kept, lambda: found[0])
 
 
+# Finding them takes far longer than a step, and they are the same for every way.
+FOUND: dict[nn.Module, dict[str, nf.Symmetry]] = {}
+
+
 def symmetries_of(built: Built, *, matrices: bool) -> dict[str, nf.Symmetry]:
-    found = nf.find_symmetries(built.model, built.loss, built.batch)
+    if built.model not in FOUND:
+        FOUND[built.model] = dict(nf.find_symmetries(built.model, built.loss, built.batch))
+    found = FOUND[built.model]
     return {name: one for name, one in found.items() if matrices or not isinstance(one, nf.MatrixSymmetry)}
 
 
@@ -165,14 +205,24 @@ OURS: dict[str, Callable[[Built], Way]] = {
     "with Grams": lambda built: training(built, matrices=True),
     "with variances": lambda built: training(built, variances=True),
     "measure only": measuring,
+    "measure only, mean=False": lambda built: measuring(built, mean=False),
 }
+if "mean" not in inspect.signature(FastPass).parameters:
+    del OURS["measure only, mean=False"]  # noetherflow is older than that
 RIVALS: dict[str, Callable[[Built], Way]] = {
     "BackPACK BatchL2Grad": lambda built: backpack(built, extension="BatchL2Grad"),
     "BackPACK SumGradSquared": lambda built: backpack(built, extension="SumGradSquared"),
     "BackPACK Variance": lambda built: backpack(built, extension="Variance"),
     "Opacus hooks": lambda built: opacus(built, ghost=False),
+    "Opacus hooks, position ids given": lambda built: opacus(built, ghost=False, told=True),
     "Opacus ghost": lambda built: opacus(built, ghost=True),
     "torch.func": vectorised,
     "nf, exact=True": exact,
     "loop": loop,
 }
+
+
+def ways_for(built: Built) -> dict[str, Callable[[Built], Way]]:
+    """Those that differ for this model."""
+    known = OURS | RIVALS
+    return {name: way for name, way in known.items() if built.told is not None or "position ids" not in name}
