@@ -82,6 +82,7 @@ def measured(built: Built, wanted: list[str], rounds: int, few: Built | None = N
     truth = one_by_one((few or built).in_double())
     base = plain(built)
     rows = [{"way": "plain"} | busy(base)]
+    rows[0]["floor"] = 1 + built.formed * passes() / (rows[0]["milliseconds"] / 1e3)
     ways: list[tuple[dict[str, Any], Way]] = []
     for name in wanted:
         row, way = judged(few or built, name, truth)
@@ -167,6 +168,18 @@ def busy(base: Way) -> dict[str, float]:
         steps += 1
     used, wall = time.process_time() - used, time.perf_counter() - wall
     return {"milliseconds": 1e3 * wall / steps, "processors": used / wall}
+
+
+def passes() -> float:
+    """Seconds that squaring a number of a gradient and adding it up take where a cache holds the gradient."""
+    strip, total = torch.randn(256, 256), torch.zeros(256, 256)
+    times = []
+    for _ in range(200):
+        start = time.perf_counter()
+        torch.linalg.vector_norm(strip, dim=1)
+        total += strip
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) / strip.numel()
 
 
 def memory(built: Built) -> list[dict[str, Any]]:

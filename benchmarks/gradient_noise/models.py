@@ -31,6 +31,14 @@ class Built(NamedTuple):
         """From a mean over the batch to an estimate of the noise of the source it was drawn from."""
         return self.size / (self.size - 1)
 
+    @property
+    def formed(self) -> int:
+        """Numbers of weights' gradients that are formed: example by example, but once if there is but one token."""
+        maps = (one for one in self.model.modules() if not isinstance(one, nn.Embedding))
+        weights = [getattr(one, "weight", None) for one in maps]
+        count = sum(one.numel() for one in weights if one is not None and one.ndim > 1)
+        return count * (1 if isinstance(self.batch, tuple) and self.batch[0].ndim == 2 else self.size)
+
     def examples(self, part: slice) -> Any:
         return tuple(one[part] for one in self.batch) if isinstance(self.batch, tuple) else self.batch[part]
 

@@ -47,6 +47,9 @@ def ways_table(run: dict[str, Any]) -> str:
     """Ratios; a dash for what is not right, or was not tried."""
     known = models_of(run)
     rows = [["plain step, ms", *(cell(run["ways"], model, "plain", "milliseconds", "{:.0f}") for model in known)]]
+    rows.append(
+        ["floor: two passes in the cache", *(cell(run["ways"], model, "plain", "floor", "{:.2f}") for model in known)]
+    )
     for way in _WAYS:
         found = [find(run["ways"], model, way) for model in known]
         if any(found):
