@@ -215,7 +215,11 @@ def test_checkpointed_layers_are_measured() -> None:
     with meter.step(batch):
         loss(model, batch).mean().backward()
     torch.testing.assert_close(gradients(model), plain, rtol=1e-10, atol=1e-12)
-    assert_measured(meter.noise, [nf.estimate_noise(model, classify, [batch], {}, exact=True)])
+    exact = nf.estimate_noise(model, classify, [batch], {}, exact=True)
+    assert_measured(meter.noise, [exact])
+    fast = nf.estimate_noise(model, loss, [batch], {}, exact=False)
+    assert not fast.fallback
+    torch.testing.assert_close(fast.trace, exact.trace, **TIGHT)
 
 
 def test_memory_is_free_without_the_cycle_collector() -> None:

@@ -1,6 +1,6 @@
 """The oracle: the gradient of every example, formed and kept for a moment."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -56,6 +56,7 @@ class Subject:
 
     Args:
         losses: The loss of every example of a batch, as a function of the trained parameters.
+        after: The same, after something was done to the losses while these parameters are in place.
         trained: These, by canonical name.
         symmetries: With canonical names.
         aliases: Canonical name by any other.
@@ -63,6 +64,7 @@ class Subject:
     """
 
     losses: Losses
+    after: Callable[[Callable[[Tensor], Tensor]], Losses]
     trained: dict[str, Tensor]
     symmetries: dict[str, Symmetry]
     aliases: dict[str, str]
@@ -79,8 +81,12 @@ class Subject:
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         trained = {name: tensor for name, tensor in params.items() if name not in frozen}
         fixed = {name: tensor for name, tensor in params.items() if name in frozen}
-        whole = bind(model, loss, dtype)
-        return cls(lambda p, batch: whole({**fixed, **p}, batch), trained, resolved, different, dtype)
+
+        def after(function: Callable[[Tensor], Tensor]) -> Losses:
+            whole = bind(model, lambda model, batch: function(loss(model, batch)), dtype)
+            return lambda p, batch: whole({**fixed, **p}, batch)
+
+        return cls(after(lambda losses: losses), after, trained, resolved, different, dtype)
 
     @property
     def device(self) -> torch.device:

@@ -45,6 +45,8 @@ class FastPass:
         self.unknown: dict[str, str] = {}
         self._symmetries = along_axes(subject.symmetries)
         self._subject, self._max_bytes = subject, max_bytes
+        self._differentiated = subject.after(self._differentiate)
+        self._anchor = torch.zeros(())
         self._own: list[int] = []
         self._asked = asked_of(subject.trained, self._symmetries, variances=variances)
         self._each: dict[str, Squares] = {}
@@ -129,12 +131,17 @@ class FastPass:
         capture = Capture(subject.trained, self._asked, len(own[0]), own, RULES, keep_gradients=False, calm=calm)
         # Compiled code would not be seen.
         with torch.compiler.set_stance("force_eager"), torch.enable_grad(), capture:
-            losses = subject.losses(subject.trained, batch)
-            if losses.requires_grad:
-                torch.autograd.grad(losses.sum(), [capture.anchor], allow_unused=True)
+            self._anchor = capture.anchor
+            losses = self._differentiated(subject.trained, batch)
         self.unknown = capture.unknown | self.unknown
         sums = completed(capture.sums, subject.trained, self._asked)
         return {name: one for name, one in sums.items() if name not in self.unknown}, losses.detach()
+
+    def _differentiate(self, losses: Tensor) -> Tensor:
+        """The backward pass, in which layers under checkpoint look for their parameters once more."""
+        if isinstance(losses, Tensor) and losses.requires_grad:
+            torch.autograd.grad(losses.sum(), [self._anchor], allow_unused=True)
+        return losses
 
     def _settle(self) -> None:
         """Put recent batches with all others, in float64."""
