@@ -93,9 +93,11 @@ def run(given: argparse.Namespace, kept: str) -> None:
         return
     result["sweep"] = run_child(common | {"do": "sweep", "model": "linear"}, allocator)
     save(name, result)
-    result["memory"] = [
-        row for model in given.models for row in run_child(common | {"do": "memory", "model": model}, EXACT)
-    ]
+    result["memory"] = []
+    for model in given.models:
+        right = [row["way"] for row in result["ways"] if row["model"] == model and "ratio" in row]
+        if right:
+            result["memory"] += run_child(common | {"do": "memory", "model": model, "only": right}, EXACT)
     save(name, result)
     if processors() == 1:
         print("two threads need two processors, and this process may use one: they are left out", flush=True)

@@ -43,9 +43,8 @@ def do(job: dict[str, Any]) -> list[dict[str, Any]]:
         return sweep(job["rounds"])
     built = build(job["model"])
     remember(built, Path(job["kept"]) / f"{job['model']}.pickle")
-    rows = (
-        memory(built) if job["do"] == "memory" else measured(built, job["only"] or list(ways_for(built)), job["rounds"])
-    )
+    wanted = job["only"] or list(ways_for(built))
+    rows = memory(built, wanted) if job["do"] == "memory" else measured(built, wanted, job["rounds"])
     for row in rows:
         row["model"] = job["model"]
         say(row)
@@ -182,7 +181,7 @@ def passes() -> float:
     return statistics.median(times) / strip.numel()
 
 
-def memory(built: Built) -> list[dict[str, Any]]:
+def memory(built: Built, wanted: list[str]) -> list[dict[str, Any]]:
     """What each way adds to the memory of a process that holds model and batch, at most, in bytes.
 
     Every way has a process of its own, forked from this one, which has not run a backward pass: torch forbids to fork
@@ -192,7 +191,9 @@ def memory(built: Built) -> list[dict[str, Any]]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)  # once, not in every process
     rows = []
-    for name, make in ({"plain": plain} | ways_for(built)).items():
+    known = {"plain": plain} | ways_for(built)
+    for name in ("plain", *wanted):
+        make = known[name]
         said = forked(lambda make=make: json.dumps(growth(built, make)).encode())
         rows.append({"way": name} | (json.loads(said) if said else {"wrong": "the process ended"}))
     return rows

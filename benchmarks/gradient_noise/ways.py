@@ -137,7 +137,7 @@ def backpack(built: Built, *, extension: str) -> Way:
             for module in model.modules()
             if any(id(one) in without for one in module.parameters(recurse=False))
         }
-        return f"{len(without)} of {len(parameters)} parameters have no `{field}`: those of {', '.join(sorted(kinds))}"
+        return f"{len(without)} of {len(parameters)} parameters, those of {', '.join(sorted(kinds))}, are left out"
 
     return Way(step, trace, clear, lambda: missing() if not all(hasattr(p, field) for p in parameters.values()) else "")
 
