@@ -220,7 +220,7 @@ def test_every_way_of_adding_up(
     generator = torch.Generator().manual_seed(0)
     x, g = (torch.randn(size, tokens, k, generator=generator, dtype=torch.float64) for k in (m, n))
     asked = Asked(rows, columns, entries, (nf.Axis("w", 0, 0, (n + 1) // 2), nf.Axis("w", 1)) if small else ())
-    wanted, together = squares_of_stack(g.mT @ x, asked), squares_of((g.mT @ x).sum(0), asked)
+    (wanted, _), together = squares_of_stack(g.mT @ x, asked), squares_of((g.mT @ x).sum(0), asked)
     for threshold in (0, 2**14):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collecting, "_SMALL", threshold)

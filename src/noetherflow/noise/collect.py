@@ -8,16 +8,8 @@ from torch import Tensor
 
 from noetherflow._types import Params
 from noetherflow.noise.asked import Asked, Squares
-from noetherflow.noise.squares import (
-    GramSums,
-    Sums,
-    Tally,
-    accumulator,
-    gradient_grams,
-    squares_of,
-    squares_of_stack,
-    wide,
-)
+from noetherflow.noise.passes import accumulator, add_tokens, lengths, weighted_squares, wide
+from noetherflow.noise.squares import GramSums, Sums, Tally, gradient_grams, squares_of, squares_of_stack
 from noetherflow.noise.strips import in_strips
 from noetherflow.noise.uses import Convolution, Outer, Rows, Use, Whole
 from noetherflow.symmetry import Axis
@@ -68,10 +60,12 @@ def collect(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) 
                 return _by_tokens(use, asked)
             if shape.numel() <= _SMALL:
                 return _stacked(use, shape, asked)
-        if isinstance(use, Outer) or (isinstance(use, Convolution) and use.groups == 1):
-            return in_strips(use, shape, asked, like)
         if isinstance(use, Rows) and not any(axis.dim % 2 == 0 or axis.within for axis in asked.grams):
             return _table(use, shape, asked)
+    first, *tables = uses
+    if (isinstance(first, Outer) or (isinstance(first, Convolution) and first.groups == 1)) and not first.views:
+        if all(isinstance(use, Rows) and not use.views for use in tables):
+            return in_strips(first, shape, asked, like, tables)
     return _one_by_one(uses, shape, asked, like)
 
 
@@ -92,30 +86,26 @@ def _whole(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) -
         stack = one if stack is None else stack + one
     assert stack is not None
     stack = stack.reshape(len(stack), *shape)
-    return _sums(squares_of_stack(stack, asked), stack.sum(0), asked)
+    return _sums(*squares_of_stack(stack, asked), asked)
 
 
 def _token_free(x: Tensor, g: Tensor, asked: Asked) -> Sums:
     """The gradient of an example is one outer product: every square is a product of squares."""
-    wide_x, wide_g = wide(x), wide(g)
-    x2 = wide_x.square() if asked.columns or asked.entries else None
-    g2 = wide_g.square() if asked.rows or asked.entries else None
-    x_sizes, g_sizes = (
-        torch.linalg.vector_norm(one, dim=1).square() if squares is None else squares.sum(1)
-        for one, squares in ((wide_x, x2), (wide_g, g2))
-    )
+    x_sizes, g_sizes = lengths(x), lengths(g)
     squares = Squares(
         torch.dot(x_sizes, g_sizes).double(),
-        (x_sizes @ g2).double()[:, None] if asked.rows and g2 is not None else None,
-        (g_sizes @ x2).double()[None] if asked.columns and x2 is not None else None,
-        g2.mT @ x2 if g2 is not None and x2 is not None and asked.entries else None,
-        {axis: _outer_gram(axis, wide_x, wide_g) for axis in asked.grams},
+        weighted_squares(g, x_sizes)[:, None] if asked.rows else None,
+        weighted_squares(x, g_sizes)[None] if asked.columns else None,
+        wide(g).square().mT @ wide(x).square() if asked.entries else None,
+        {axis: _outer_gram(axis, wide(x), wide(g)) for axis in asked.grams},
     )
-    gradient, whole = x.new_empty(g.shape[1], x.shape[1]), Tally(asked)
+    gradient = x.new_empty(g.shape[1], x.shape[1])
+    whole = Tally(asked, gradient)
     step = max(1, _CACHED // x.shape[1])
-    for strip, part in zip(gradient.split(step), g.mT.split(step), strict=True):
-        torch.mm(part, x, out=strip)
-        whole.add(strip)
+    for start in range(0, len(gradient), step):
+        part = slice(start, start + step)
+        torch.mm(g.mT[part], x, out=gradient[part])
+        whole.scanner(gradient[part], part)()
     return Sums(
         squares, whole.squares(gradient.shape, gradient_grams(asked, gradient), lambda matrix: matrix), gradient
     )
@@ -226,14 +216,13 @@ def _gathered(outputs: Tensor, rows: Tensor, count: int) -> Tensor:
 def _stacked(use: Outer, shape: torch.Size, asked: Asked) -> Sums:
     """Small gradients, many at a time."""
     step = max(1, _TOGETHER // shape.numel())
-    squares = gradient = None
-    for x, g in zip(use.inputs.split(step), use.outputs.split(step), strict=True):
-        stack = g.mT @ x
-        one, total = squares_of_stack(stack, asked), stack.sum(0, dtype=accumulator(stack))
-        squares = one if squares is None else squares.combine(one, 1.0)
-        gradient = total if gradient is None else gradient.add_(total)
-    assert squares is not None
-    assert gradient is not None
+    parts = [
+        squares_of_stack(g.mT @ x, asked)
+        for x, g in zip(use.inputs.split(step), use.outputs.split(step), strict=True)
+    ]
+    squares, gradient = parts[0]
+    for more, total in parts[1:]:
+        squares, gradient = squares.combine(more, 1.0), gradient + total
     return _sums(squares, gradient, asked)
 
 
@@ -243,31 +232,20 @@ def _one_by_one(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tens
     first = uses[0] if not uses[0].views and not isinstance(uses[0], Rows) else None
     rest = [(use, use.of(buffer)) for use in uses[first is not None :]]
     matrix = buffer.view(shape[0], -1)
-    gradient = torch.zeros_like(buffer, dtype=accumulator(buffer))
-    kind = gradient.dtype
-    squares = gradient.new_zeros(matrix.shape) if asked.entries or asked.columns else None
-    lengths = gradient.new_empty(uses[0].size, len(matrix) if asked.rows else 1)
-    grams, each = GramSums(asked.grams, buffer), Tally(asked)
-    for index, length in enumerate(lengths):
+    gradient = torch.zeros_like(matrix, dtype=accumulator(buffer))
+    grams, each = GramSums(asked.grams, buffer), Tally(asked, gradient)
+    scan = each.scanner(matrix, total=gradient)
+    for index in range(uses[0].size):
         if first:
             first.write_to(buffer, index)
         else:
             buffer.zero_()
         for use, part in rest:
             use.add_to(part, index)
-        if squares is not None:
-            squares.addcmul_(matrix, matrix)
-        elif asked.rows:
-            torch.linalg.vector_norm(matrix, dim=1, dtype=kind, out=length)
-        else:
-            torch.linalg.vector_norm(buffer, dtype=kind, out=length[0])
         grams.add()
-        gradient += buffer
-    if squares is not None:
-        each.add_squares(squares)
-    else:
-        each.add_lengths(lengths.square().sum(0))
-    return _sums(each.squares(shape, grams.found(), lambda one: one.reshape(-1, *shape[1:])), gradient, asked)
+        scan()
+    squares = each.squares(shape, grams.found(), lambda one: one.reshape(-1, *shape[1:]))
+    return _sums(squares, gradient.view(shape), asked)
 
 
 def _sums(each: Squares, gradient: Tensor, asked: Asked) -> Sums:

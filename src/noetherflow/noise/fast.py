@@ -176,7 +176,7 @@ class FastPass:
         for _, _, gradients in chunks(part, batch, size, self._max_bytes, where):
             stack = {name: one.double() for name, one in gradients.items()}
             for name, one in stack.items():
-                each, total = squares_of_stack(one, self._asked[name]), one.sum(0)
+                each, total = squares_of_stack(one, self._asked[name])
                 before = sums.get(name)
                 if before is not None and before.gradient is not None:
                     each, total = before.each.combine(each, 1.0), before.gradient + total

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from noetherflow.noise.capture import Capture, Rule
 from noetherflow.noise.modes import own_code
+from noetherflow.noise.passes import affine_sums, channel_sums
 from noetherflow.noise.tracked import Tracked
 from noetherflow.noise.uses import Convolution, Outer, Rows, Whole, padded
 
@@ -166,23 +167,9 @@ def layer_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
     def note(inputs: Tensor, outputs: Tensor) -> None:
         parts = (inputs, outputs, mean.detach(), deviation.detach())
         x, g, m, r = (layout.examples_first(one, kept) for one in parts)
-        if w is not None and b is not None and x.shape[1] >= _MANY_TOKENS:
-            found = [
-                torch.ops.aten.native_layer_norm_backward(
-                    g[i], x[i], shape, m[i], r[i], *fixed, [False, True, True]
-                )[1:]
-                for i in range(len(x))
-            ]  # fmt: skip
-            gains, biases = (torch.stack(one) for one in zip(*found, strict=True))
-        else:
-            gains, biases = (g * ((x - m) * r)).sum(1), g.sum(1)
-        _note_affine(w, b, gains, biases)
+        _note_affine(w, b, *affine_sums(x, g, m, r))
 
     return capture.tap(output, x, note, *_present(w, b))
-
-
-# From so many tokens on, autograd's own kernel pays although it is called once per example.
-_MANY_TOKENS = 16
 
 
 @rule_for(functional.group_norm)
@@ -199,7 +186,7 @@ def group_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
     output, mean, deviation = torch.native_group_norm(x, fixed[0], fixed[1], size, channels, places, groups, eps)
 
     def note(inputs: Tensor, outputs: Tensor) -> None:
-        products, sums = _channel_sums(inputs, outputs)
+        products, sums = channel_sums(inputs, outputs)
         m, r = (one.detach().repeat_interleave(channels // groups, 1) for one in (mean, deviation))
         _note_affine(w, b, (products - m * sums) * r, sums)
 
@@ -219,16 +206,10 @@ def batch_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
     output = func(x, mean, variance, *fixed, False, 0.0, eps)
 
     def note(inputs: Tensor, outputs: Tensor) -> None:
-        products, sums = _channel_sums(inputs, outputs)
+        products, sums = channel_sums(inputs, outputs)
         _note_affine(w, b, (products - mean * sums) * (variance + eps).rsqrt(), sums)
 
     return capture.tap(output, x, note, *_present(w, b))
-
-
-def _channel_sums(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over space of g x and of g, shape (B, channels)."""
-    x, g = (one.reshape(*one.shape[:2], -1) for one in (inputs, outputs))
-    return (x * g).sum(2), g.sum(2)
 
 
 def _note_affine(w: Tracked | None, b: Tracked | None, gains: Tensor, biases: Tensor) -> None:

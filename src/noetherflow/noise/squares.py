@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from noetherflow.noise.asked import Asked, Squares
+from noetherflow.noise.passes import accumulator, pile, scanner, wide
 from noetherflow.symmetry import Axis
-
-# Numbers over which columns are added up: so few that they stay next to the core.
-_BLOCK = 2**16
 
 
 class Sums(NamedTuple):
@@ -27,32 +25,31 @@ def squares_of(gradient: Tensor, asked: Asked) -> Squares:
     one = wide(gradient)
     if one.ndim < 2:
         return _of_vector(one.square(), asked, one.reshape(1, -1))
-    tally = Tally(asked)
-    tally.add(one.reshape(len(one), -1))
+    matrix = one.reshape(len(one), -1)
+    tally = Tally(asked, matrix)
+    tally.scanner(matrix)()
     return tally.squares(one.shape, gradient_grams(asked, one), lambda matrix: matrix.reshape(-1, *one.shape[1:]))
 
 
-def squares_of_stack(stack: Tensor, asked: Asked) -> Squares:
-    """The squares of gradients stacked along a leading axis, summed over it."""
-    one = wide(stack)
-    # Examples that are small are like rows of one matrix.
-    flat = one.reshape(len(one), -1)
-    if flat.numel() <= _BLOCK:
-        sums = flat.square().sum(0)
-    else:
-        examples = Tally(Asked(columns=True))
-        examples.add(flat)
-        sums = examples.columns()
-    sums = sums.reshape(one.shape[1:])
+def squares_of_stack(stack: Tensor, asked: Asked) -> tuple[Squares, Tensor]:
+    """The squares of gradients stacked along a leading axis, summed over it, and the sum of the gradients."""
+    flat = stack.reshape(len(stack), -1)
+    total, sums = pile(flat)
+    total, sums = (one.reshape(stack.shape[1:]) for one in (total, sums))
     if sums.ndim < 2:
-        return _of_vector(sums, asked, flat)
+        return _of_vector(sums, asked, wide(flat)), total
     grams = {}
     for axis in asked.grams:
-        side = axis.rows(one, batch_dims=1).movedim(0, 1).flatten(1)
+        side = axis.rows(wide(stack), batch_dims=1).movedim(0, 1).flatten(1)
         grams[axis] = (side @ side.mT).double()
-    tally = Tally(asked)
-    tally.add_squares(sums.reshape(len(sums), -1))
-    return tally.squares(sums.shape, grams, lambda matrix: matrix.reshape(-1, *sums.shape[1:]))
+    rows = sums.flatten(1).sum(1)
+    return Squares(
+        rows.sum(),
+        rows.reshape(rows_shape(sums.shape)) if asked.rows else None,
+        sums.sum(0, keepdim=True) if asked.columns else None,
+        sums if asked.entries else None,
+        grams,
+    ), total
 
 
 def _of_vector(squares: Tensor, asked: Asked, stack: Tensor) -> Squares:
@@ -81,70 +78,34 @@ def rows_shape(shape: torch.Size) -> tuple[int, ...]:
     return (shape[0], *(1,) * (len(shape) - 1))
 
 
-def accumulator(tensor: Tensor) -> torch.dtype:
-    """The type in which sums are kept: float32 or better."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """A tensor in that type."""
-    return tensor.to(accumulator(tensor))
-
-
 @final
 class Tally:
-    """Squares of a matrix that comes some rows at a time, best while the cache still holds them.
+    """Squares of gradients that are matrices, some rows at a time, best while the cache still holds them.
 
     Args:
         asked: What to add up.
+        like: Of the shape of a gradient, the type of its numbers and their device.
     """
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: Asked, like: Tensor) -> None:
         self._asked = asked
-        self._lengths: list[Tensor] = []
-        self._sums: Tensor | None = None
-        self._entries: list[Tensor] = []
+        self._rows = like.new_zeros(like.shape[0], dtype=torch.float64)
+        self._columns = like.new_zeros(like.shape[1], dtype=torch.float64) if asked.columns else None
+        self._entries = torch.zeros_like(like, dtype=accumulator(like)) if asked.entries else None
 
-    def add(self, strip: Tensor) -> None:
-        """Take the next rows of a gradient."""
-        strip = wide(strip)
-        if self._asked.entries:
-            self.add_squares(strip.square())
-            return
-        for sums, block in self.blocks(strip):
-            sums.addcmul_(block, block)
-        if self._asked.rows:
-            self.add_lengths(torch.linalg.vector_norm(strip, dim=1).square())
-        elif not self._asked.columns:
-            self.add_lengths(torch.linalg.vector_norm(strip).square()[None])
+    def scanner(self, strip: Tensor, part: slice = slice(None), total: Tensor | None = None) -> Callable[[], None]:
+        """A pass over what some rows hold whenever it is called.
 
-    def blocks(self, strip: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Parts of the next rows, each with what its squares are to be added to, if columns are asked for."""
-        if not self._asked.columns:
-            return []
-        if self._sums is None:
-            count = min(len(strip), max(1, _BLOCK // strip.shape[1]))
-            self._sums = strip.new_zeros(count, strip.shape[1], dtype=accumulator(strip))
-        sums = self._sums
-        return [(sums[: len(block)], block) for block in strip.split(len(sums))]
+        Args:
+            strip: The rows.
+            part: Which ones.
+            total: What else to add them to.
 
-    def add_squares(self, squares: Tensor) -> None:
-        """Take the squares of all rows, entry by entry."""
-        if self._asked.rows:
-            self._lengths.append(squares.sum(1))
-        if self._asked.entries:
-            self._entries.append(squares)
-        if self._asked.columns or not self._asked.rows:
-            self._sums = squares.sum(0, keepdim=True) if self._sums is None else self._sums + squares.sum(0)
-
-    def add_lengths(self, lengths: Tensor) -> None:
-        """Take the squared lengths of the next rows, shape (rows,) if they are asked for, and (1,) if not."""
-        self._lengths.append(lengths)
-
-    def columns(self) -> Tensor:
-        """The sums over columns, if they are asked for."""
-        assert self._sums is not None
-        return self._sums.sum(0)
+        Returns:
+            The pass.
+        """
+        entries = None if self._entries is None else self._entries[part]
+        return scanner(strip, self._rows[part], self._columns, entries, total)
 
     def squares(self, shape: torch.Size, grams: dict[Axis, Tensor], folded: Callable[[Tensor], Tensor]) -> Squares:
         """What there is.
@@ -157,15 +118,11 @@ class Tally:
         Returns:
             The squares.
         """
-        lengths = torch.cat(self._lengths).double() if self._lengths else None
-        columns = None if self._sums is None else self.columns().double()
-        some = lengths if lengths is not None else columns
-        assert some is not None
         return Squares(
-            some.sum(),
-            lengths.reshape(rows_shape(shape)) if self._asked.rows and lengths is not None else None,
-            folded(columns[None]) if self._asked.columns and columns is not None else None,
-            folded(torch.cat(self._entries)) if self._entries else None,
+            self._rows.sum(),
+            self._rows.view(rows_shape(shape)) if self._asked.rows else None,
+            None if self._columns is None else folded(self._columns[None]),
+            None if self._entries is None else folded(self._entries),
             grams,
         )
 
