@@ -8,7 +8,7 @@ from torch import Tensor
 
 from noetherflow._types import Params
 from noetherflow.noise.asked import Asked, Squares
-from noetherflow.noise.passes import accumulator, add_tokens, lengths, weighted_squares, wide
+from noetherflow.noise.passes import accumulator, distinct_rows, lengths, table_sums, weighted_squares, wide
 from noetherflow.noise.squares import GramSums, Sums, Tally, gradient_grams, squares_of, squares_of_stack
 from noetherflow.noise.strips import in_strips
 from noetherflow.noise.uses import Convolution, Outer, Rows, Use, Whole
@@ -184,33 +184,24 @@ def _grams_by_tokens(dim: int, asked: Asked, spread: Tensor, side: Tensor) -> di
 
 def _table(use: Rows, shape: torch.Size, asked: Asked) -> Sums:
     """Tokens of one example that read the same row are summed first."""
-    size = len(use.ids)
-    keys = use.ids + shape[0] * torch.arange(size, device=use.ids.device)[:, None]
-    distinct, place = torch.unique(keys, return_inverse=True)
-    sums = _gathered(use.outputs, place, len(distinct))
-    one, row = wide(sums), distinct % shape[0]
-    squares = one.square()
-    rows = squares.sum(1, dtype=torch.float64)
-    grams = {}
-    for axis in asked.grams:
-        side = replace(axis, dim=0).rows(one.mT)
-        grams[axis] = (side @ side.mT).double()
-    return _sums(
-        Squares(
-            rows.sum(),
-            rows.new_zeros(shape[0]).index_add_(0, row, rows)[:, None] if asked.rows else None,
-            squares.sum(0, keepdim=True, dtype=torch.float64) if asked.columns else None,
-            rows.new_zeros(shape).index_add_(0, row, squares.double()) if asked.entries else None,
-            grams,
-        ),
-        _gathered(use.outputs, use.ids, shape[0]),
-        asked,
+    rows, columns, total = table_sums(use.ids.contiguous(), use.outputs.contiguous(), shape[0])
+    entries, grams = None, {}
+    if asked.entries or asked.grams:
+        row, sums = distinct_rows(use.ids, use.outputs, shape[0])
+        one = wide(sums)
+        if asked.entries:
+            entries = rows.new_zeros(shape).index_add_(0, row, one.double().square())
+        for axis in asked.grams:
+            side = replace(axis, dim=0).rows(one.mT)
+            grams[axis] = (side @ side.mT).double()
+    each = Squares(
+        rows.sum(),
+        rows[:, None] if asked.rows else None,
+        columns[None] if asked.columns else None,
+        entries,
+        grams,
     )
-
-
-def _gathered(outputs: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Sums of outputs by row; autograd's own kernel for embeddings, several times faster than `index_add_`."""
-    return torch.ops.aten.embedding_dense_backward(outputs, rows, count, -1, False)
+    return _sums(each, total, asked)
 
 
 def _stacked(use: Outer, shape: torch.Size, asked: Asked) -> Sums:

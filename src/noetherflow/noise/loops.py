@@ -98,6 +98,42 @@ def read_rows(table: Any, first: int, ids: Any, outputs: Any) -> None:
 
 
 @_compiled
+def tabulate(ids: Any, outputs: Any, rows: Any, columns: Any, total: Any) -> None:
+    """Add outputs (B, T, m) to the rows of a total (n, m) that ids (B, T) name, and the squares of each example's sums.
+
+    Squares are summed by row (n,) and by column (m,).
+    """
+    (size, tokens), (n, m) = ids.shape, total.shape
+    places, owners = np.full(n, -1), np.empty(tokens, np.int64)
+    sums, squares = np.empty((tokens, m), total.dtype), np.empty(m, total.dtype)
+    for b in range(size):
+        count = 0
+        for t in range(tokens):
+            row = ids[b, t]
+            place = places[row]
+            if place < 0:
+                places[row] = place = count
+                owners[count] = row
+                sums[count] = outputs[b, t]
+                count += 1
+            else:
+                for j in range(m):
+                    sums[place, j] += outputs[b, t, j]
+        squares[:] = total.dtype.type(0)
+        for k in range(count):
+            row, length = owners[k], total.dtype.type(0)
+            places[row] = -1
+            for j in range(m):
+                value = sums[k, j]
+                length += value * value
+                squares[j] += value * value
+                total[row, j] += value
+            rows[row] += length
+        for j in range(m):
+            columns[j] += squares[j]
+
+
+@_compiled
 def channels(x: Any, g: Any, products: Any, sums: Any) -> None:
     """Write the sum of x g, and that of g, of each row of matrices (n, m), to vectors (n,)."""
     n, m = x.shape

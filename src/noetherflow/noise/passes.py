@@ -104,6 +104,38 @@ def add_tokens(part: Tensor, first: int, ids: Tensor, outputs: Tensor) -> None:
     part.index_add_(0, torch.where(inside, ids - first, 0), torch.where(inside[:, None], outputs, 0.0))
 
 
+def table_sums(ids: Tensor, outputs: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a table of which each token reads a row; tokens of one example that read the same are summed first.
+
+    Args:
+        ids: Shape (B, T).
+        outputs: Gradients, shape (B, T, m).
+        count: Of rows of the table.
+
+    Returns:
+        Squares by row, shape (count,), and by column, shape (m,), in float64; the sum of gradients, shape (count, m).
+    """
+    total = outputs.new_zeros(count, outputs.shape[2], dtype=accumulator(outputs))
+    rows, columns = (total.new_zeros(length, dtype=torch.float64) for length in total.shape)
+    arrays = _arrays(ids, outputs, rows, columns, total)
+    if arrays:
+        _loops().tabulate(*arrays)
+        return rows, columns, total
+    row, sums = distinct_rows(ids, outputs, count)
+    squares = wide(sums).square()
+    rows.index_add_(0, row, squares.sum(1, dtype=torch.float64))
+    return rows, squares.sum(0, dtype=torch.float64), total.index_add_(0, row, wide(sums))
+
+
+def distinct_rows(ids: Tensor, outputs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The rows of a table that each example reads, shape (k,), and the sums of its outputs for each, shape (k, m)."""
+    keys = ids + count * torch.arange(len(ids), device=ids.device)[:, None]
+    distinct, place = torch.unique(keys, return_inverse=True)
+    # Autograd's own kernel for embeddings, several times faster than `index_add_`.
+    sums = torch.ops.aten.embedding_dense_backward(outputs, place, len(distinct), -1, False)
+    return distinct % count, sums
+
+
 def channel_sums(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of g x and of g over all but the first two dimensions, shape (B, channels)."""
     shape = x.shape[:2]

@@ -11,7 +11,7 @@ from noetherflow.noise.squares import GramSums, Sums, Tally, gradient_grams
 from noetherflow.noise.uses import Outer, Product, Rows
 
 # Numbers of a gradient that are formed at a time.
-_STRIP = 2**17
+_STRIP = 3 * 2**16
 
 
 def in_strips(use: Product, shape: torch.Size, asked: Asked, like: Tensor, tables: Sequence[Rows] = ()) -> Sums:
