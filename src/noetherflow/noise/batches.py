@@ -1,19 +1,24 @@
 """What single batches say of the noise, and how far they agree."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import final
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from noetherflow._errors import EmptyDataError, SettingsError
 from noetherflow._types import Params
 from noetherflow.noise.asked import Squares, grams_of, names_with_variances
+from noetherflow.noise.ledger import Ledger
 from noetherflow.noise.moments import NoiseMoments, Spread
 from noetherflow.symmetry import Grams, Symmetry
 from noetherflow.symmetry.axes import AxisSymmetry
 
-BatchGrams = tuple[int, dict[str, Grams]]
+# Batches whose squares are looked at together, if these are not more than so many numbers.
+_TOGETHER = 16
+_HELD = 2**22
 
 
 def along_axes(symmetries: Mapping[str, Symmetry]) -> dict[str, AxisSymmetry]:
@@ -37,57 +42,109 @@ def along_axes(symmetries: Mapping[str, Symmetry]) -> dict[str, AxisSymmetry]:
 
 
 def all_grams(
-    symmetries: Mapping[str, AxisSymmetry], squares: Mapping[str, Squares], like: Params, count: float
+    symmetries: Mapping[str, AxisSymmetry], squares: Mapping[str, Squares], like: Params, count: float = 1.0
 ) -> dict[str, Grams]:
     """What every symmetry wants of some squares, over a number of examples."""
     found = {name: grams_of(symmetry, squares, like) for name, symmetry in symmetries.items()}
     return {name: Grams(*(side / count for side in sides)) for name, sides in found.items()}
 
 
-def spreads(batches: Sequence[BatchGrams]) -> dict[str, Spread]:
-    """For each symmetry, what the differences between batches say of the spread of single examples.
+@final
+class BatchNoise:
+    """How far batches agree on the noise, each centred by itself; as few numbers however many there are.
 
     Args:
-        batches: Number of examples, and unbiased estimates of the noise per example from these alone.
-
-    Returns:
-        Sums as if by example; NaN squares from a single batch.
+        symmetries: What is measured.
+        params: The parameters.
     """
-    if not batches:
-        return {}
-    count = sum(size for size, _ in batches)
-    found = {}
-    for name in batches[0][1]:
-        values = []
-        for _, grams in batches:
-            sides = [one.diagonal() if one.ndim == 2 else one for one in grams[name]]
-            values.append(torch.stack([*sides, sides[0] - sides[1]]))
-        stack = torch.stack(values)
-        weights = stack.new_tensor([size for size, _ in batches]).reshape(-1, *(1,) * (stack.ndim - 1))
-        total: Tensor = (weights * stack).sum(0)
-        if len(values) > 1:
-            variance = (weights * (stack - total / count).square()).sum(0) / (len(values) - 1)
-        else:
-            variance = torch.full_like(total, torch.nan)
-        found[name] = Spread(total, variance * (count - 1) + total.square() / count)
-    return found
+
+    def __init__(self, symmetries: Mapping[str, AxisSymmetry], params: Params) -> None:
+        self._symmetries, self._params = symmetries, params
+        self._recent: list[tuple[int, Ledger]] = []
+        self._number = self._seen = self.count = 0
+        self._mean: dict[str, Tensor] = {}
+        self._scatter: dict[str, Tensor] = {}
+
+    def add(self, size: int, scatter: Ledger, freedom: float) -> None:
+        """Take a batch.
+
+        Args:
+            size: Number of its examples.
+            scatter: Sums of squares about its mean.
+            freedom: How many times the noise of one example that is on average.
+        """
+        self._number += 1
+        self.count += size
+        if scatter.entries:
+            # Too large to keep.
+            grams = all_grams(self._symmetries, scatter.squares(), self._params, freedom)
+            self._take([size], {name: _diagonals(one)[None] for name, one in grams.items()})
+            return
+        self._recent.append((size, replace(scatter, numbers=scatter.numbers / freedom)))
+        if len(self._recent) >= min(_TOGETHER, _HELD // len(scatter.numbers)):
+            self._settle()
+
+    def spreads(self) -> dict[str, Spread]:
+        """For each symmetry, what the differences between batches say of the spread of single examples.
+
+        Returns:
+            Sums as if by example; NaN squares from a single batch.
+        """
+        self._settle()
+        found = {}
+        for name, mean in self._mean.items():
+            total = mean * self.count
+            one = self._number == 1
+            variance = torch.full_like(total, torch.nan) if one else self._scatter[name] / (self._number - 1)
+            found[name] = Spread(total, variance * (self.count - 1) + total.square() / self.count)
+        return found
+
+    def _settle(self) -> None:
+        if not self._recent:
+            return
+        sizes, ledgers = zip(*self._recent, strict=True)
+        self._recent = []
+
+        def values(numbers: Tensor) -> dict[str, Tensor]:
+            squares = replace(ledgers[0], numbers=numbers).squares()
+            return {name: _diagonals(one) for name, one in all_grams(self._symmetries, squares, self._params).items()}
+
+        self._take(list(sizes), vmap(values)(torch.stack([one.numbers for one in ledgers])))
+
+    def _take(self, sizes: list[int], values: Mapping[str, Tensor]) -> None:
+        """Merge what some batches say, shape (batches, 3, ...), with what others said: Chan, Golub, LeVeque (1979)."""
+        more = sum(sizes)
+        before = self._seen
+        self._seen += more
+        for name, stack in values.items():
+            weights = stack.new_tensor(sizes).reshape(-1, *(1,) * (stack.ndim - 1))
+            mean = (weights * stack).sum(0) / more
+            scatter = (weights * (stack - mean).square()).sum(0)
+            if before:
+                gap = mean - self._mean[name]
+                mean = self._mean[name] + gap * (more / self._seen)
+                scatter = self._scatter[name] + scatter + gap.square() * (before * more / self._seen)
+            self._mean[name], self._scatter[name] = mean, scatter
+
+
+def _diagonals(grams: Grams) -> Tensor:
+    """Both sides of a charge and their difference, shape (3, ...): of matrices, the diagonals."""
+    plus, minus = (one.diagonal() if one.ndim == 2 else one for one in grams)
+    return torch.stack([plus, minus, plus - minus])
 
 
 def pooled(
-    symmetries: Mapping[str, AxisSymmetry],
-    scatter: Mapping[str, Squares],
-    mean: Mapping[str, Tensor],
-    batches: Sequence[BatchGrams],
+    symmetries: Mapping[str, AxisSymmetry], scatter: Ledger, mean: Mapping[str, Tensor], batches: BatchNoise
 ) -> NoiseMoments:
     """Moments from the squares of all gradients about their mean, and from what single batches say."""
-    entries = {name: scatter[name].entries for name in names_with_variances(symmetries)}
+    wanted = names_with_variances(symmetries)
     return NoiseMoments(
-        count=sum(size for size, _ in batches),
+        count=batches.count,
         mean=dict(mean),
-        scatter=all_grams(symmetries, scatter, mean, 1),
-        square_scatter={name: one for name, one in entries.items() if one is not None},
-        total_scatter=torch.stack([one.total for one in scatter.values()]).sum(),
-        spreads=spreads(batches),
+        scatter=all_grams(symmetries, scatter.squares(), mean),
+        square_scatter={name: scatter.entries[name] for name in wanted if name in scatter.entries},
+        total_scatter=scatter.trace,
+        spreads=batches.spreads(),
         symmetries=dict(symmetries),
     )
 
@@ -103,11 +160,11 @@ class Pool:
 
     def __init__(self, symmetries: Mapping[str, AxisSymmetry], params: Params) -> None:
         self._symmetries, self._params = symmetries, params
-        self._scatter: dict[str, Squares] = {}
-        self._batches: list[BatchGrams] = []
+        self._scatter: Ledger | None = None
+        self._batches = BatchNoise(symmetries, params)
         self._freedom = 0
 
-    def add(self, scatter: Mapping[str, Squares], size: int, freedom: int, weight: float = 1.0) -> bool:
+    def add(self, scatter: Ledger, size: int, freedom: int, weight: float = 1.0) -> bool:
         """Add a step.
 
         Args:
@@ -119,14 +176,13 @@ class Pool:
         Returns:
             False if it holds NaN or infinity, and was left out.
         """
-        if not torch.isfinite(torch.stack([one.total for one in scatter.values()]).sum()):
+        if not torch.isfinite(scatter.numbers.sum()):
             return False
-        for name, squares in scatter.items():
-            before = self._scatter.get(name)
-            self._scatter[name] = (
-                squares.scaled(weight**-2) if before is None else before.combine(squares, weight**-2, reuse=True)
-            )
-        self._batches.append((size, all_grams(self._symmetries, scatter, self._params, freedom * weight**2)))
+        if self._scatter is None:
+            self._scatter = scatter.scaled(weight**-2)
+        else:
+            self._scatter.combine(scatter, weight**-2, reuse=True)
+        self._batches.add(size, scatter, freedom * weight**2)
         self._freedom += freedom
         return True
 
@@ -139,12 +195,11 @@ class Pool:
         Raises:
             EmptyDataError: If nothing was added.
         """
-        if not self._batches:
+        if self._scatter is None:
             raise EmptyDataError(
                 "nothing was measured yet: every step needs two examples, or two microbatches, or more"
             )
-        count = sum(size for size, _ in self._batches)
-        scatter = {name: one.scaled(count / self._freedom) for name, one in self._scatter.items()}
+        scatter = self._scatter.scaled(self._batches.count / self._freedom)
         nothing = torch.full((), torch.nan, dtype=torch.float64)
         mean = {name: nothing.to(one.device).expand(one.shape) for name, one in self._params.items()}
         return pooled(self._symmetries, scatter, mean, self._batches)

@@ -11,7 +11,7 @@ from noetherflow.noise.asked import Asked, Squares
 from noetherflow.noise.passes import accumulator, distinct_rows, lengths, table_sums, weighted_squares, wide
 from noetherflow.noise.squares import GramSums, Sums, Tally, gradient_grams, squares_of, squares_of_stack
 from noetherflow.noise.strips import in_strips
-from noetherflow.noise.uses import Convolution, Outer, Rows, Use, Whole
+from noetherflow.noise.uses import Convolution, Outer, Product, Rows, Use, Whole
 from noetherflow.symmetry import Axis
 
 # Costs in multiplications of a matrix product, measured on current processors; they decide nothing but speed.
@@ -62,10 +62,11 @@ def collect(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) 
                 return _stacked(use, shape, asked)
         if isinstance(use, Rows) and not any(axis.dim % 2 == 0 or axis.within for axis in asked.grams):
             return _table(use, shape, asked)
-    first, *tables = uses
-    if (isinstance(first, Outer) or (isinstance(first, Convolution) and first.groups == 1)) and not first.views:
-        if all(isinstance(use, Rows) and not use.views for use in tables):
-            return in_strips(first, shape, asked, like, tables)
+    first, tables = uses[0], [use for use in uses[1:] if isinstance(use, Rows)]
+    grouped = isinstance(first, Convolution) and first.groups > 1
+    plain = len(tables) == len(uses) - 1 and not any(use.views for use in uses)
+    if isinstance(first, Product) and plain and not grouped:
+        return in_strips(first, shape, asked, like, tables)
     return _one_by_one(uses, shape, asked, like)
 
 
@@ -208,8 +209,7 @@ def _stacked(use: Outer, shape: torch.Size, asked: Asked) -> Sums:
     """Small gradients, many at a time."""
     step = max(1, _TOGETHER // shape.numel())
     parts = [
-        squares_of_stack(g.mT @ x, asked)
-        for x, g in zip(use.inputs.split(step), use.outputs.split(step), strict=True)
+        squares_of_stack(g.mT @ x, asked) for x, g in zip(use.inputs.split(step), use.outputs.split(step), strict=True)
     ]
     squares, gradient = parts[0]
     for more, total in parts[1:]:

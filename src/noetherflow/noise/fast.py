@@ -11,11 +11,12 @@ from torch import Tensor
 from noetherflow._batch import is_per_example, select, tensors_of
 from noetherflow._per_example import require_independent, require_losses
 from noetherflow._types import Batch
-from noetherflow.noise.asked import Squares, asked_of
-from noetherflow.noise.batches import BatchGrams, all_grams, along_axes, pooled
+from noetherflow.noise.asked import asked_of
+from noetherflow.noise.batches import BatchNoise, along_axes, pooled
 from noetherflow.noise.capture import Capture
 from noetherflow.noise.collect import completed
 from noetherflow.noise.exact import Subject, chunks
+from noetherflow.noise.ledger import Ledger
 from noetherflow.noise.modes import Calm
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
@@ -41,7 +42,7 @@ class FastPass:
     """
 
     def __init__(self, subject: Subject, *, variances: bool, max_bytes: int) -> None:
-        self.count = 0
+        self._number = 0
         self.unknown: dict[str, str] = {}
         self._symmetries = along_axes(subject.symmetries)
         self._subject, self._max_bytes = subject, max_bytes
@@ -49,11 +50,16 @@ class FastPass:
         self._anchor = torch.zeros(())
         self._own: list[int] = []
         self._asked = asked_of(subject.trained, self._symmetries, variances=variances)
-        self._each: dict[str, Squares] = {}
+        self._each: Ledger | None = None
         self._sum: dict[str, Tensor] = {}
         self._recent: dict[str, Tensor] = {}
         self._direction: dict[str, Tensor] | None = None
-        self._batches: list[BatchGrams] = []
+        self._batches = BatchNoise(self._symmetries, subject.trained)
+
+    @property
+    def count(self) -> int:
+        """Number of examples seen."""
+        return self._batches.count
 
     def check(self, batch: Batch, together: Tensor, *, random: bool, where: str) -> None:
         """Compare with single examples: what differs is done exactly from now on.
@@ -91,37 +97,38 @@ class FastPass:
         sums, losses = self._measure(batch, calm=False)
         size = require_losses(losses, where)
         sums.update(self._exactly(batch, size, where))
-        number = len(self._batches) + 1
+        number = self._number + 1
         if number & (number - 1) == 0 and not self._is_symmetric(sums, size):
             return False
-        noise = sum(float(one.each.total - one.whole.total / size) for one in sums.values())
-        total = sum(float(one.each.total) for one in sums.values())
-        if size < 2 or not noise > torch.finfo(losses.dtype).eps ** 0.5 * total:
+        each = Ledger.of({name: one.each for name, one in sums.items()})
+        whole = Ledger.of({name: one.whole for name, one in sums.items()})
+        centred = each.combine(whole, -1.0 / size)
+        if size < 2 or not centred.trace > torch.finfo(losses.dtype).eps ** 0.5 * each.trace:
             return False
+        self._each = each.scaled(1.0) if self._each is None else self._each.combine(each, 1.0, reuse=True)
         for name, one in sums.items():
             gradient = one.gradient
             assert gradient is not None
-            if name in self._each:
-                self._each[name] = self._each[name].combine(one.each, 1.0)
+            if name in self._sum:
                 self._recent[name] += gradient
             else:
-                self._each[name], self._sum[name] = one.each.scaled(1.0), gradient.double()
+                self._sum[name] = gradient.double()
                 self._recent[name] = torch.zeros_like(gradient)
-        if len(self._batches) % _RECENT == 0:
+        if number % _RECENT == 0:
             self._settle()
-        self.count += size
-        centred = {name: one.each.combine(one.whole, -1.0 / size) for name, one in sums.items()}
-        self._batches.append((size, all_grams(self._symmetries, centred, self._subject.trained, size - 1)))
+        self._batches.add(size, centred, size - 1)
+        self._number = number
         return True
 
     def moments(self) -> NoiseMoments:
         """The moments of everything that was added."""
         self._settle()
         trained, count = self._subject.trained, self.count
-        whole = {name: squares_of(self._sum[name], self._asked[name]) for name in trained}
-        centred = {name: self._each[name].combine(whole[name], -1.0 / count) for name in trained}
+        assert self._each is not None
+        whole = Ledger.of({name: squares_of(self._sum[name], self._asked[name]) for name in trained})
         mean = {name: self._sum[name] / count for name in trained}
-        return replace(pooled(self._symmetries, centred, mean, self._batches), fallback=dict(self.unknown))
+        scatter = self._each.combine(whole, -1.0 / count)
+        return replace(pooled(self._symmetries, scatter, mean, self._batches), fallback=dict(self.unknown))
 
     def _measure(self, batch: Batch, *, calm: bool) -> tuple[dict[str, Sums], Tensor]:
         """Sums for every parameter that can be measured so, and the losses."""

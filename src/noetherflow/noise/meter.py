@@ -17,6 +17,7 @@ from noetherflow.noise.batches import Pool, along_axes
 from noetherflow.noise.capture import Capture
 from noetherflow.noise.collect import completed
 from noetherflow.noise.exact import resolve
+from noetherflow.noise.ledger import Ledger
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
 from noetherflow.symmetry import Symmetry
@@ -127,6 +128,7 @@ class NoiseMeter:
         if size < 2:
             return  # a single example is its own mean
         sums = completed(capture.sums, self._params, self._asked)
-        centred = {name: one.each.combine(one.whole, -1.0 / size, reuse=True) for name, one in sums.items()}
-        if not self._pool.add(centred, size, size - 1, weight):
+        each = Ledger.of({name: one.each for name, one in sums.items()})
+        whole = Ledger.of({name: one.whole for name, one in sums.items()})
+        if not self._pool.add(each.combine(whole, -1.0 / size, reuse=True), size, size - 1, weight):
             self.skipped += 1  # as a gradient scaler skips the step

@@ -17,6 +17,7 @@ from noetherflow._errors import CoupledExamplesError, SettingsError
 from noetherflow.noise.asked import Asked, Squares, asked_of
 from noetherflow.noise.batches import Pool, along_axes
 from noetherflow.noise.exact import resolve
+from noetherflow.noise.ledger import Ledger
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.squares import squares_of
 from noetherflow.symmetry import Symmetry
@@ -127,7 +128,7 @@ class MicrobatchMeter:
                     f"{running.count}: call what `meter.step()` gives after the backward pass of each, of two or more "
                     "(gradient accumulation), or give a `group` of several ranks"
                 )
-            if not self._pool.add(running.scatter, running.examples, running.count - 1):
+            if not self._pool.add(Ledger.of(running.scatter), running.examples, running.count - 1):
                 self.skipped += 1
 
     @property
