@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from noetherflow._per_example import each
 from noetherflow.noise.asked import Asked
 from noetherflow.noise.collect import collect, stacked
-from noetherflow.noise.modes import CALMED, DROPOUT, calmed, own_code
+from noetherflow.noise.modes import CALMED, DROPOUT, aside, calmed, own_code
 from noetherflow.noise.squares import Sums
 from noetherflow.noise.tracked import Layout, Source, Tracked, as_function, is_view, leaves_of, mapped, part_of
 from noetherflow.noise.uses import Rows, View, Whole
@@ -107,8 +107,10 @@ class Capture(TorchFunctionMode):
         """See to one call."""
         kwargs = kwargs or {}
         leaves = list(leaves_of((*args, *kwargs.values())))
-        data = any(self.is_data(leaf) for leaf in leaves)
-        known = any(id(leaf) in self._tracked or id(leaf) in self._names for leaf in leaves)
+        data = known = False
+        for leaf in leaves:
+            data = data or self.is_data(leaf)
+            known = known or id(leaf) in self._tracked or id(leaf) in self._names
         if func in _OWN_CODE:
             with self:  # layers under checkpoint are computed again, and have to be seen again
                 return _OWN_CODE[func](*args, **kwargs)
@@ -287,7 +289,7 @@ class _Gather(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with aside():
             return ctx.finish(gradients[0]), None, None
 
 
@@ -308,7 +310,7 @@ class _Tap(Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         (gradient,) = gradients
         if gradient is not None:
-            with torch._C.DisableTorchFunction(), torch.no_grad():
+            with aside():
                 ctx.note(ctx.saved_tensors[0], gradient)
         return gradient, None, None, *(None,) * ctx.count
 
@@ -326,7 +328,7 @@ class _Spread(Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         (gradient,) = gradients
         if gradient is not None:
-            with torch._C.DisableTorchFunction(), torch.no_grad():
+            with aside():
                 ctx.note(gradient)
         return None, None, None
 

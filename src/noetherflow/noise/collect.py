@@ -9,7 +9,15 @@ from torch import Tensor
 from noetherflow._types import Params
 from noetherflow.noise.asked import Asked, Squares
 from noetherflow.noise.passes import accumulator, distinct_rows, lengths, table_sums, weighted_squares, wide
-from noetherflow.noise.squares import GramSums, Sums, Tally, gradient_grams, squares_of, squares_of_stack
+from noetherflow.noise.squares import (
+    GramSums,
+    Sums,
+    Tally,
+    gradient_grams,
+    squares_of,
+    squares_of_stack,
+    squares_of_vectors,
+)
 from noetherflow.noise.strips import in_strips
 from noetherflow.noise.uses import Convolution, Outer, Product, Rows, Use, Whole
 from noetherflow.symmetry import Axis
@@ -86,6 +94,8 @@ def _whole(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) -
         one = use.gradients if isinstance(use, Whole) and not use.views else stacked([use], shape, like)
         stack = one if stack is None else stack + one
     assert stack is not None
+    if len(shape) == 1 and not asked.grams:
+        return squares_of_vectors(stack.reshape(len(stack), *shape), asked)
     stack = stack.reshape(len(stack), *shape)
     return _sums(*squares_of_stack(stack, asked), asked)
 

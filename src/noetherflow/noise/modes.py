@@ -1,6 +1,7 @@
 """Function modes: running a model without dropout, and PyTorch's own Python code under a mode."""
 
 import types
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, final
 
 import torch
@@ -12,6 +13,17 @@ DROPOUT = {
     functional.feature_alpha_dropout, torch.dropout, torch.feature_dropout, torch.alpha_dropout,
 }  # fmt: skip
 CALMED = {*DROPOUT, functional.scaled_dot_product_attention}
+
+
+def aside() -> AbstractContextManager[Any, Any]:
+    """A block inside a backward pass that neither modes nor autograd see."""
+    quiet = torch._C.DisableTorchFunction()
+    if not torch.is_grad_enabled():
+        return quiet  # as in nearly every backward pass; the smallest of calls are felt between large products
+    both = ExitStack()
+    both.enter_context(quiet)
+    both.enter_context(torch.no_grad())
+    return both
 
 
 @final

@@ -9,7 +9,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from noetherflow.noise.capture import Capture, Rule
-from noetherflow.noise.modes import own_code
+from noetherflow.noise.modes import aside, own_code
 from noetherflow.noise.passes import affine_sums, channel_sums
 from noetherflow.noise.tracked import Tracked
 from noetherflow.noise.uses import Convolution, Outer, Rows, Whole, padded
@@ -93,7 +93,7 @@ class _Linear(Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with aside():
             ctx.note(x, gradient)
             back = None
             if ctx.needs_input_grad[0]:
@@ -307,10 +307,10 @@ def _each(value: Any, default: int, count: int) -> list[int]:
 
 def _are_known(capture: Capture, *tensors: Tensor | None) -> bool:
     """Whether tensors are parameters, or constants."""
-    return not any(
-        one is not None and (capture.is_data(one) or (one.requires_grad and not capture.tracked(one)))
-        for one in tensors
-    )
+    for one in tensors:
+        if one is not None and (capture.is_data(one) or (one.requires_grad and not capture.tracked(one))):
+            return False
+    return True
 
 
 def _present(*tracked: Tracked | None) -> list[Tracked]:

@@ -31,6 +31,26 @@ def squares_of(gradient: Tensor, asked: Asked) -> Squares:
     return tally.squares(one.shape, gradient_grams(asked, one), lambda matrix: matrix.reshape(-1, *one.shape[1:]))
 
 
+def squares_of_vectors(stack: Tensor, asked: Asked) -> Sums:
+    """The squares of vectors stacked along a leading axis, in few operations; without Gram matrices."""
+    total, squares = pile(stack)
+    both = torch.stack([squares, total.double().square()])
+    sums = both.sum(1)
+
+    def side(index: int) -> Squares:
+        entries = both[index]
+        whole = sums[index]
+        return Squares(
+            whole,
+            entries if asked.rows else None,
+            whole[None] if asked.columns else None,
+            entries if asked.entries else None,
+            {},
+        )
+
+    return Sums(side(0), side(1), total)
+
+
 def squares_of_stack(stack: Tensor, asked: Asked) -> tuple[Squares, Tensor]:
     """The squares of gradients stacked along a leading axis, summed over it, and the sum of the gradients."""
     flat = stack.reshape(len(stack), -1)
