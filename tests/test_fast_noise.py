@@ -14,6 +14,7 @@ from torch.nn import functional
 import noetherflow as nf
 from noetherflow import _batch
 from noetherflow.noise import collect as collecting
+from noetherflow.noise import passes
 from noetherflow.noise.asked import Asked, Squares
 from noetherflow.noise.collect import collect
 from noetherflow.noise.squares import Sums, squares_of, squares_of_stack
@@ -221,9 +222,11 @@ def test_every_way_of_adding_up(
     x, g = (torch.randn(size, tokens, k, generator=generator, dtype=torch.float64) for k in (m, n))
     asked = Asked(rows, columns, entries, (nf.Axis("w", 0, 0, (n + 1) // 2), nf.Axis("w", 1)) if small else ())
     (wanted, _), together = squares_of_stack(g.mT @ x, asked), squares_of((g.mT @ x).sum(0), asked)
-    for threshold in (0, 2**14):
+    for threshold, loops in ((0, True), (2**14, True), (0, False), (2**14, False)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collecting, "_SMALL", threshold)
+            if not loops:
+                patch.setattr(passes, "_arrays", lambda *_: [])
             squares, whole, gradient = collect([Outer((), x, g)], torch.Size((n, m)), asked, x)
         torch.testing.assert_close(gradient, (g.mT @ x).sum(0), **TIGHT)
         for field in ("total", "rows", "columns", "entries", "grams"):

@@ -13,7 +13,7 @@ import noetherflow
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
 # Each is needed by some commands or figures, none by the theory.
-LAZY = {"sklearn", "transformers", "matplotlib", "pyarrow", "typer"}
+LAZY = {"numba", "sklearn", "transformers", "matplotlib", "pyarrow", "typer"}
 
 
 def complaint(name: str, thing: object) -> str | None:

@@ -87,6 +87,17 @@ def pile(stack: Any, total: Any, squares: Any) -> None:
 
 
 @_compiled
+def vectors(stack: Any, total: Any, squares: Any) -> None:
+    """The same into the first of two rows (2, m + 1), the squares of the total into the second; sums come last."""
+    m = len(total)
+    pile(stack, total, squares[0, :m])
+    for j in range(m):
+        squares[1, j] = np.float64(total[j]) ** 2
+    for k in range(2):
+        squares[k, m] = squares[k, :m].sum()
+
+
+@_compiled
 def read_rows(table: Any, first: int, ids: Any, outputs: Any) -> None:
     """Add outputs (T, m) to the rows of a table that ids (T,) name; the table (n, m) starts with a certain row."""
     n, m = table.shape

@@ -86,6 +86,20 @@ def pile(stack: Tensor) -> tuple[Tensor, Tensor]:
     return total, squares
 
 
+def vector_squares(stack: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of vectors (B, m), and the squares of all and of that sum, each followed by their own sum: (2, m + 1)."""
+    total = stack.new_zeros(stack.shape[1], dtype=accumulator(stack))
+    squares = total.new_zeros(2, len(total) + 1, dtype=torch.float64)
+    arrays = _arrays(stack, total, squares)
+    if arrays:
+        _loops().vectors(*arrays)
+        return total, squares
+    total, squares[0, :-1] = pile(stack)
+    squares[1, :-1] = total.double().square()
+    squares[:, -1] = squares[:, :-1].sum(1)
+    return total, squares
+
+
 def add_tokens(part: Tensor, first: int, ids: Tensor, outputs: Tensor) -> None:
     """Add what every token (T,) of an example puts out (T, m) to the row that it reads of a table.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.noise.asked import Asked, Squares
-from noetherflow.noise.passes import accumulator, pile, scanner, wide
+from noetherflow.noise.passes import accumulator, pile, scanner, vector_squares, wide
 from noetherflow.symmetry import Axis
 
 
@@ -33,22 +33,18 @@ def squares_of(gradient: Tensor, asked: Asked) -> Squares:
 
 def squares_of_vectors(stack: Tensor, asked: Asked) -> Sums:
     """The squares of vectors stacked along a leading axis, in few operations; without Gram matrices."""
-    total, squares = pile(stack)
-    both = torch.stack([squares, total.double().square()])
-    sums = both.sum(1)
-
-    def side(index: int) -> Squares:
-        entries = both[index]
-        whole = sums[index]
-        return Squares(
-            whole,
-            entries if asked.rows else None,
-            whole[None] if asked.columns else None,
-            entries if asked.entries else None,
+    total, squares = vector_squares(stack)
+    each, whole = (
+        Squares(
+            one[-1],
+            one[:-1] if asked.rows else None,
+            one[-1:] if asked.columns else None,
+            one[:-1] if asked.entries else None,
             {},
         )
-
-    return Sums(side(0), side(1), total)
+        for one in squares.unbind()
+    )
+    return Sums(each, whole, total)
 
 
 def squares_of_stack(stack: Tensor, asked: Asked) -> tuple[Squares, Tensor]:
