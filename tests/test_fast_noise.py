@@ -335,6 +335,54 @@ def test_autocast_is_within_the_bounds_of_its_type() -> None:
     torch.testing.assert_close(fast.trace, exact.trace, rtol=0.03, atol=0)
 
 
+class TiedTokens(nn.Module):
+    """A table too large to be stacked, read and multiplied by; slices of one weight; a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.packed = nn.Embedding(300, 64), nn.Parameter(torch.randn(512, 64) / 8)
+        self.convolution, self.grouped = nn.Conv1d(64, 128, 3, padding=1), nn.Conv1d(128, 64, 3, padding=1, groups=2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        first, second = self.packed.chunk(2)
+        x = functional.linear(x, first) * functional.linear(x, second)
+        x = x.unflatten(-1, (4, -1)).sum(-2).mT
+        x = self.grouped(self.convolution(x).relu()).mT
+        return functional.linear(x, self.table.weight)
+
+
+def test_autocast_of_layers_whose_gradients_are_formed() -> None:
+    torch.manual_seed(0)
+    model, ids = TiedTokens(), torch.randint(300, (6, 70))
+
+    def whole(model: nn.Module, ids: Tensor) -> Tensor:
+        return functional.cross_entropy(model(ids).float().transpose(1, 2), ids, reduction="none").mean(1)
+
+    def narrow(model: nn.Module, ids: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(ids)
+        return functional.cross_entropy(logits.float().transpose(1, 2), ids, reduction="none").mean(1)
+
+    exact = nf.estimate_noise(model, whole, [ids], {}, exact=True)
+    meter = nf.NoiseMeter(model, {})
+    with meter.step(ids):
+        narrow(model, ids).mean().backward()
+    torch.testing.assert_close(meter.noise.trace, exact.trace * (6 / 5), rtol=0.03, atol=0)
+    fast = nf.estimate_noise(model, narrow, [ids], {}, exact=False)
+    assert not fast.fallback
+    torch.testing.assert_close(fast.trace, exact.trace, rtol=0.03, atol=0)
+    measured = {name: one.grad for name, one in model.named_parameters()}
+    model.zero_grad()
+    narrow(model, ids).mean().backward()
+    for name, one in model.named_parameters():
+        grown = measured[name]
+        assert grown is not None
+        assert one.grad is not None
+        assert grown.dtype == one.grad.dtype
+        assert (grown - one.grad).norm() < 0.02 * one.grad.norm(), name
+
+
 def test_noise_below_rounding_is_measured_exactly() -> None:
     """Examples that are all the same: sums of squares, less the square of the sum, would leave only rounding."""
     x, y = examples(1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from noetherflow.noise.asked import Asked, Squares
 from noetherflow.noise.passes import accumulator, add_tokens
 from noetherflow.noise.squares import GramSums, Sums, Tally, gradient_grams
-from noetherflow.noise.uses import Outer, Product, Rows
+from noetherflow.noise.uses import Outer, Product, Rows, multiply
 
 # Numbers of a gradient that are formed at a time.
 _STRIP = 3 * 2**16
@@ -44,9 +44,9 @@ def in_strips(use: Product, shape: torch.Size, asked: Asked, like: Tensor, table
         strip, total = buffer[: part.stop - start], gradient[part]
         scan = each.scanner(strip, part, total)
         for index, (left, right) in enumerate(use.factors(part)):
-            torch.mm(left, right, out=strip)
+            multiply(left, right, strip)
             for table in tables:
-                add_tokens(strip, start, table.ids[index], table.outputs[index])
+                add_tokens(strip, start, table.ids[index], table.outputs[index].to(strip.dtype))
             grams.add()
             scan()
         whole.scanner(total, part)()

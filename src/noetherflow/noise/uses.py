@@ -76,11 +76,15 @@ class Outer(Product):
 
     def add_to(self, part: Tensor, index: int) -> None:
         """Add the gradient of one example."""
-        part.addmm_(self.outputs[index].mT, self.inputs[index])
+        left, right = self.outputs[index].mT, self.inputs[index]
+        if left.dtype == part.dtype:
+            part.addmm_(left, right)
+        else:
+            part += left @ right
 
     def write_to(self, part: Tensor, index: int) -> None:
         """Write it."""
-        torch.mm(self.outputs[index].mT, self.inputs[index], out=part)
+        multiply(self.outputs[index].mT, self.inputs[index], part)
 
     def factors(self, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each example: output gradients and inputs."""
@@ -111,7 +115,7 @@ class Rows(Use):
 
     def add_to(self, part: Tensor, index: int) -> None:
         """Add the gradient of one example."""
-        part.index_add_(0, self.ids[index], self.outputs[index])
+        part.index_add_(0, self.ids[index], self.outputs[index].to(part.dtype))
 
 
 @final
@@ -200,10 +204,18 @@ class Convolution(Product):
         if not self._patches:
             self._patches.append(torch.empty_like(patches, memory_format=torch.contiguous_format))
         copied = self._patches[0].copy_(patches).view(self.groups, -1, places.numel())
-        torch.bmm(
-            gradient.reshape(self.groups, -1, places.numel()), copied.mT, out=out.view(self.groups, -1, copied.shape[1])
+        multiply(
+            gradient.reshape(self.groups, -1, places.numel()), copied.mT, out.view(self.groups, -1, copied.shape[1])
         )
         return out
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write a product of matrices into a tensor, which under autocast is of another type than these."""
+    if left.dtype == out.dtype:
+        torch.matmul(left, right, out=out)
+    else:
+        out.copy_(left @ right)
 
 
 def padded(inputs: Tensor, padding: Sequence[int]) -> Tensor:
