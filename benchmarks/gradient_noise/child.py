@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from noetherflow.noise.passes import pile
+
 from .models import SWEEP, Built, build, in_examples_of, one_by_one
 from .ways import FOUND, OURS, Way, plain, symmetries_of, ways_for
 
@@ -190,6 +192,7 @@ def memory(built: Built, wanted: list[str]) -> list[dict[str, Any]]:
     for name in ("torch._dynamo", "opacus", "backpack"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)  # once, not in every process
+    pile(torch.ones(2, 2))  # so that the compiler of our own loops is there as well
     rows = []
     known = {"plain": plain} | ways_for(built)
     for name in ("plain", *wanted):
