@@ -19,6 +19,7 @@ from noetherflow.noise.batches import Pool, along_axes
 from noetherflow.noise.exact import resolve
 from noetherflow.noise.ledger import Ledger
 from noetherflow.noise.moments import NoiseMoments
+from noetherflow.noise.passes import accumulator
 from noetherflow.noise.squares import squares_of
 from noetherflow.symmetry import Symmetry
 
@@ -209,7 +210,7 @@ class _Running:
         (gradient,) = gradients
         if gradient is not None:
             # A copy, or what becomes .grad would be what is kept here.
-            kept = gradient.detach().to_dense().to(_accumulator(gradient), copy=True)
+            kept = gradient.detach().to_dense().to(accumulator(gradient), copy=True)
             before = self._arrived.get(name)
             self._arrived[name] = kept if before is None else kept.add_(before)
 
@@ -217,7 +218,7 @@ class _Running:
         """What is there of a parameter, or zeros if no gradient reached it."""
         found = tensors.pop(name, None)
         one = self._params[name]
-        return torch.zeros_like(one, dtype=_accumulator(one), requires_grad=False) if found is None else found
+        return torch.zeros_like(one, dtype=accumulator(one), requires_grad=False) if found is None else found
 
     def _scatter(self, name: str, gap: Tensor, weight: float) -> None:
         squares = squares_of(gap, self._asked[name]).scaled(weight)
@@ -258,7 +259,3 @@ def _sum_(tensors: Sequence[Tensor], group: "dist.ProcessGroup") -> None:
 def _tensors(squares: Squares) -> list[Tensor]:
     found = (squares.total, squares.rows, squares.columns, squares.entries, *squares.grams.values())
     return [one for one in found if one is not None]
-
-
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
