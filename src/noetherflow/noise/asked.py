@@ -49,19 +49,17 @@ class Squares:
     entries: Tensor | None
     grams: dict[Axis, Tensor]
 
-    def combine(self, other: "Squares", weight: float, *, reuse: bool = False) -> "Squares":
-        """This plus a multiple of another; in the memory of this one's entries, if that is to be reused."""
+    def combine(self, other: "Squares", weight: float) -> "Squares":
+        """This plus a multiple of another."""
 
-        def both(mine: Tensor | None, theirs: Tensor | None, *, reuse: bool = False) -> Tensor | None:
-            if mine is None or theirs is None:
-                return None
-            return mine.add_(theirs, alpha=weight) if reuse else torch.add(mine, theirs, alpha=weight)
+        def both(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            return None if mine is None or theirs is None else torch.add(mine, theirs, alpha=weight)
 
         return Squares(
             self.total + weight * other.total,
             both(self.rows, other.rows),
             both(self.columns, other.columns),
-            both(self.entries, other.entries, reuse=reuse),
+            both(self.entries, other.entries),
             {axis: gram + weight * other.grams[axis] for axis, gram in self.grams.items()},
         )
 
