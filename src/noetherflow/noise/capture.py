@@ -7,11 +7,13 @@ the model.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import get_gradient_edge
 from torch.func import vjp
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -21,8 +23,18 @@ from noetherflow.noise.asked import Asked
 from noetherflow.noise.collect import collect, stacked
 from noetherflow.noise.modes import CALMED, DROPOUT, aside, calmed, own_code
 from noetherflow.noise.squares import Sums
-from noetherflow.noise.tracked import Layout, Source, Tracked, as_function, is_view, leaves_of, mapped, part_of
-from noetherflow.noise.uses import Rows, View, Whole
+from noetherflow.noise.tracked import (
+    Layout,
+    Source,
+    Tracked,
+    as_function,
+    is_view,
+    leaves_of,
+    mapped,
+    part_of,
+    roots_of,
+)
+from noetherflow.noise.uses import Rows, Whole
 
 # Properties that are views of a tensor; all others say something about it, or cut it off from its gradient.
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
@@ -31,6 +43,10 @@ _APART = {Tensor.requires_grad_, Tensor.detach}
 _OWN_CODE: dict[Any, Any] = {
     one: own_code(one) for one in (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
 }
+
+
+# From what an operation was given and the gradient of what came out to what autograd hands on to its parameters.
+Note = Callable[[Tensor, Tensor], Iterable[Tensor | None]]
 
 
 class Rule(Protocol):
@@ -68,18 +84,18 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self.size = size
         self.sums: dict[str, Sums] = {}
-        self._names = {id(tensor): name for name, tensor in params.items()}
         self._asked, self._rules, self._keep, self._calm = asked, rules, keep_gradients, calm
         # Strong references, so that no identity is used twice.
         self._data = {id(tensor): tensor for tensor in batch}
         self._tracked: dict[int, Tracked] = {}
-        self._sources: dict[str, Tracked] = {}
+        self._stand_ins: dict[int, Tensor] = {}
+        self._hooks: list[Any] = []
+        self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._batch_second = False
         self._depth = 0
         self.unknown: dict[str, str] = {}
-        some = next(iter(params.values()))
-        # Makes outputs require gradients even if the parameters that made them do not.
-        self.anchor = torch.zeros((), dtype=some.dtype, device=some.device, requires_grad=True)
+        self.leaves: list[Tensor] = []
+        self._params = params
 
     def __exit__(self, *raised: Any) -> None:
         """Leave the mode, and with the outermost block everything that was held on to.
@@ -90,13 +106,21 @@ class Capture(TorchFunctionMode):
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
         self._depth -= 1
         if not self._depth:
-            self.unknown = {name: one.source.unknown for name, one in self._sources.items() if one.source.unknown}
-            self._data.clear()
-            self._tracked.clear()
-            self._sources.clear()
+            sources = [one.source for one in self._tracked.values()]
+            self.unknown = {one.name: one.unknown for one in sources if one.name is not None and one.unknown}
+            for one in sources:
+                one.uses.clear()  # of a backward pass that was broken off
+            for _, hook in self._hooks:
+                hook.remove()
+            for kept in (self._hooks, self._data, self._tracked, self._stand_ins):
+                kept.clear()
 
     def __enter__(self) -> "Capture":
         """Enter the mode, once more if it is active."""
+        if not self._depth:
+            # All at once, not when the forward pass meets them: code between large products is out of the cache.
+            for name, leaf in self._params.items():
+                self._gather(self._root(leaf), Source(name, leaf.shape))
         super().__enter__()  # type: ignore[no-untyped-call]
         self._depth += 1
         return self
@@ -110,7 +134,7 @@ class Capture(TorchFunctionMode):
         data = known = False
         for leaf in leaves:
             data = data or self.is_data(leaf)
-            known = known or id(leaf) in self._tracked or id(leaf) in self._names
+            known = known or id(leaf) in self._tracked or id(leaf) in self._stand_ins
         if func in _OWN_CODE:
             with self:  # layers under checkpoint are computed again, and have to be seen again
                 return _OWN_CODE[func](*args, **kwargs)
@@ -118,7 +142,8 @@ class Capture(TorchFunctionMode):
             return self._mark(calmed(func, args, kwargs), leaves)
         if not known or not torch.is_grad_enabled() or _is_apart(func):
             return self._mark(func(*args, **kwargs), leaves) if data else func(*args, **kwargs)
-        args, kwargs = mapped(self._enter, args), mapped(self._enter, kwargs)
+        if self._stand_ins:
+            args, kwargs = mapped(self._stand_in, args), mapped(self._stand_in, kwargs)
         if not data:
             return self._derive(func, args, kwargs)
         rule = self._rules.get(func)
@@ -141,19 +166,20 @@ class Capture(TorchFunctionMode):
         """How tensors are laid out at this point of the forward pass."""
         return Layout(self.size, self._batch_second)
 
-    def tap(self, output: Tensor, source: Tensor, note: Callable[[Tensor, Tensor], None], *tracked: Tracked) -> Tensor:
+    def tap(self, output: Tensor, source: Tensor, note: Note, *tracked: Tracked) -> Tensor:
         """The output of an operation computed without its parameters' gradients, with a note to be made of them.
 
         Args:
             output: What the operation returned: no view, and not saved for its own backward pass.
             source: A tensor that the note will need again.
-            note: Called in the backward pass with that tensor and the gradient of the output.
+            note: Called in the backward pass with that tensor and the gradient of the output; returns what each
+                parameter's `Tracked.note` does.
             tracked: The parameters it is about.
 
         Returns:
             The output, which now requires gradients.
         """
-        return _Tap.apply(output, source, note, *(one.tensor for one in tracked))  # type: ignore[no-untyped-call]
+        return _Tap.apply(output, source, note, *roots_of(*tracked))  # type: ignore[no-untyped-call]
 
     def spread(self, tracked: Tracked, shape: tuple[int, ...]) -> Tensor:
         """A parameter once per example, as a tensor whose gradient is noted.
@@ -166,10 +192,10 @@ class Capture(TorchFunctionMode):
             The expanded tensor.
         """
 
-        def note(gradient: Tensor) -> None:
-            tracked.note(Whole(tracked.views, gradient.reshape(self.size, *tracked.tensor.shape)))
+        def note(gradient: Tensor) -> Tensor | None:
+            return tracked.note(Whole(tracked.views, gradient.reshape(self.size, *tracked.tensor.shape)))
 
-        return _Spread.apply(tracked.tensor, shape, note)  # type: ignore[no-untyped-call]
+        return _Spread.apply(tracked.tensor, shape, note, tracked.root)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def batch_second(self) -> Iterator[None]:
@@ -181,22 +207,47 @@ class Capture(TorchFunctionMode):
         finally:
             self._batch_second = before
 
-    def _enter(self, leaf: Tensor) -> Tensor:
-        """A parameter, replaced by a tensor that stands for it in the graph."""
-        name = self._names.get(id(leaf))
-        if name is None:
+    def _stand_in(self, leaf: Tensor) -> Tensor:
+        return self._stand_ins.get(id(leaf), leaf)
+
+    def _root(self, leaf: Tensor) -> Tensor:
+        """What stands for a parameter in the graph: best the parameter."""
+        if self._keep and not leaf._backward_hooks:
             return leaf
-        if name not in self._sources:
-            source = Source(name, leaf.shape)
-            self._sources[name] = self._gather(leaf if self._keep else leaf.detach(), source)
-        return self._sources[name].tensor
+        if self._keep:
+            root = leaf.view_as(leaf)  # hooks of the user's come after it, and see the whole gradient
+        else:
+            root = leaf.detach().requires_grad_()
+            self.leaves.append(root)
+        self._stand_ins[id(leaf)] = root
+        return root
 
-    def _gather(self, tensor: Tensor, source: Source) -> Tracked:
-        stand_in = _Gather.apply(tensor, self.anchor, lambda g: self._finish(source, tensor, g))  # type: ignore[no-untyped-call]
-        return self._track(source, stand_in)
+    def _gather(self, root: Tensor, source: Source) -> Tracked:
+        """A tensor as a source: what arrives at its place in the graph is replaced by what was noted of it.
 
-    def _track(self, source: Source, tensor: Tensor, views: tuple[View, ...] = ()) -> Tracked:
-        tracked = self._tracked[id(tensor)] = Tracked(source, tensor, views)
+        The hook must not hold on to the tensor, which holds on to the graph and so to the hook.
+        """
+        like = root.detach()
+        edge = get_gradient_edge(root)
+        place = edge.output_nr
+
+        def arrive(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+            with aside():
+                found = self._finish(source, like, gradients[place])
+            return (*gradients[:place], found, *gradients[place + 1 :])
+
+        # Held as well: that of a parameter lives no longer than what refers to it.
+        self._hooks.append((edge.node, edge.node.register_prehook(arrive)))
+        return self._track(Tracked(source, root, root, self._zero(root).expand(root.shape)))
+
+    def _zero(self, like: Tensor) -> Tensor:
+        kind = like.dtype, like.device
+        if kind not in self._zeros:
+            self._zeros[kind] = like.new_zeros(())
+        return self._zeros[kind]
+
+    def _track(self, tracked: Tracked) -> Tracked:
+        self._tracked[id(tracked.tensor)] = tracked
         return tracked
 
     def _mark(self, found: Any, leaves: list[Tensor]) -> Any:
@@ -231,7 +282,7 @@ class Capture(TorchFunctionMode):
             if len(parents) == 1 and is_view(one, parents[0].tensor):
                 again = as_function(func, args, kwargs, parents[0].tensor)
                 view = again if isinstance(result, Tensor) else part_of(again, index)
-                self._track(parents[0].source, one, (*parents[0].views, view))
+                self._track(replace(parents[0], tensor=one, views=(*parents[0].views, view)))
             elif isinstance(result, Tensor):
                 source = Source(
                     None, one.shape, parents, as_function(func, args, kwargs, *(parent.tensor for parent in parents))
@@ -278,29 +329,12 @@ class Capture(TorchFunctionMode):
         return stack.sum(0) if self._keep else None
 
 
-class _Gather(Function):
-    """A tensor as it is; its gradient is what has been noted of it."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, anchor: Tensor, finish: Callable[[Tensor | None], Tensor | None]) -> Tensor:
-        ctx.finish = finish
-        ctx.set_materialize_grads(False)
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        with aside():
-            return ctx.finish(gradients[0]), None, None
-
-
 class _Tap(Function):
     """A tensor as it is; its gradient is noted in passing."""
 
     @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, source: Tensor, note: Callable[[Tensor, Tensor], None], *tracked: Tensor
-    ) -> Tensor:
-        ctx.note, ctx.count = note, len(tracked)
+    def forward(ctx: Any, output: Tensor, source: Tensor, note: Note, *roots: Tensor) -> Tensor:
+        ctx.note, ctx.count = note, len(roots)
         ctx.save_for_backward(source)
         ctx.mark_dirty(output)
         ctx.set_materialize_grads(False)
@@ -309,17 +343,19 @@ class _Tap(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         (gradient,) = gradients
-        if gradient is not None:
-            with aside():
-                ctx.note(ctx.saved_tensors[0], gradient)
-        return gradient, None, None, *(None,) * ctx.count
+        if gradient is None:
+            return None, None, None, *(None,) * ctx.count
+        with aside():
+            return gradient, None, None, *ctx.note(ctx.saved_tensors[0], gradient)
 
 
 class _Spread(Function):
     """A tensor expanded; the gradient of every copy is noted."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, shape: tuple[int, ...], note: Callable[[Tensor], None]) -> Tensor:
+    def forward(
+        ctx: Any, tensor: Tensor, shape: tuple[int, ...], note: Callable[[Tensor], Tensor | None], root: Tensor
+    ) -> Tensor:
         ctx.note = note
         ctx.set_materialize_grads(False)
         return tensor.expand(shape)
@@ -327,10 +363,8 @@ class _Spread(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         (gradient,) = gradients
-        if gradient is not None:
-            with aside():
-                ctx.note(gradient)
-        return None, None, None
+        with aside():
+            return None, None, None, None if gradient is None else ctx.note(gradient)
 
 
 def _is_apart(func: Any) -> bool:

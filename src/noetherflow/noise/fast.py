@@ -47,7 +47,7 @@ class FastPass:
         self._symmetries = along_axes(subject.symmetries)
         self._subject, self._max_bytes = subject, max_bytes
         self._differentiated = subject.after(self._differentiate)
-        self._anchor = torch.zeros(())
+        self._capture: Capture | None = None
         self._own: list[int] = []
         self._asked = asked_of(subject.trained, self._symmetries, variances=variances)
         self._each: Ledger | None = None
@@ -138,7 +138,7 @@ class FastPass:
         capture = Capture(subject.trained, self._asked, len(own[0]), own, RULES, keep_gradients=False, calm=calm)
         # Compiled code would not be seen.
         with torch.compiler.set_stance("force_eager"), torch.enable_grad(), capture:
-            self._anchor = capture.anchor
+            self._capture = capture
             losses = self._differentiated(subject.trained, batch)
         self.unknown = capture.unknown | self.unknown
         sums = completed(capture.sums, subject.trained, self._asked)
@@ -146,8 +146,9 @@ class FastPass:
 
     def _differentiate(self, losses: Tensor) -> Tensor:
         """The backward pass, in which layers under checkpoint look for their parameters once more."""
-        if isinstance(losses, Tensor) and losses.requires_grad:
-            torch.autograd.grad(losses.sum(), [self._anchor], allow_unused=True)
+        leaves = self._capture.leaves if self._capture else []
+        if leaves and isinstance(losses, Tensor) and losses.requires_grad:
+            torch.autograd.backward(losses.sum(), inputs=leaves)
         return losses
 
     def _settle(self) -> None:

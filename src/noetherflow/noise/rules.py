@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
-from noetherflow.noise.capture import Capture, Rule
+from noetherflow.noise.capture import Capture, Note, Rule
 from noetherflow.noise.modes import aside, own_code
 from noetherflow.noise.passes import affine_sums, channel_sums
-from noetherflow.noise.tracked import Tracked
+from noetherflow.noise.tracked import Tracked, roots_of
 from noetherflow.noise.uses import Convolution, Outer, Rows, Whole, padded
 
 RULES: dict[Any, Rule] = {}
@@ -62,43 +62,39 @@ def _linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def note(inputs: Tensor, outputs: Tensor) -> None:
-        g = layout.examples_first(outputs)
+    def note(inputs: Tensor, outputs: Tensor) -> list[Tensor | None]:
+        g, found = layout.examples_first(outputs), []
         if w is not None:
             tokens = layout.examples_first(inputs)
-            w.note(Outer(w.views, g, tokens) if transposed else Outer(w.views, tokens, g))
+            found.append(w.note(Outer(w.views, g, tokens) if transposed else Outer(w.views, tokens, g)))
         if b is not None:
-            b.note(Whole(b.views, g.sum(1) if g.shape[1] > 1 else g[:, 0]))
+            found.append(b.note(Whole(b.views, g.sum(1) if g.shape[1] > 1 else g[:, 0])))
+        return found
 
-    return _Linear.apply(x, weight.t() if transposed else weight, bias, note)  # type: ignore[no-untyped-call]
+    weight = weight.t() if transposed else weight
+    return _Linear.apply(x, weight, bias, note, *roots_of(w, b))  # type: ignore[no-untyped-call]
 
 
 class _Linear(Function):
     """A linear map whose parameters' gradients are noted instead of computed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, note: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, note: Note, *roots: Tensor) -> Tensor:
         ctx.note = note
         ctx.save_for_backward(x, weight)
-        # Written into a tensor of its own, so that what follows may work in place.
-        output = x.new_empty(*x.shape[:-1], len(weight))
-        flat = output.view(-1, len(weight))
-        if bias is None:
-            torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out=flat)
-        else:
-            torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t(), out=flat)
-        return output
+        output = functional.linear(x, weight, bias)
+        # No view, so that what follows may work in place.
+        return output if output._base is None else torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
         with aside():
-            ctx.note(x, gradient)
             back = None
             if ctx.needs_input_grad[0]:
                 back = (gradient.reshape(-1, len(weight)) @ weight).view(x.shape)
-        return back, None, None, None
+            return back, None, None, None, *ctx.note(x, gradient)
 
 
 @rule_for(torch.conv1d, torch.conv2d, torch.conv3d)
@@ -121,12 +117,14 @@ def convolution(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict
     w, b = capture.tracked(weight), capture.tracked(bias)
     output = func(x, weight.detach(), None if bias is None else bias.detach(), stride, padding, dilation, groups)
 
-    def note(inputs: Tensor, outputs: Tensor) -> None:
+    def note(inputs: Tensor, outputs: Tensor) -> list[Tensor | None]:
+        found = []
         if w is not None:
             patched = padded(inputs.to(outputs.dtype), padding)
-            w.note(Convolution(w.views, patched, outputs, stride, dilation, groups, weight.shape[2:]))
+            found.append(w.note(Convolution(w.views, patched, outputs, stride, dilation, groups, weight.shape[2:])))
         if b is not None:
-            b.note(Whole(b.views, outputs.flatten(2).sum(2)))
+            found.append(b.note(Whole(b.views, outputs.flatten(2).sum(2))))
+        return found
 
     return capture.tap(output, x, note, *_present(w, b))
 
@@ -141,12 +139,12 @@ def embedding(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[s
         return NotImplemented
     padding = None if padding is None else padding % len(weight)
 
-    def note(tokens: Tensor, outputs: Tensor) -> None:
+    def note(tokens: Tensor, outputs: Tensor) -> list[Tensor | None]:
         ids = tokens.reshape(capture.size, -1)
         outputs = outputs.reshape(capture.size, ids.shape[1], -1)
         if padding is not None:
             outputs = outputs.masked_fill((ids == padding)[..., None], 0.0)
-        table.note(Rows(table.views, ids, outputs))
+        return [table.note(Rows(table.views, ids, outputs))]
 
     # Indexing makes a tensor of its own, functional.embedding a view.
     return capture.tap(weight.detach()[ids], ids, note, table)
@@ -164,10 +162,10 @@ def layer_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
     eps = 1e-5 if eps is None else eps
     output, mean, deviation = torch.native_layer_norm(x, shape, fixed[0], fixed[1], eps)
 
-    def note(inputs: Tensor, outputs: Tensor) -> None:
+    def note(inputs: Tensor, outputs: Tensor) -> list[Tensor | None]:
         parts = (inputs, outputs, mean.detach(), deviation.detach())
         x, g, m, r = (layout.examples_first(one, kept) for one in parts)
-        _note_affine(w, b, *affine_sums(x, g, m, r))
+        return _note_affine(w, b, *affine_sums(x, g, m, r))
 
     return capture.tap(output, x, note, *_present(w, b))
 
@@ -185,10 +183,10 @@ def group_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
     places, eps = x[0, 0].numel(), 1e-5 if eps is None else eps
     output, mean, deviation = torch.native_group_norm(x, fixed[0], fixed[1], size, channels, places, groups, eps)
 
-    def note(inputs: Tensor, outputs: Tensor) -> None:
+    def note(inputs: Tensor, outputs: Tensor) -> list[Tensor | None]:
         products, sums = channel_sums(inputs, outputs)
         m, r = (one.detach().repeat_interleave(channels // groups, 1) for one in (mean, deviation))
-        _note_affine(w, b, (products - m * sums) * r, sums)
+        return _note_affine(w, b, (products - m * sums) * r, sums)
 
     return capture.tap(output, x, note, *_present(w, b))
 
@@ -205,18 +203,15 @@ def batch_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
     fixed = [None if one is None else one.detach() for one in (weight, bias)]
     output = func(x, mean, variance, *fixed, False, 0.0, eps)
 
-    def note(inputs: Tensor, outputs: Tensor) -> None:
+    def note(inputs: Tensor, outputs: Tensor) -> list[Tensor | None]:
         products, sums = channel_sums(inputs, outputs)
-        _note_affine(w, b, (products - mean * sums) * (variance + eps).rsqrt(), sums)
+        return _note_affine(w, b, (products - mean * sums) * (variance + eps).rsqrt(), sums)
 
     return capture.tap(output, x, note, *_present(w, b))
 
 
-def _note_affine(w: Tracked | None, b: Tracked | None, gains: Tensor, biases: Tensor) -> None:
-    if w is not None:
-        w.note(Whole(w.views, gains))
-    if b is not None:
-        b.note(Whole(b.views, biases))
+def _note_affine(w: Tracked | None, b: Tracked | None, gains: Tensor, biases: Tensor) -> list[Tensor | None]:
+    return [one.note(Whole(one.views, found)) for one, found in ((w, gains), (b, biases)) if one is not None]
 
 
 @rule_for(functional.rms_norm)

@@ -43,15 +43,32 @@ class Source:
 @final
 @dataclass(frozen=True, eq=False)
 class Tracked:
-    """A tensor of the forward pass that is a source or a view of one."""
+    """A tensor of the forward pass that is a source or a view of one.
+
+    Args:
+        source: Which one.
+        tensor: The tensor.
+        root: The source as a tensor.
+        zero: Zeros of its shape.
+        views: What leads from the source to the tensor.
+    """
 
     source: Source
     tensor: Tensor
+    root: Tensor
+    zero: Tensor
     views: tuple[View, ...] = ()
 
-    def note(self, use: Use) -> None:
-        """Keep a use until the last one of its source is there."""
-        self.source.uses.append(use)
+    def note(self, use: Use) -> Tensor | None:
+        """Keep a use until the last one of its source is there.
+
+        Returns:
+            What to hand on to the source as a gradient. Where the whole one takes its place something has to arrive,
+            but only once, or autograd would add up zeros.
+        """
+        uses = self.source.uses
+        uses.append(use)
+        return self.zero if len(uses) == 1 else None
 
 
 @final
@@ -87,6 +104,11 @@ class Layout:
             tokens = tensor if tensor.ndim - kept >= 2 else tensor.reshape(-1, self.size, *last)
             return tokens.transpose(0, 1).reshape(self.size, -1, *last)
         return tensor.reshape(self.size, -1, *last)
+
+
+def roots_of(*tracked: Tracked | None) -> list[Tensor]:
+    """The tensors to which the gradients of some uses go on."""
+    return [one.root for one in tracked if one is not None]
 
 
 def leaves_of(values: Iterable[Any]) -> Iterator[Tensor]:
