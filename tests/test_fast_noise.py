@@ -15,9 +15,10 @@ import noetherflow as nf
 from noetherflow import _batch
 from noetherflow.noise import collect as collecting
 from noetherflow.noise import passes
-from noetherflow.noise.asked import Asked, Squares
+from noetherflow.noise.asked import Asked, Page
 from noetherflow.noise.collect import collect
-from noetherflow.noise.squares import Sums, squares_of, squares_of_stack
+from noetherflow.noise.ledger import WHOLE, Sums
+from noetherflow.noise.squares import square, square_stack
 from noetherflow.noise.uses import Outer
 from zoo import ZOO, Animal, Call, ids, regression, sequential, tokens_of
 
@@ -221,17 +222,20 @@ def test_every_way_of_adding_up(
     generator = torch.Generator().manual_seed(0)
     x, g = (torch.randn(size, tokens, k, generator=generator, dtype=torch.float64) for k in (m, n))
     asked = Asked(rows, columns, entries, (nf.Axis("w", 0, 0, (n + 1) // 2), nf.Axis("w", 1)) if small else ())
-    (wanted, _), together = squares_of_stack(g.mT @ x, asked), squares_of((g.mT @ x).sum(0), asked)
+    page = Page.of(torch.Size((n, m)), asked)
+    wanted = Sums.blank(page, x)
+    square(square_stack(g.mT @ x, wanted), wanted, WHOLE)
     for threshold, loops in ((0, True), (2**14, True), (0, False), (2**14, False)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collecting, "_SMALL", threshold)
             if not loops:
-                patch.setattr(passes, "_arrays", lambda *_: [])
-            squares, whole, gradient = collect([Outer((), x, g)], torch.Size((n, m)), asked, x)
+                patch.setattr(passes, "_arrays", lambda *_, **__: [])
+            found = Sums.blank(page, x)
+            gradient = collect([Outer((), x, g)], found, x)
         torch.testing.assert_close(gradient, (g.mT @ x).sum(0), **TIGHT)
         for field in ("total", "rows", "columns", "entries", "grams"):
-            torch.testing.assert_close(getattr(squares, field), getattr(wanted, field), **TIGHT)
-            torch.testing.assert_close(getattr(whole, field), getattr(together, field), **TIGHT)
+            torch.testing.assert_close(getattr(found.each, field), getattr(wanted.each, field), **TIGHT)
+            torch.testing.assert_close(getattr(found.whole, field), getattr(wanted.whole, field), **TIGHT)
 
 
 @pytest.mark.usefixtures("any_direction")
@@ -239,13 +243,12 @@ def test_gradients_of_a_tied_weight_are_summed_before_they_are_squared(monkeypat
     """The twin that must fail: every use squared on its own."""
     model, loss, batch = in_double(regression(Reused(), (5, 3), (5, 3)))
 
-    def apart(uses: Any, shape: torch.Size, asked: Asked, like: Tensor) -> Any:
-        parts = [collect([use], shape, asked, like) for use in uses]
-        squares: Squares = parts[0].each
-        for part in parts[1:]:
-            squares = squares.combine(part.each, 1.0)
-        gradient = torch.stack([part.gradient for part in parts]).sum(0)
-        return Sums(squares, squares_of(gradient, asked), gradient)
+    def apart(uses: Any, sums: Sums, like: Tensor) -> Tensor:
+        parts = [collect([use], sums, like) for use in uses]
+        sums.numbers[WHOLE] = 0.0
+        gradient = torch.stack(parts).sum(0)
+        square(gradient, sums, WHOLE)
+        return gradient
 
     exact = nf.estimate_noise(model, loss, [batch], {}, exact=True)
     monkeypatch.setattr("noetherflow.noise.capture.collect", apart)

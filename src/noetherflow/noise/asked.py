@@ -1,5 +1,6 @@
 """What the symmetries ask of each parameter's gradients, and how their Grams are put together from the answers."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
@@ -30,52 +31,92 @@ class Asked:
     grams: tuple[Axis, ...] = ()
 
 
+# Where nothing was asked for.
+ABSENT = -1
+
+
+@final
+@dataclass(frozen=True)
+class Page:
+    """Where in a vector the squares of one parameter's gradients are: their total comes first.
+
+    Args:
+        shape: Of the parameter.
+        asked: What is wanted.
+        rows: Where sums by row begin, or ABSENT.
+        columns: The same by column.
+        grams: Where the Gram matrix along each axis begins.
+        length: Of the vector.
+    """
+
+    shape: torch.Size
+    asked: Asked
+    rows: int
+    columns: int
+    grams: dict[Axis, int]
+    length: int
+
+    @classmethod
+    def of(cls, shape: torch.Size, asked: Asked) -> "Page":
+        """One field after the other."""
+        rows = columns = ABSENT
+        end = 1
+        if asked.rows:
+            rows, end = end, end + shape[:1].numel()
+        if asked.columns:
+            columns, end = end, end + shape[1:].numel()
+        grams = {}
+        for axis in asked.grams:
+            grams[axis], end = end, end + axis.size(torch.empty(shape, device="meta")) ** 2
+        return cls(shape, asked, rows, columns, grams, end)
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Squares:
     """The answers: squares of one gradient, or sums of them over examples.
 
     Args:
-        total: The sum of all squares, shape ().
-        rows: Shape (n, 1, ..., 1), or None if it was not asked for.
-        columns: Shape (1, *rest), or None.
-        entries: The shape of the parameter, or None; of one batch in the precision of its gradients.
-        grams: For each axis asked for, shape (n, n).
+        page: Where in the vector what is.
+        numbers: Shape (..., length of the page), float64.
+        entries: The square of every entry if they were asked for, shape (..., *shape of the parameter).
     """
 
-    total: Tensor
-    rows: Tensor | None
-    columns: Tensor | None
+    page: Page
+    numbers: Tensor
     entries: Tensor | None
-    grams: dict[Axis, Tensor]
 
-    def combine(self, other: "Squares", weight: float) -> "Squares":
-        """This plus a multiple of another."""
+    @property
+    def total(self) -> Tensor:
+        """The sum of all squares."""
+        return self.numbers[..., 0]
 
-        def both(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-            return None if mine is None or theirs is None else torch.add(mine, theirs, alpha=weight)
+    @property
+    def rows(self) -> Tensor | None:
+        """Shape (n, 1, ..., 1), or None if they were not asked for."""
+        shape = self.page.shape
+        return self._part(self.page.rows, (*shape[:1], *(1,) * len(shape[1:])))
 
-        return Squares(
-            self.total + weight * other.total,
-            both(self.rows, other.rows),
-            both(self.columns, other.columns),
-            both(self.entries, other.entries),
-            {axis: gram + weight * other.grams[axis] for axis, gram in self.grams.items()},
-        )
+    @property
+    def columns(self) -> Tensor | None:
+        """Shape (1, *rest), or None."""
+        shape = self.page.shape
+        return self._part(self.page.columns, (*(1,) * len(shape[:1]), *shape[1:]))
 
-    def scaled(self, factor: float) -> "Squares":
-        """A multiple, in float64."""
+    @property
+    def grams(self) -> dict[Axis, Tensor]:
+        """For each axis asked for, shape (n, n)."""
+        found = {}
+        for axis, start in self.page.grams.items():
+            size = axis.size(torch.empty(self.page.shape, device="meta"))
+            found[axis] = self.numbers[..., start : start + size**2].unflatten(-1, (size, size))
+        return found
 
-        def times(mine: Tensor | None) -> Tensor | None:
-            return None if mine is None else mine.double() if factor == 1.0 else mine.double() * factor
-
-        return Squares(
-            self.total * factor,
-            times(self.rows),
-            times(self.columns),
-            times(self.entries),
-            {axis: gram * factor for axis, gram in self.grams.items()},
-        )
+    def _part(self, start: int, shape: tuple[int, ...]) -> Tensor | None:
+        if start == ABSENT:
+            return None
+        part = self.numbers[..., start : start + math.prod(shape)]
+        return part.reshape(*part.shape[:-1], *shape)
 
 
 def asked_of(params: Params, symmetries: Mapping[str, AxisSymmetry], *, variances: bool) -> dict[str, Asked]:

@@ -181,7 +181,7 @@ class Pool:
         if self._scatter is None:
             self._scatter = scatter.scaled(weight**-2)
         else:
-            self._scatter.combine(scatter, weight**-2, reuse=True)
+            self._scatter.combine(scatter, weight**-2)
         self._batches.add(size, scatter, freedom * weight**2)
         self._freedom += freedom
         return True

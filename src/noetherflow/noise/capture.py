@@ -19,10 +19,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from noetherflow._per_example import each
-from noetherflow.noise.asked import Asked
+from noetherflow.noise.asked import Asked, Page
 from noetherflow.noise.collect import collect, stacked
+from noetherflow.noise.ledger import Contents, Ledger, Sums
 from noetherflow.noise.modes import CALMED, DROPOUT, aside, calmed, own_code
-from noetherflow.noise.squares import Sums
+from noetherflow.noise.passes import accumulator
 from noetherflow.noise.tracked import (
     Layout,
     Source,
@@ -62,7 +63,7 @@ class Capture(TorchFunctionMode):
 
     Args:
         params: Trained parameters by name; of these, every use is noted.
-        asked: What to add up for each.
+        contents: What to add up for each.
         size: Number of examples of the batch.
         batch: Its tensors that have an entry per example.
         rules: What to do about each function that meets a parameter and data.
@@ -73,7 +74,7 @@ class Capture(TorchFunctionMode):
     def __init__(
         self,
         params: Mapping[str, Tensor],
-        asked: Mapping[str, Asked],
+        contents: Contents,
         size: int,
         batch: Iterable[Tensor],
         rules: Mapping[Any, Rule],
@@ -83,8 +84,9 @@ class Capture(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.size = size
-        self.sums: dict[str, Sums] = {}
-        self._asked, self._rules, self._keep, self._calm = asked, rules, keep_gradients, calm
+        self.ledger = Ledger.blank(contents, next(iter(params.values())))
+        self.gradients: dict[str, Tensor | None] = {}
+        self._rules, self._keep, self._calm = rules, keep_gradients, calm
         # Strong references, so that no identity is used twice.
         self._data = {id(tensor): tensor for tensor in batch}
         self._tracked: dict[int, Tracked] = {}
@@ -223,10 +225,8 @@ class Capture(TorchFunctionMode):
         return root
 
     def _gather(self, root: Tensor, source: Source) -> Tracked:
-        """A tensor as a source: what arrives at its place in the graph is replaced by what was noted of it.
-
-        The hook must not hold on to the tensor, which holds on to the graph and so to the hook.
-        """
+        """A tensor as a source: what arrives at its place in the graph is replaced by what was noted of it."""
+        # The hook must not hold on to the tensor, which holds on to the graph and so to the hook.
         like = root.detach()
         edge = get_gradient_edge(root)
         place = edge.output_nr
@@ -299,24 +299,26 @@ class Capture(TorchFunctionMode):
             if id(leaf) in self._tracked:
                 self._tracked[id(leaf)].source.refuse(getattr(func, "__name__", str(func)))
 
-    def _finish(self, source: Source, tensor: Tensor, incoming: Tensor | None) -> Tensor | None:
+    def _finish(self, source: Source, like: Tensor, incoming: Tensor | None) -> Tensor | None:
         """All uses of a source are there: add up what is asked for, and let the gradient go on."""
         uses, source.uses = source.uses, []
+        if uses and source.name in self.gradients:
+            source.refuse("a second backward pass")
         if source.unknown:
             own = [use for use in uses if not use.native]
-            gradient = collect(own, source.shape, Asked(), tensor).gradient if own else None
-            parts = [one for one in (incoming, gradient) if one is not None]
-            return torch.stack(parts).sum(0).to(tensor.dtype) if self._keep and parts else None
+            nothing = Page.of(source.shape, Asked())
+            parts = [] if incoming is None else [incoming]
+            if own:
+                parts.append(collect(own, Sums.blank(nothing, like), like))
+            return torch.stack(parts).sum(0).to(like.dtype) if self._keep and parts else None
         if not uses:
             return incoming if self._keep else None
         if source.name is not None:
-            sums = collect(uses, source.shape, self._asked[source.name], tensor)
-            gradient = sums.gradient
-            assert gradient is not None
+            gradient = collect(uses, self.ledger.sums(source.name, accumulator(like)), like).to(like.dtype)
             # A gradient that goes on is not held on to, or autograd would copy it.
-            self.sums[source.name] = sums._replace(gradient=None) if self._keep else sums
-            return gradient.to(tensor.dtype) if self._keep else None
-        stack = stacked(uses, source.shape, tensor)
+            self.gradients[source.name] = None if self._keep else gradient
+            return gradient if self._keep else None
+        stack = stacked(uses, source.shape, like)
         if source.ids is not None:
             (table,) = source.parents
             ids = source.ids.reshape(1, -1).expand(self.size, -1)

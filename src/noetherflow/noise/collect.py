@@ -1,23 +1,15 @@
 """From the uses of one parameter to the squares of its per-example gradients, without keeping any of these."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from noetherflow._types import Params
-from noetherflow.noise.asked import Asked, Squares
-from noetherflow.noise.passes import accumulator, distinct_rows, lengths, table_sums, weighted_squares, wide
-from noetherflow.noise.squares import (
-    GramSums,
-    Sums,
-    Tally,
-    gradient_grams,
-    squares_of,
-    squares_of_stack,
-    squares_of_vectors,
-)
+from noetherflow.noise.asked import ABSENT, Asked
+from noetherflow.noise.ledger import EACH, WHOLE, Sums
+from noetherflow.noise.passes import accumulator, distinct_rows, scan_outer, scan_tables, scanner, wide
+from noetherflow.noise.squares import GramSums, square, square_stack, square_vectors
 from noetherflow.noise.strips import in_strips
 from noetherflow.noise.uses import Convolution, Outer, Product, Rows, Use, Whole
 from noetherflow.symmetry import Axis
@@ -28,54 +20,41 @@ _CALL = 500_000  # the calls that one example takes by itself
 # Examples whose gradients are formed together, if one is smaller than this.
 _SMALL = 2**14
 _TOGETHER = 2**18
-# Numbers that the cache next to a core holds.
-_CACHED = 2**18
 
 
-def completed(sums: Mapping[str, Sums], params: Params, asked: Mapping[str, Asked]) -> dict[str, Sums]:
-    """The same, with zeros for parameters that no gradient reached."""
-    found = dict(sums)
-    for name, one in params.items():
-        if name not in found:
-            gradient = torch.zeros_like(one)
-            nothing = squares_of(gradient, asked[name])
-            found[name] = Sums(nothing, nothing, gradient)
-    return found
-
-
-def collect(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) -> Sums:
+def collect(uses: Sequence[Use], sums: Sums, like: Tensor) -> Tensor:
     """Add up what is asked for, in the way that costs least.
 
     Args:
         uses: All uses of the parameter; gradients of different uses are summed before they are squared.
-        shape: Of the parameter.
-        asked: What to add up beyond the sum of all squares.
+        sums: Where to add squares.
         like: A tensor of the dtype and device of the gradients.
 
     Returns:
-        The sums.
+        The sum of all gradients.
     """
+    shape, asked = sums.page.shape, sums.page.asked
     # First one that fills the whole parameter, if there is any: it need not find zeros.
     uses = sorted(uses, key=lambda use: (isinstance(use, Rows), bool(use.views)))
     if all(isinstance(use, Whole) for use in uses) or len(shape) < 2:
-        return _whole(uses, shape, asked, like)
+        return _whole(uses, sums, like)
     if len(uses) == 1 and not uses[0].views:
         use = uses[0]
         if isinstance(use, Outer):
             if use.inputs.shape[1] == 1:
-                return _token_free(use.inputs[:, 0], use.outputs[:, 0], asked)
+                return _token_free(use.inputs[:, 0], use.outputs[:, 0], sums)
             if _is_cheaper_by_tokens(use, asked):
-                return _by_tokens(use, asked)
+                return _by_tokens(use, sums)
             if shape.numel() <= _SMALL:
-                return _stacked(use, shape, asked)
+                return _stacked(use, sums)
         if isinstance(use, Rows) and not any(axis.dim % 2 == 0 or axis.within for axis in asked.grams):
-            return _table(use, shape, asked)
+            return _table(use, sums)
     first, tables = uses[0], [use for use in uses[1:] if isinstance(use, Rows)]
     grouped = isinstance(first, Convolution) and first.groups > 1
     plain = len(tables) == len(uses) - 1 and not any(use.views for use in uses)
     if isinstance(first, Product) and plain and not grouped:
-        return in_strips(first, shape, asked, like, tables)
-    return _one_by_one(uses, shape, asked, like)
+        return in_strips(first, sums, like, tables)
+    return _one_by_one(uses, sums, like)
 
 
 def stacked(uses: Sequence[Use], shape: torch.Size, like: Tensor) -> Tensor:
@@ -87,39 +66,34 @@ def stacked(uses: Sequence[Use], shape: torch.Size, like: Tensor) -> Tensor:
     return found
 
 
-def _whole(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) -> Sums:
+def _whole(uses: Sequence[Use], sums: Sums, like: Tensor) -> Tensor:
     """Every example's gradient is there already: biases, gains, and whatever else is small."""
+    shape = sums.page.shape
     stack: Tensor | None = None
     for use in uses:
         one = use.gradients if isinstance(use, Whole) and not use.views else stacked([use], shape, like)
         stack = one if stack is None else stack + one
     assert stack is not None
-    if len(shape) == 1 and not asked.grams:
-        return squares_of_vectors(stack.reshape(len(stack), *shape), asked)
-    stack = stack.reshape(len(stack), *shape)
-    return _sums(*squares_of_stack(stack, asked), asked)
+    if len(shape) < 2:
+        return square_vectors(stack, sums)
+    return _squared(square_stack(stack, sums), sums)
 
 
-def _token_free(x: Tensor, g: Tensor, asked: Asked) -> Sums:
+def _squared(gradient: Tensor, sums: Sums) -> Tensor:
+    """The sum of all gradients, after its squares were added where they belong."""
+    square(gradient, sums, WHOLE)
+    return gradient
+
+
+def _token_free(x: Tensor, g: Tensor, sums: Sums) -> Tensor:
     """The gradient of an example is one outer product: every square is a product of squares."""
-    x_sizes, g_sizes = lengths(x), lengths(g)
-    squares = Squares(
-        torch.dot(x_sizes, g_sizes).double(),
-        weighted_squares(g, x_sizes)[:, None] if asked.rows else None,
-        weighted_squares(x, g_sizes)[None] if asked.columns else None,
-        wide(g).square().mT @ wide(x).square() if asked.entries else None,
-        {axis: _outer_gram(axis, wide(x), wide(g)) for axis in asked.grams},
-    )
-    gradient = x.new_empty(g.shape[1], x.shape[1])
-    whole = Tally(asked, gradient)
-    step = max(1, _CACHED // x.shape[1])
-    for start in range(0, len(gradient), step):
-        part = slice(start, start + step)
-        torch.mm(g.mT[part], x, out=gradient[part])
-        whole.scanner(gradient[part], part)()
-    return Sums(
-        squares, whole.squares(gradient.shape, gradient_grams(asked, gradient), lambda matrix: matrix), gradient
-    )
+    scan_outer(x, g, sums)
+    if sums.entries is not None:
+        sums.entries[EACH].addmm_(wide(g).square().mT, wide(x).square())
+    asked = sums.page.asked
+    if asked.grams:
+        sums.add_grams(EACH, {axis: _outer_gram(axis, wide(x), wide(g)) for axis in asked.grams})
+    return _squared(g.mT @ x, sums)
 
 
 def _outer_gram(axis: Axis, x: Tensor, g: Tensor) -> Tensor:
@@ -157,31 +131,25 @@ def _sides(asked: Asked) -> tuple[bool, bool]:
     return asked.rows or 0 in dims, asked.columns or 1 in dims
 
 
-def _by_tokens(use: Outer, asked: Asked) -> Sums:
+def _by_tokens(use: Outer, sums: Sums) -> Tensor:
     """From the inner products of inputs and those of output gradients, token by token."""
     # With x and g of one example, G G^T = g^T (x x^T g): the Gram matrices of all examples are one product.
     x, g = wide(use.inputs), wide(use.outputs)
-    on_rows, on_columns = _sides(asked)
-    rows = columns = total = None
-    grams = {}
-    if on_rows or not on_columns:
-        inner = x @ x.mT
-        if on_rows:
-            spread = inner @ g
-            rows = (spread * g).sum((0, 1)).double()[:, None]
-            total = rows.sum()
-            grams.update(_grams_by_tokens(0, asked, spread, g))
-        else:
-            total = (inner * (g @ g.mT)).sum().double()
-    if on_columns:
-        spread = g @ g.mT @ x
-        columns = (spread * x).sum((0, 1)).double()[None]
-        total = columns.sum() if total is None else total
-        grams.update(_grams_by_tokens(1, asked, spread, x))
-    assert total is not None
-    gradient = use.outputs.flatten(0, 1).mT @ use.inputs.flatten(0, 1)
-    each = Squares(total, rows if asked.rows else None, columns if asked.columns else None, None, grams)
-    return _sums(each, gradient, asked)
+    page, numbers = sums.page, sums.numbers[EACH]
+    on_rows, on_columns = _sides(page.asked)
+    total: Tensor | None = None
+    for side, start, wanted, one, other in (
+        (0, page.rows, on_rows, g, x), (1, page.columns, on_columns, x, g)
+    ):  # fmt: skip
+        if wanted:
+            spread = other @ other.mT @ one
+            found = (spread * one).sum((0, 1)).double()
+            total = found.sum()
+            if start != ABSENT:
+                numbers[start : start + len(found)] += found
+            sums.add_grams(EACH, _grams_by_tokens(side, page.asked, spread, one))
+    numbers[0] += ((x @ x.mT) * (g @ g.mT)).sum() if total is None else total
+    return _squared(use.outputs.flatten(0, 1).mT @ use.inputs.flatten(0, 1), sums)
 
 
 def _grams_by_tokens(dim: int, asked: Asked, spread: Tensor, side: Tensor) -> dict[Axis, Tensor]:
@@ -193,49 +161,38 @@ def _grams_by_tokens(dim: int, asked: Asked, spread: Tensor, side: Tensor) -> di
     return found
 
 
-def _table(use: Rows, shape: torch.Size, asked: Asked) -> Sums:
+def _table(use: Rows, sums: Sums) -> Tensor:
     """Tokens of one example that read the same row are summed first."""
-    rows, columns, total = table_sums(use.ids.contiguous(), use.outputs.contiguous(), shape[0])
-    entries, grams = None, {}
+    total, asked = scan_tables(use.ids.contiguous(), use.outputs.contiguous(), sums), sums.page.asked
     if asked.entries or asked.grams:
-        row, sums = distinct_rows(use.ids, use.outputs, shape[0])
-        one = wide(sums)
-        if asked.entries:
-            entries = rows.new_zeros(shape).index_add_(0, row, one.double().square())
+        row, found = distinct_rows(use.ids, use.outputs, len(total))
+        one = wide(found)
+        if sums.entries is not None:
+            sums.entries[EACH].index_add_(0, row, one.square().to(sums.entries.dtype))
         for axis in asked.grams:
             side = replace(axis, dim=0).rows(one.mT)
-            grams[axis] = (side @ side.mT).double()
-    each = Squares(
-        rows.sum(),
-        rows[:, None] if asked.rows else None,
-        columns[None] if asked.columns else None,
-        entries,
-        grams,
-    )
-    return _sums(each, total, asked)
+            sums.add_grams(EACH, {axis: (side @ side.mT).double()})
+    return _squared(total, sums)
 
 
-def _stacked(use: Outer, shape: torch.Size, asked: Asked) -> Sums:
+def _stacked(use: Outer, sums: Sums) -> Tensor:
     """Small gradients, many at a time."""
-    step = max(1, _TOGETHER // shape.numel())
-    parts = [
-        squares_of_stack(g.mT @ x, asked) for x, g in zip(use.inputs.split(step), use.outputs.split(step), strict=True)
-    ]
-    squares, gradient = parts[0]
-    for more, total in parts[1:]:
-        squares, gradient = squares.combine(more, 1.0), gradient + total
-    return _sums(squares, gradient, asked)
+    step = max(1, _TOGETHER // sums.page.shape.numel())
+    parts = zip(use.inputs.split(step), use.outputs.split(step), strict=True)
+    gradients = [square_stack(g.mT @ x, sums) for x, g in parts]
+    return _squared(torch.stack(gradients).sum(0) if len(gradients) > 1 else gradients[0], sums)
 
 
-def _one_by_one(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tensor) -> Sums:
+def _one_by_one(uses: Sequence[Use], sums: Sums, like: Tensor) -> Tensor:
     """One example after the other in one buffer: the arithmetic of autograd's own product, and a few passes more."""
+    shape = sums.page.shape
     buffer = like.new_empty(shape)
     first = uses[0] if not uses[0].views and not isinstance(uses[0], Rows) else None
     rest = [(use, use.of(buffer)) for use in uses[first is not None :]]
     matrix = buffer.view(shape[0], -1)
     gradient = torch.zeros_like(matrix, dtype=accumulator(buffer))
-    grams, each = GramSums(asked.grams, buffer), Tally(asked, gradient)
-    scan = each.scanner(matrix, total=gradient)
+    grams = GramSums(sums.page.asked.grams, buffer)
+    scan = scanner(matrix, sums, EACH, total=gradient)
     for index in range(uses[0].size):
         if first:
             first.write_to(buffer, index)
@@ -245,9 +202,5 @@ def _one_by_one(uses: Sequence[Use], shape: torch.Size, asked: Asked, like: Tens
             use.add_to(part, index)
         grams.add()
         scan()
-    squares = each.squares(shape, grams.found(), lambda one: one.reshape(-1, *shape[1:]))
-    return _sums(squares, gradient.view(shape), asked)
-
-
-def _sums(each: Squares, gradient: Tensor, asked: Asked) -> Sums:
-    return Sums(each, squares_of(gradient, asked), gradient)
+    sums.add_grams(EACH, grams.found())
+    return _squared(gradient.view(shape), sums)

@@ -14,13 +14,12 @@ from noetherflow._types import Batch
 from noetherflow.noise.asked import asked_of
 from noetherflow.noise.batches import BatchNoise, along_axes, pooled
 from noetherflow.noise.capture import Capture
-from noetherflow.noise.collect import completed
 from noetherflow.noise.exact import Subject, chunks
-from noetherflow.noise.ledger import Ledger
+from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger
 from noetherflow.noise.modes import Calm
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
-from noetherflow.noise.squares import Sums, squares_of, squares_of_stack
+from noetherflow.noise.squares import square, square_stack
 
 # Examples of the first batch that are done one by one as well: not two, so that other sizes are less likely the same.
 _CHECKED = 3
@@ -49,7 +48,7 @@ class FastPass:
         self._differentiated = subject.after(self._differentiate)
         self._capture: Capture | None = None
         self._own: list[int] = []
-        self._asked = asked_of(subject.trained, self._symmetries, variances=variances)
+        self._contents = Contents(asked_of(subject.trained, self._symmetries, variances=variances), subject.trained)
         self._each: Ledger | None = None
         self._sum: dict[str, Tensor] = {}
         self._recent: dict[str, Tensor] = {}
@@ -83,32 +82,31 @@ class FastPass:
         if not random:
             require_independent(alone, together[: len(alone)], where)
         self._subject.require_symmetric(stack, 0, where)
-        sums, _ = self._measure(select(batch, few, size), calm=random)
+        capture, _ = self._measure(select(batch, few, size), calm=random)
+        squares = capture.ledger.row(EACH).squares()
         rough = torch.finfo(together.dtype).eps ** 0.5
         for name, one in stack.items():
             truth = one.double().square().sum()
-            if name in sums and not (sums[name].each.total - truth).abs() <= rough * truth:
+            if name not in self.unknown and not (squares[name].total - truth).abs() <= rough * truth:
                 self.unknown[name] = "the gradients of single examples are others"
 
     def add(self, batch: Batch, where: str) -> bool:
         """Measure a batch; false if it has to be done exactly."""
         if not self._own:
             return False
-        sums, losses = self._measure(batch, calm=False)
+        capture, losses = self._measure(batch, calm=False)
         size = require_losses(losses, where)
-        sums.update(self._exactly(batch, size, where))
+        ledger, gradients = capture.ledger, self._gradients(capture)
+        gradients.update(self._exactly(ledger, batch, size, where))
         number = self._number + 1
-        if number & (number - 1) == 0 and not self._is_symmetric(sums, size):
+        if number & (number - 1) == 0 and not self._is_symmetric(ledger, gradients, size):
             return False
-        each = Ledger.of({name: one.each for name, one in sums.items()})
-        whole = Ledger.of({name: one.whole for name, one in sums.items()})
-        centred = each.combine(whole, -1.0 / size)
-        if size < 2 or not centred.trace > torch.finfo(losses.dtype).eps ** 0.5 * each.trace:
+        each, whole = ledger.trace
+        if size < 2 or not each - whole / size > torch.finfo(losses.dtype).eps ** 0.5 * each:
             return False
-        self._each = each.scaled(1.0) if self._each is None else self._each.combine(each, 1.0, reuse=True)
-        for name, one in sums.items():
-            gradient = one.gradient
-            assert gradient is not None
+        alone = ledger.row(EACH)
+        self._each = alone.scaled(1.0) if self._each is None else self._each.combine(alone, 1.0)
+        for name, gradient in gradients.items():
             if name in self._sum:
                 self._recent[name] += gradient
             else:
@@ -116,7 +114,7 @@ class FastPass:
                 self._recent[name] = torch.zeros_like(gradient)
         if number % _RECENT == 0:
             self._settle()
-        self._batches.add(size, centred, size - 1)
+        self._batches.add(size, ledger.settled(-1.0 / size), size - 1)
         self._number = number
         return True
 
@@ -125,24 +123,34 @@ class FastPass:
         self._settle()
         trained, count = self._subject.trained, self.count
         assert self._each is not None
-        whole = Ledger.of({name: squares_of(self._sum[name], self._asked[name]) for name in trained})
+        ledger = Ledger.blank(self._contents, next(iter(trained.values())))
+        for name in trained:
+            square(self._sum[name], ledger.sums(name, torch.float64), WHOLE)
         mean = {name: self._sum[name] / count for name in trained}
-        scatter = self._each.combine(whole, -1.0 / count)
+        scatter = ledger.row(WHOLE).scaled(-1.0 / count).combine(self._each, 1.0)
         return replace(pooled(self._symmetries, scatter, mean, self._batches), fallback=dict(self.unknown))
 
-    def _measure(self, batch: Batch, *, calm: bool) -> tuple[dict[str, Sums], Tensor]:
-        """Sums for every parameter that can be measured so, and the losses."""
+    def _measure(self, batch: Batch, *, calm: bool) -> tuple[Capture, Tensor]:
+        """What is seen of every parameter that can be measured so, and the losses."""
         subject = self._subject
         leaves = tensors_of(batch)
         own = [leaves[index] for index in self._own]
-        capture = Capture(subject.trained, self._asked, len(own[0]), own, RULES, keep_gradients=False, calm=calm)
+        capture = Capture(subject.trained, self._contents, len(own[0]), own, RULES, keep_gradients=False, calm=calm)
         # Compiled code would not be seen.
         with torch.compiler.set_stance("force_eager"), torch.enable_grad(), capture:
             self._capture = capture
             losses = self._differentiated(subject.trained, batch)
         self.unknown = capture.unknown | self.unknown
-        sums = completed(capture.sums, subject.trained, self._asked)
-        return {name: one for name, one in sums.items() if name not in self.unknown}, losses.detach()
+        return capture, losses.detach()
+
+    def _gradients(self, capture: Capture) -> dict[str, Tensor]:
+        """The sum of gradients for each of these parameters; zeros if none reached it."""
+        found = {}
+        for name, one in self._subject.trained.items():
+            if name not in self.unknown:
+                gradient = capture.gradients.get(name)
+                found[name] = torch.zeros_like(one) if gradient is None else gradient
+        return found
 
     def _differentiate(self, losses: Tensor) -> Tensor:
         """The backward pass, in which layers under checkpoint look for their parameters once more."""
@@ -157,39 +165,38 @@ class FastPass:
             self._sum[name] += recent
             recent.zero_()
 
-    def _is_symmetric(self, sums: Mapping[str, Sums], size: int) -> bool:
+    def _is_symmetric(self, ledger: Ledger, gradients: Mapping[str, Tensor], size: int) -> bool:
         """Whether the mean gradient has no component along a direction in which the loss should not change."""
         if self._direction is None:
             self._direction = self._subject.direction()
-        parts = [(sums[name], one) for name, one in self._direction.items() if name in sums]
-        if not parts:
+        if not self._direction:
             return True
-        along = sum(float((one.gradient * part).sum()) for one, part in parts if one.gradient is not None)
-        length = sum(float(part.square().sum()) for _, part in parts)
-        squares = size * sum(float(one.each.total) for one, _ in parts)
-        return abs(along) <= torch.finfo(parts[0][1].dtype).eps ** 0.5 * (length * squares) ** 0.5
+        along = sum(float((gradients[name] * part).sum()) for name, part in self._direction.items())
+        length = sum(float(part.square().sum()) for part in self._direction.values())
+        squares = ledger.row(EACH).squares()
+        total = size * sum(float(squares[name].total) for name in self._direction)
+        kind = next(iter(self._direction.values())).dtype
+        return abs(along) <= torch.finfo(kind).eps ** 0.5 * (length * total) ** 0.5
 
-    def _exactly(self, batch: Batch, size: int, where: str) -> dict[str, Sums]:
+    def _exactly(self, ledger: Ledger, batch: Batch, size: int, where: str) -> dict[str, Tensor]:
         """The same for all others."""
-        names = set(self.unknown)
-        if not names:
+        if not self.unknown:
             return {}
         whole = self._subject
         part = replace(
             whole,
             losses=lambda params, batch: whole.losses({**whole.trained, **params}, batch),
-            trained={name: one for name, one in whole.trained.items() if name in names},
+            trained={name: one for name, one in whole.trained.items() if name in self.unknown},
         )
-        sums: dict[str, Sums] = {}
+        sums = {name: ledger.renewed(name, torch.float64) for name in part.trained}
+        found: dict[str, Tensor] = {}
         for _, _, gradients in chunks(part, batch, size, self._max_bytes, where):
-            stack = {name: one.double() for name, one in gradients.items()}
-            for name, one in stack.items():
-                each, total = squares_of_stack(one, self._asked[name])
-                before = sums.get(name)
-                if before is not None and before.gradient is not None:
-                    each, total = before.each.combine(each, 1.0), before.gradient + total
-                sums[name] = Sums(each, squares_of(total, self._asked[name]), total)
-        return sums
+            for name, one in gradients.items():
+                total = square_stack(one.double(), sums[name])
+                found[name] = found[name] + total if name in found else total
+        for name, total in found.items():
+            square(total, sums[name], WHOLE)
+        return found
 
     def _one_by_one(self, examples: list[Batch], *, calm: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and gradient of each example, by a backward pass of its own."""

@@ -1,17 +1,116 @@
 """The squares of all parameters in one vector, so that what is done with them takes few operations however many."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import final
+from itertools import accumulate
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from noetherflow.noise.asked import Squares
+from noetherflow._types import Params
+from noetherflow.noise.asked import ABSENT, Asked, Page, Squares
 from noetherflow.symmetry import Axis
 
-# What is asked of one parameter: whether there are rows, and columns, and along which axes there are Gram matrices.
-Page = tuple[str, list[tuple[str | Axis, torch.Size]]]
+# Rows of a blank ledger: sums over examples, and squares of the sum of all examples' gradients.
+EACH, WHOLE = 0, 1
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Where the squares of one parameter's gradients are added up.
+
+    Args:
+        page: Where what is.
+        numbers: Shape (2, length of the page), float64: those of each example, and those of the sum of all.
+        entries: The square of every entry, shape (2, *shape of the parameter), or None if they were not asked for.
+        array: The memory of the numbers, or None if compiled loops cannot write to it.
+    """
+
+    page: Page
+    numbers: Tensor
+    entries: Tensor | None
+    array: Any
+
+    @classmethod
+    def blank(cls, page: Page, like: Tensor) -> "Sums":
+        """Zeros, entries in the type and all of them on the device of a tensor."""
+        numbers = like.new_zeros(2, page.length, dtype=torch.float64)
+        entries = like.new_zeros(2, *page.shape) if page.asked.entries else None
+        return cls(page, numbers, entries, _array(numbers))
+
+    @property
+    def each(self) -> Squares:
+        """Sums over examples."""
+        return Squares(self.page, self.numbers[EACH], None if self.entries is None else self.entries[EACH])
+
+    @property
+    def whole(self) -> Squares:
+        """Of the sum of all gradients."""
+        return Squares(self.page, self.numbers[WHOLE], None if self.entries is None else self.entries[WHOLE])
+
+    def turned(self) -> "Sums":
+        """The same for the transposed matrix; entries are others, zero, and there are no Gram matrices."""
+        page, asked = self.page, self.page.asked
+        turned = replace(
+            page,
+            shape=page.shape[::-1],
+            asked=Asked(asked.columns, asked.rows, asked.entries),
+            rows=page.columns,
+            columns=page.rows,
+            grams={},
+        )
+        entries = None if self.entries is None else self.entries.new_zeros(2, *turned.shape)
+        return replace(self, page=turned, entries=entries)
+
+    def flat(self, like: Tensor) -> "Sums":
+        """Others, zero, for a matrix that holds the parameter's entries in some order of columns."""
+        page = Page.of(like.shape, replace(self.page.asked, grams=()))
+        return Sums.blank(page, like if self.entries is None else self.entries)
+
+    def take(self, flat: "Sums", folded: Callable[[Tensor], Tensor]) -> None:
+        """Add such others.
+
+        Args:
+            flat: The others.
+            folded: From some rows of the matrix to some of the parameter.
+        """
+        mine, theirs = self.page, flat.page
+        self.numbers[:, 0] += flat.numbers[:, 0]
+        if mine.rows != ABSENT:
+            n = theirs.shape[0]
+            self.numbers[:, mine.rows : mine.rows + n] += flat.numbers[:, theirs.rows : theirs.rows + n]
+        if mine.columns != ABSENT:
+            m = theirs.shape[1]
+            columns = folded(flat.numbers[:, theirs.columns : theirs.columns + m])
+            self.numbers[:, mine.columns : mine.columns + m] += columns.reshape(2, m)
+        if self.entries is not None and flat.entries is not None:
+            for row, one in zip(self.entries, flat.entries, strict=True):
+                row += folded(one)
+
+    def add_grams(self, row: int, grams: Mapping[Axis, Tensor]) -> None:
+        """Add Gram matrices to one of the two rows."""
+        for axis, gram in grams.items():
+            start = self.page.grams[axis]
+            self.numbers[row, start : start + gram.numel()] += gram.reshape(-1)
+
+
+@final
+class Contents:
+    """Where in a ledger the squares of each parameter are.
+
+    Args:
+        asked: What is wanted of each.
+        params: The parameters.
+    """
+
+    def __init__(self, asked: Mapping[str, Asked], params: Params) -> None:
+        self.pages = {name: Page.of(params[name].shape, one) for name, one in asked.items()}
+        ends = list(accumulate(page.length for page in self.pages.values()))
+        self.parts = dict(zip(self.pages, map(slice, [0, *ends], ends), strict=False))
+        self.length = ends[-1] if ends else 0
+        self.with_entries = [name for name, page in self.pages.items() if page.asked.entries]
 
 
 @final
@@ -20,64 +119,73 @@ class Ledger:
     """The squares of several parameters.
 
     Args:
-        numbers: Totals, sums and Gram matrices, one after the other, float64; or several such vectors, shape (..., k).
-        pages: Where in it they are: for each parameter, what comes in which shape.
-        entries: Squares of single entries, where these are kept.
+        contents: Where what is.
+        numbers: Totals, sums and Gram matrices, float64, shape (..., length).
+        entries: Squares of single entries, shape (..., *shape of the parameter), where these are kept.
+        array: The memory of the numbers, or None if compiled loops cannot write to it.
     """
 
+    contents: Contents
     numbers: Tensor
-    pages: list[Page]
     entries: dict[str, Tensor]
+    array: Any = None
 
     @classmethod
-    def of(cls, squares: Mapping[str, Squares]) -> "Ledger":
-        """All of these."""
-        parts, pages = [], []
-        for name in sorted(squares):  # two ledgers have to be in one order
-            one = squares[name]
-            fields: list[tuple[str | Axis, Tensor | None]] = [
-                ("total", one.total), ("rows", one.rows), ("columns", one.columns),
-                *sorted(one.grams.items(), key=_place),
-            ]  # fmt: skip
-            found = [(field, part) for field, part in fields if part is not None]
-            pages.append((name, [(field, part.shape) for field, part in found]))
-            parts += [part.reshape(-1) for _, part in found]
-        entries = {name: one.entries for name, one in squares.items() if one.entries is not None}
-        return cls(torch.cat(parts).double(), pages, entries)
+    def blank(cls, contents: Contents, like: Tensor) -> "Ledger":
+        """Two rows of zeros to add up in, on the device of a tensor."""
+        numbers = like.new_zeros(2, contents.length, dtype=torch.float64)
+        return cls(contents, numbers, {}, _array(numbers))
+
+    def sums(self, name: str, kind: torch.dtype) -> Sums:
+        """Where to add up the squares of a parameter in a blank ledger; entries in some type."""
+        page, part = self.contents.pages[name], self.contents.parts[name]
+        if page.asked.entries and name not in self.entries:
+            self.entries[name] = self.numbers.new_zeros(2, *page.shape, dtype=kind)
+        array = None if self.array is None else self.array[:, part]
+        return Sums(page, self.numbers[:, part], self.entries.get(name), array)
+
+    def renewed(self, name: str, kind: torch.dtype) -> Sums:
+        """The same after what was added for this parameter is forgotten."""
+        self.numbers[:, self.contents.parts[name]] = 0.0
+        self.entries.pop(name, None)
+        return self.sums(name, kind)
+
+    def settled(self, weight: float) -> "Ledger":
+        """The first row of what was a blank ledger plus a multiple of the second, in the memory of the first."""
+        for one in (self.numbers, *self.entries.values()):
+            one[EACH].add_(one[WHOLE], alpha=weight)
+        return self.row(EACH)
+
+    def row(self, index: int) -> "Ledger":
+        """One of the two rows of a blank ledger; a view."""
+        for name in self.contents.with_entries:
+            self.sums(name, torch.float64)  # zeros, if no gradient reached the parameter
+        return Ledger(self.contents, self.numbers[index], {name: one[index] for name, one in self.entries.items()})
 
     def squares(self) -> dict[str, Squares]:
         """The squares of each parameter; views."""
-        lengths = [shape.numel() for _, fields in self.pages for _, shape in fields]
-        parts = iter(self.numbers.split(lengths, dim=-1))
-        found = {}
-        for name, fields in self.pages:
-            own = {field: next(parts).unflatten(-1, shape or (1,)) for field, shape in fields}
-            grams = {field: one for field, one in own.items() if isinstance(field, Axis)}
-            total = own["total"].squeeze(-1)
-            found[name] = Squares(total, own.get("rows"), own.get("columns"), self.entries.get(name), grams)
-        return found
+        return {
+            name: Squares(page, self.numbers[..., self.contents.parts[name]], self.entries.get(name))
+            for name, page in self.contents.pages.items()
+        }
 
-    def combine(self, other: "Ledger", weight: float, *, reuse: bool = False) -> "Ledger":
-        """This plus a multiple of another; in the memory of this one, if that is to be reused."""
-        if reuse:
-            self.numbers.add_(other.numbers, alpha=weight)
-            for name, mine in self.entries.items():
-                mine.add_(other.entries[name], alpha=weight)
-            return self
-        entries = {name: torch.add(mine, other.entries[name], alpha=weight) for name, mine in self.entries.items()}
-        return replace(self, numbers=torch.add(self.numbers, other.numbers, alpha=weight), entries=entries)
+    def combine(self, other: "Ledger", weight: float) -> "Ledger":
+        """This plus a multiple of another, in the memory of this one."""
+        self.numbers.add_(other.numbers, alpha=weight)
+        for name, mine in self.entries.items():
+            mine.add_(other.entries[name], alpha=weight)
+        return self
 
     def scaled(self, factor: float) -> "Ledger":
         """A multiple, in float64; a copy."""
         entries = {name: one.double() * factor for name, one in self.entries.items()}
-        return replace(self, numbers=self.numbers * factor, entries=entries)
+        return Ledger(self.contents, self.numbers * factor, entries)
 
     @property
     def trace(self) -> Tensor:
-        """The sum of all squares, shape ()."""
-        return torch.stack([one.total for one in self.squares().values()]).sum()
+        """The sum of all squares, shape (...)."""
+        return self.numbers[..., [part.start for part in self.contents.parts.values()]].sum(-1)
 
 
-def _place(gram: tuple[Axis, Tensor]) -> tuple[int, int, int, int, tuple[int, ...]]:
-    axis = gram[0]
-    return axis.dim, axis.start or 0, axis.stop or 0, axis.repeat, axis.within or ()
+def _array(numbers: Tensor) -> Any:
+    return numbers.numpy() if numbers.is_cpu else None

@@ -16,10 +16,11 @@ _BLOCK = 256
 
 
 @_compiled
-def scan(matrix: Any, rows: Any, columns: Any, entries: Any, total: Any) -> None:
-    """Add the squares of a matrix (n, m) to entries, and their sums to rows (n,) and columns (m,); itself to a total.
+def scan(matrix: Any, numbers: Any, row: int, rows: int, columns: int, entries: Any, total: Any) -> None:
+    """Add the squares of a matrix (n, m) to entries, and their sums to one row of numbers; itself to a total.
 
-    All but rows may be None.
+    The sum of all goes to the first number, those by row and by column to numbers that begin somewhere, or nowhere if
+    that is negative; entries and total may be None.
     """
     n, m = matrix.shape
     zero = matrix.dtype.type(0)
@@ -32,69 +33,94 @@ def scan(matrix: Any, rows: Any, columns: Any, entries: Any, total: Any) -> None
                 value = matrix[i, j]
                 square = value * value
                 length += square
-                if columns is not None:
+                if columns >= 0:
                     sums[j] += square
                 if entries is not None:
                     entries[i, j] += square
                 if total is not None:
                     total[i, j] += value
-            rows[i] += length
-        if columns is not None:
+            numbers[row, 0] += length
+            if rows >= 0:
+                numbers[row, rows + i] += length
+        if columns >= 0:
             for j in range(m):
-                columns[j] += sums[j]
+                numbers[row, columns + j] += sums[j]
 
 
 @_compiled
-def lengths(matrix: Any, found: Any) -> None:
-    """Write the sum of squares of each row of a matrix (n, m) to found (n,)."""
-    n, m = matrix.shape
-    for i in range(n):
-        length = matrix.dtype.type(0)
-        for j in range(m):
-            length += matrix[i, j] * matrix[i, j]
-        found[i] = length
+def scan_stack(stack: Any, numbers: Any, row: int, rows: int, columns: int, entries: Any, total: Any) -> None:
+    """The same for every matrix of a stack (B, n, m)."""
+    for one in stack:
+        scan(one, numbers, row, rows, columns, entries, total)
 
 
 @_compiled
-def weigh(matrix: Any, weights: Any, columns: Any) -> None:
-    """Add the squares of every row of a matrix (n, m), times its weight, to columns (m,)."""
-    n, m = matrix.shape
-    own = np.empty(m, matrix.dtype)
-    for first in range(0, n, _BLOCK):
-        own[:] = matrix.dtype.type(0)
-        for i in range(first, min(first + _BLOCK, n)):
-            weight = weights[i]
-            for j in range(m):
-                own[j] += weight * (matrix[i, j] * matrix[i, j])
-        for j in range(m):
-            columns[j] += own[j]
+def scan_vectors(stack: Any, numbers: Any, rows: int, columns: int, entries: Any, total: Any) -> None:
+    """The same for vectors (B, m), whose entries are their rows, and in the second row of all for their total.
 
-
-@_compiled
-def pile(stack: Any, total: Any, squares: Any) -> None:
-    """Add the rows of a stack (n, m) to a total (m,), and their squares to squares (m,)."""
+    Sums by column are one number.
+    """
     n, m = stack.shape
+    zero = stack.dtype.type(0)
     sums, own = np.empty(m, stack.dtype), np.empty(m, stack.dtype)
+    squares = np.zeros((2, m))
     for first in range(0, n, _BLOCK):
-        sums[:] = own[:] = stack.dtype.type(0)
+        sums[:] = own[:] = zero
         for i in range(first, min(first + _BLOCK, n)):
             for j in range(m):
                 sums[j] += stack[i, j]
                 own[j] += stack[i, j] * stack[i, j]
         for j in range(m):
             total[j] += sums[j]
-            squares[j] += own[j]
+            squares[0, j] += own[j]
+    for j in range(m):
+        squares[1, j] = np.float64(total[j]) ** 2
+    for row in range(2):
+        length = squares[row].sum()
+        numbers[row, 0] += length
+        if columns >= 0:
+            numbers[row, columns] += length
+        for j in range(m):
+            if rows >= 0:
+                numbers[row, rows + j] += squares[row, j]
+            if entries is not None:
+                entries[row, j] += squares[row, j]
 
 
 @_compiled
-def vectors(stack: Any, total: Any, squares: Any) -> None:
-    """The same into the first of two rows (2, m + 1), the squares of the total into the second; sums come last."""
-    m = len(total)
-    pile(stack, total, squares[0, :m])
-    for j in range(m):
-        squares[1, j] = np.float64(total[j]) ** 2
-    for k in range(2):
-        squares[k, m] = squares[k, :m].sum()
+def scan_outer(x: Any, g: Any, numbers: Any, rows: int, columns: int) -> None:
+    """The same for the products g x^T of vectors g (B, n) and x (B, m), which are not formed."""
+    (size, m), n = x.shape, g.shape[1]
+    zero = x.dtype.type(0)
+    lengths, weights = np.empty(_BLOCK, x.dtype), np.empty(_BLOCK, x.dtype)
+    by_row, by_column = np.empty(n, x.dtype), np.empty(m, x.dtype)
+    for first in range(0, size, _BLOCK):
+        count = min(_BLOCK, size - first)
+        by_row[:] = zero
+        by_column[:] = zero
+        for i in range(count):
+            length = zero
+            for j in range(m):
+                length += x[first + i, j] * x[first + i, j]
+            lengths[i] = length
+        for i in range(count):
+            length, weight = zero, lengths[i]
+            for j in range(n):
+                square = g[first + i, j] * g[first + i, j]
+                length += square
+                by_row[j] += weight * square
+            weights[i] = length
+            numbers[0, 0] += np.float64(length) * weight
+        if rows >= 0:
+            for j in range(n):
+                numbers[0, rows + j] += by_row[j]
+        if columns >= 0:
+            for i in range(count):
+                weight = weights[i]
+                for j in range(m):
+                    by_column[j] += weight * (x[first + i, j] * x[first + i, j])
+            for j in range(m):
+                numbers[0, columns + j] += by_column[j]
 
 
 @_compiled
@@ -109,11 +135,8 @@ def read_rows(table: Any, first: int, ids: Any, outputs: Any) -> None:
 
 
 @_compiled
-def tabulate(ids: Any, outputs: Any, rows: Any, columns: Any, total: Any) -> None:
-    """Add outputs (B, T, m) to the rows of a total (n, m) that ids (B, T) name, and the squares of each example's sums.
-
-    Squares are summed by row (n,) and by column (m,).
-    """
+def scan_tables(ids: Any, outputs: Any, numbers: Any, rows: int, columns: int, total: Any) -> None:
+    """The same for tables, to whose rows that ids (B, T) name outputs (B, T, m) are added."""
     (size, tokens), (n, m) = ids.shape, total.shape
     places, owners = np.full(n, -1), np.empty(tokens, np.int64)
     sums, squares = np.empty((tokens, m), total.dtype), np.empty(m, total.dtype)
@@ -139,9 +162,12 @@ def tabulate(ids: Any, outputs: Any, rows: Any, columns: Any, total: Any) -> Non
                 length += value * value
                 squares[j] += value * value
                 total[row, j] += value
-            rows[row] += length
-        for j in range(m):
-            columns[j] += squares[j]
+            numbers[0, 0] += length
+            if rows >= 0:
+                numbers[0, rows + row] += length
+        if columns >= 0:
+            for j in range(m):
+                numbers[0, columns + j] += squares[j]
 
 
 @_compiled

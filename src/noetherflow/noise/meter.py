@@ -15,9 +15,8 @@ from noetherflow._types import Batch
 from noetherflow.noise.asked import asked_of
 from noetherflow.noise.batches import Pool, along_axes
 from noetherflow.noise.capture import Capture
-from noetherflow.noise.collect import completed
 from noetherflow.noise.exact import resolve
-from noetherflow.noise.ledger import Ledger
+from noetherflow.noise.ledger import Contents
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
 from noetherflow.symmetry import Symmetry
@@ -70,7 +69,8 @@ class NoiseMeter:
     def reset(self) -> None:
         """Forget everything measured so far, and which parameters are trained."""
         self._params = {name: one for name, one in self._model.named_parameters() if one.requires_grad}
-        self._asked = asked_of(self._params, self._symmetries, variances=self._variances)
+        asked = asked_of(self._params, self._symmetries, variances=self._variances)
+        self._contents = Contents(asked, self._params)
         self._pool = Pool(self._symmetries, self._params)
 
     @contextmanager
@@ -98,7 +98,7 @@ class NoiseMeter:
         if not size:
             raise EmptyDataError("the batch holds no tensor with an entry per example")
         own = [leaf for leaf in leaves if is_per_example(leaf, size)]
-        capture = Capture(self._params, self._asked, size, own, RULES, keep_gradients=True)
+        capture = Capture(self._params, self._contents, size, own, RULES, keep_gradients=True)
         # Compiled code would not be seen.
         with torch.compiler.set_stance("force_eager"), capture:
             yield
@@ -108,7 +108,7 @@ class NoiseMeter:
                 f"the gradients of these parameters cannot be taken apart by example while training: {listing}. "
                 "Use estimate_noise, which forms them one by one"
             )
-        if not capture.sums:
+        if not capture.gradients:
             raise SettingsError(
                 "no gradient of a parameter was seen: forward and backward pass of this model both have to run inside "
                 "`with meter.step(batch)`"
@@ -127,8 +127,6 @@ class NoiseMeter:
     def _add(self, capture: Capture, size: int, weight: float) -> None:
         if size < 2:
             return  # a single example is its own mean
-        sums = completed(capture.sums, self._params, self._asked)
-        each = Ledger.of({name: one.each for name, one in sums.items()})
-        whole = Ledger.of({name: one.whole for name, one in sums.items()})
-        if not self._pool.add(each.combine(whole, -1.0 / size, reuse=True), size, size - 1, weight):
+        scatter = capture.ledger.settled(-1.0 / size)
+        if not self._pool.add(scatter, size, size - 1, weight):
             self.skipped += 1  # as a gradient scaler skips the step

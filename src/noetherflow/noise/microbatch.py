@@ -14,13 +14,13 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from noetherflow._errors import CoupledExamplesError, SettingsError
-from noetherflow.noise.asked import Asked, Squares, asked_of
+from noetherflow.noise.asked import asked_of
 from noetherflow.noise.batches import Pool, along_axes
 from noetherflow.noise.exact import resolve
-from noetherflow.noise.ledger import Ledger
+from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.passes import accumulator
-from noetherflow.noise.squares import squares_of
+from noetherflow.noise.squares import square
 from noetherflow.symmetry import Symmetry
 
 # Numbers that go over the wire at a time.
@@ -97,7 +97,7 @@ class MicrobatchMeter:
         along = along_axes(resolved)
         self._model, self._group = model, group
         self._params = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        self._asked = asked_of(self._params, along, variances=variances)
+        self._contents = Contents(asked_of(self._params, along, variances=variances), self._params)
         self._pool = Pool(along, self._params)
         self.skipped = 0
 
@@ -119,7 +119,7 @@ class MicrobatchMeter:
         """
         if self._group is not None:
             _require_independent(self._model)
-        with _Running(self._params, self._asked) as running:
+        with _Running(self._params, self._contents) as running:
             yield running.add
             if self._group is not None:
                 running.merge(self._group)
@@ -129,7 +129,7 @@ class MicrobatchMeter:
                     f"{running.count}: call what `meter.step()` gives after the backward pass of each, of two or more "
                     "(gradient accumulation), or give a `group` of several ranks"
                 )
-            if not self._pool.add(Ledger.of(running.scatter), running.examples, running.count - 1):
+            if not self._pool.add(running.ledger.row(EACH), running.examples, running.count - 1):
                 self.skipped += 1
 
     @property
@@ -146,10 +146,11 @@ class MicrobatchMeter:
 class _Running:
     """The gradients of the microbatches of one step, taken in as they come."""
 
-    def __init__(self, params: Mapping[str, nn.Parameter], asked: Mapping[str, Asked]) -> None:
+    def __init__(self, params: Mapping[str, nn.Parameter], contents: Contents) -> None:
         self.count = self.examples = 0
-        self.scatter: dict[str, Squares] = {}
-        self._params, self._asked = params, asked
+        # The second row is for what comes next.
+        self.ledger = Ledger.blank(contents, next(iter(params.values())))
+        self._params = params
         self._arrived: dict[str, Tensor] = {}
         self._mean: dict[str, Tensor] = {}
         self._nodes: list[Node] = []
@@ -168,7 +169,7 @@ class _Running:
         for handle in self._handles:
             handle.remove()
         # Whoever keeps the function that the block gave keeps this object.
-        for kept in (self._handles, self._nodes, self._arrived, self._mean, self.scatter):
+        for kept in (self._handles, self._nodes, self._arrived, self._mean):
             kept.clear()
 
     def add(self, *, size: int, weight: float = 1.0) -> None:
@@ -188,7 +189,8 @@ class _Running:
                 continue
             gap -= self._mean[name]
             self._mean[name].add_(gap, alpha=share)
-            self._scatter(name, gap, share * self.examples)
+            self._square(name, gap)
+        self._settle(share * self.examples)
         self.count += 1
         self.examples += size
 
@@ -203,8 +205,13 @@ class _Running:
             wholes = [one * (mine / max(1, self.examples)) for one in gaps]
             _sum_(wholes, group)
             for name, gap, whole in zip(names, gaps, wholes, strict=True):
-                self._scatter(name, gap.sub_(whole), mine)
-            _sum_([one for name in names for one in _tensors(self.scatter[name])], group)
+                self._square(name, gap.sub_(whole))
+        self._settle(mine)
+        _sum_([self.ledger.numbers[EACH]], group)
+        for names in _buckets(self._params):
+            entries = [self.ledger.entries[name][EACH] for name in names if name in self.ledger.entries]
+            if entries:
+                _sum_(entries, group)
 
     def _note(self, name: str, gradients: tuple[Tensor | None, ...]) -> None:
         (gradient,) = gradients
@@ -220,10 +227,14 @@ class _Running:
         one = self._params[name]
         return torch.zeros_like(one, dtype=accumulator(one), requires_grad=False) if found is None else found
 
-    def _scatter(self, name: str, gap: Tensor, weight: float) -> None:
-        squares = squares_of(gap, self._asked[name]).scaled(weight)
-        before = self.scatter.get(name)
-        self.scatter[name] = squares if before is None else before.combine(squares, 1.0)
+    def _square(self, name: str, gap: Tensor) -> None:
+        square(gap, self.ledger.sums(name, torch.float64), WHOLE)
+
+    def _settle(self, weight: float) -> None:
+        """What came last belongs to the rest."""
+        self.ledger.settled(weight)
+        for one in (self.ledger.numbers, *self.ledger.entries.values()):
+            one[WHOLE] = 0.0
 
 
 def _require_independent(model: nn.Module) -> None:
@@ -254,8 +265,3 @@ def _sum_(tensors: Sequence[Tensor], group: "dist.ProcessGroup") -> None:
     dist.all_reduce(flat, group=group)
     for one, whole in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
         one.copy_(whole.view(one.shape))
-
-
-def _tensors(squares: Squares) -> list[Tensor]:
-    found = (squares.total, squares.rows, squares.columns, squares.entries, *squares.grams.values())
-    return [one for one in found if one is not None]

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from noetherflow.noise.asked import ABSENT
+from noetherflow.noise.ledger import EACH, WHOLE, Sums
+
 # What the loops are compiled for.
 _LOOPED = (torch.float32, torch.float64, torch.int64)
 
@@ -23,30 +26,32 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def scanner(
-    matrix: Tensor, rows: Tensor, columns: Tensor | None, entries: Tensor | None = None, total: Tensor | None = None
+    matrix: Tensor, sums: Sums, row: int, first: int = 0, total: Tensor | None = None
 ) -> Callable[[], None]:
     """A pass over what a matrix holds whenever it is called: its squares are added to sums, itself to a total.
 
     Args:
-        matrix: Shape (n, m), contiguous.
-        rows: Sums of squares, shape (n,), float64.
-        columns: The same, shape (m,), or None.
-        entries: Each square, shape (n, m), or None.
+        matrix: Some rows of a gradient, shape (n, m), contiguous.
+        sums: Where to add squares.
+        row: To which of the two rows.
+        first: Which row of the gradient is the first of these.
         total: Shape (n, m), or None.
 
     Returns:
         The pass.
     """
-    found = _arrays(matrix, rows, columns, entries, total)
-    if found:
-        scan = _loops().scan
-        return lambda: scan(*found)
+    page, n = sums.page, len(matrix)
+    rows = page.rows if page.rows == ABSENT else page.rows + first
+    entries = None if sums.entries is None else sums.entries[row].view(-1, matrix.shape[1])[first : first + n]
+    arrays = _arrays(matrix, entries, total, into=sums)
+    if arrays:
+        array, entries, total = arrays
+        scan, numbers, columns = _loops().scan, sums.array, page.columns
+        return lambda: scan(array, numbers, row, rows, columns, entries, total)
 
     def once() -> None:
         squares = wide(matrix).square()
-        rows.add_(squares.sum(1))
-        if columns is not None:
-            columns.add_(squares.sum(0))
+        _add(sums.numbers[row], squares.sum(1), rows, squares.sum(0) if page.columns != ABSENT else None, page.columns)
         if entries is not None:
             entries.add_(squares)
         if total is not None:
@@ -55,49 +60,49 @@ def scanner(
     return once
 
 
-def lengths(matrix: Tensor) -> Tensor:
-    """The squared length of each row of a matrix, in the accumulator's type."""
-    found = matrix.new_empty(len(matrix), dtype=accumulator(matrix))
-    arrays = _arrays(matrix, found)
-    if not arrays:
-        return torch.linalg.vector_norm(matrix, dim=1, dtype=found.dtype).square()
-    _loops().lengths(*arrays)
-    return found
-
-
-def weighted_squares(matrix: Tensor, weights: Tensor) -> Tensor:
-    """The sum of the squares of all rows, each times a weight, in float64: shape (n, m) to shape (m,)."""
-    found = matrix.new_zeros(matrix.shape[1], dtype=torch.float64)
-    arrays = _arrays(matrix, weights, found)
-    if not arrays:
-        return (weights @ wide(matrix).square()).double()
-    _loops().weigh(*arrays)
-    return found
-
-
-def pile(stack: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the rows of a stack (B, m), in the accumulator's type, and that of their squares, in float64."""
-    total = stack.new_zeros(stack.shape[1], dtype=accumulator(stack))
-    squares = total.new_zeros(len(total), dtype=torch.float64)
-    arrays = _arrays(stack, total, squares)
-    if not arrays:
-        return stack.sum(0, dtype=total.dtype), wide(stack).square().sum(0).double()
-    _loops().pile(*arrays)
-    return total, squares
-
-
-def vector_squares(stack: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of vectors (B, m), and the squares of all and of that sum, each followed by their own sum: (2, m + 1)."""
-    total = stack.new_zeros(stack.shape[1], dtype=accumulator(stack))
-    squares = total.new_zeros(2, len(total) + 1, dtype=torch.float64)
-    arrays = _arrays(stack, total, squares)
+def scan_stack(stack: Tensor, sums: Sums) -> Tensor:
+    """Add the squares of matrices (B, n, m) to sums over examples; their total, in the accumulator's type."""
+    total = stack.new_zeros(stack.shape[1:], dtype=accumulator(stack))
+    page = sums.page
+    entries = None if sums.entries is None else sums.entries[EACH].view(total.shape)
+    arrays = _arrays(stack, entries, total, into=sums)
     if arrays:
-        _loops().vectors(*arrays)
-        return total, squares
-    total, squares[0, :-1] = pile(stack)
-    squares[1, :-1] = total.double().square()
-    squares[:, -1] = squares[:, :-1].sum(1)
-    return total, squares
+        _loops().scan_stack(arrays[0], sums.array, EACH, page.rows, page.columns, *arrays[1:])
+        return total
+    squares = wide(stack).square().sum(0)
+    _add(sums.numbers[EACH], squares.sum(1), page.rows, squares.sum(0), page.columns)
+    if entries is not None:
+        entries.add_(squares)
+    return stack.sum(0, dtype=total.dtype)
+
+
+def scan_vectors(stack: Tensor, sums: Sums) -> Tensor:
+    """Add the squares of vectors (B, m) to sums, and of their total to those of the whole; that total."""
+    total = stack.new_zeros(stack.shape[1], dtype=accumulator(stack))
+    page = sums.page
+    entries = None if sums.entries is None else sums.entries.view(2, -1)
+    arrays = _arrays(stack, entries, total, into=sums)
+    if arrays:
+        _loops().scan_vectors(arrays[0], sums.array, page.rows, page.columns, *arrays[1:])
+        return total
+    total = stack.sum(0, dtype=total.dtype)
+    for row, squares in ((EACH, wide(stack).square().sum(0).double()), (WHOLE, total.double().square())):
+        _add(sums.numbers[row], squares, page.rows, squares.sum(), page.columns)
+        if entries is not None:
+            entries[row].add_(squares)
+    return total
+
+
+def scan_outer(x: Tensor, g: Tensor, sums: Sums) -> None:
+    """Add the squares of outer products of vectors g (B, n) and x (B, m) to sums over examples, but for entries."""
+    page = sums.page
+    arrays = _arrays(x, g, into=sums)
+    if arrays:
+        _loops().scan_outer(*arrays, sums.array, page.rows, page.columns)
+        return
+    squares = [wide(one).square() for one in (x, g)]
+    lengths = [one.sum(1) for one in squares]
+    _add(sums.numbers[EACH], lengths[0] @ squares[1], page.rows, lengths[1] @ squares[0], page.columns)
 
 
 def add_tokens(part: Tensor, first: int, ids: Tensor, outputs: Tensor) -> None:
@@ -118,27 +123,31 @@ def add_tokens(part: Tensor, first: int, ids: Tensor, outputs: Tensor) -> None:
     part.index_add_(0, torch.where(inside, ids - first, 0), torch.where(inside[:, None], outputs, 0.0))
 
 
-def table_sums(ids: Tensor, outputs: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a table of which each token reads a row; tokens of one example that read the same are summed first.
+def scan_tables(ids: Tensor, outputs: Tensor, sums: Sums) -> Tensor:
+    """Add the squares of gradients of a table, of which each token reads a row, to sums over examples, but for entries.
+
+    Tokens of one example that read the same row are summed first.
 
     Args:
         ids: Shape (B, T).
         outputs: Gradients, shape (B, T, m).
-        count: Of rows of the table.
+        sums: Where to.
 
     Returns:
-        Squares by row, shape (count,), and by column, shape (m,), in float64; the sum of gradients, shape (count, m).
+        The sum of all gradients.
     """
-    total = outputs.new_zeros(count, outputs.shape[2], dtype=accumulator(outputs))
-    rows, columns = (total.new_zeros(length, dtype=torch.float64) for length in total.shape)
-    arrays = _arrays(ids, outputs, rows, columns, total)
+    page = sums.page
+    count = page.shape[0]
+    total = outputs.new_zeros(page.shape, dtype=accumulator(outputs))
+    arrays = _arrays(ids, outputs, total, into=sums)
     if arrays:
-        _loops().tabulate(*arrays)
-        return rows, columns, total
-    row, sums = distinct_rows(ids, outputs, count)
-    squares = wide(sums).square()
-    rows.index_add_(0, row, squares.sum(1, dtype=torch.float64))
-    return rows, squares.sum(0, dtype=torch.float64), total.index_add_(0, row, wide(sums))
+        _loops().scan_tables(*arrays[:2], sums.array, page.rows, page.columns, arrays[2])
+        return total
+    row, found = distinct_rows(ids, outputs, count)
+    squares = wide(found).square()
+    rows = sums.numbers.new_zeros(count).index_add_(0, row, squares.sum(1, dtype=torch.float64))
+    _add(sums.numbers[EACH], rows, page.rows, squares.sum(0, dtype=torch.float64), page.columns)
+    return total.index_add_(0, row, wide(found))
 
 
 def distinct_rows(ids: Tensor, outputs: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -184,14 +193,21 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tens
     return gains, biases
 
 
-def _arrays(*tensors: Tensor | None) -> list[Any]:
-    """The memory of tensors, as the loops want it; nothing if they cannot work on these."""
-    given = [one for one in tensors if one is not None]
-    kinds = {one.dtype for one in given if one.dtype not in (torch.float64, torch.int64)}
-    if len(kinds) > 1 or not all(
-        one.device.type == "cpu" and one.dtype in _LOOPED and one.is_contiguous() for one in given
-    ):
+def _add(numbers: Tensor, by_row: Tensor, rows: int, by_column: Tensor | None, columns: int) -> None:
+    """Add sums by row and by column to a vector in which they begin somewhere, or nowhere."""
+    numbers[0] += by_row.sum(dtype=torch.float64)
+    for part, start in ((by_row, rows), (by_column, columns)):
+        if part is not None and start != ABSENT:
+            numbers[start : start + part.numel()] += part
+
+
+def _arrays(*tensors: Tensor | None, into: Sums | None = None) -> list[Any]:
+    """The memory of tensors, as the loops want it; nothing if they cannot work on these, or write to these sums."""
+    if into is not None and into.array is None:
         return []
+    for one in tensors:
+        if one is not None and not (one.dtype in _LOOPED and one.is_cpu and one.is_contiguous()):
+            return []
     return [None if one is None else one.detach().numpy() for one in tensors]
 
 

@@ -1,146 +1,54 @@
 """The squares of one gradient, or of gradients stacked along a leading axis: passes over memory, as few as possible."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, final
+from typing import final
 
-import torch
 from torch import Tensor
 
-from noetherflow.noise.asked import Asked, Squares
-from noetherflow.noise.passes import accumulator, pile, scanner, vector_squares, wide
+from noetherflow.noise.asked import Asked
+from noetherflow.noise.ledger import EACH, WHOLE, Sums
+from noetherflow.noise.passes import accumulator, scan_stack, scan_vectors, scanner, wide
 from noetherflow.symmetry import Axis
 
 
-class Sums(NamedTuple):
-    """The squares of each example's gradient, summed, those of the sum of gradients, and that sum if it was kept."""
-
-    each: Squares
-    whole: Squares
-    gradient: Tensor | None
-
-
-def squares_of(gradient: Tensor, asked: Asked) -> Squares:
-    """The squares of a single gradient."""
-    one = wide(gradient)
-    if one.ndim < 2:
-        return _of_vector(one.square(), asked, one.reshape(1, -1))
-    matrix = one.reshape(len(one), -1)
-    tally = Tally(asked, matrix)
-    tally.scanner(matrix)()
-    return tally.squares(one.shape, gradient_grams(asked, one), lambda matrix: matrix.reshape(-1, *one.shape[1:]))
+def square(gradient: Tensor, sums: Sums, row: int) -> None:
+    """Add the squares of a single gradient to one of the two rows of sums."""
+    one = wide(gradient).contiguous()
+    scanner(one.reshape(one.shape[:1].numel(), -1), sums, row)()
+    sums.add_grams(row, gradient_grams(sums.page.asked, one))
 
 
-def squares_of_vectors(stack: Tensor, asked: Asked) -> Sums:
-    """The squares of vectors stacked along a leading axis, in few operations; without Gram matrices."""
-    total, squares = vector_squares(stack)
-    each, whole = (
-        Squares(
-            one[-1],
-            one[:-1] if asked.rows else None,
-            one[-1:] if asked.columns else None,
-            one[:-1] if asked.entries else None,
-            {},
-        )
-        for one in squares.unbind()
-    )
-    return Sums(each, whole, total)
-
-
-def squares_of_stack(stack: Tensor, asked: Asked) -> tuple[Squares, Tensor]:
-    """The squares of gradients stacked along a leading axis, summed over it, and the sum of the gradients."""
-    flat = stack.reshape(len(stack), -1)
-    total, sums = pile(flat)
-    total, sums = (one.reshape(stack.shape[1:]) for one in (total, sums))
-    if sums.ndim < 2:
-        return _of_vector(sums, asked, wide(flat)), total
-    grams = {}
-    for axis in asked.grams:
+def square_stack(stack: Tensor, sums: Sums) -> Tensor:
+    """Add the squares of gradients stacked along a leading axis to sums over examples; the sum of the gradients."""
+    shape = sums.page.shape
+    total = scan_stack(stack.reshape(len(stack), shape[:1].numel(), -1).contiguous(), sums)
+    for axis in sums.page.asked.grams:
         side = axis.rows(wide(stack), batch_dims=1).movedim(0, 1).flatten(1)
-        grams[axis] = (side @ side.mT).double()
-    rows = sums.flatten(1).sum(1)
-    return Squares(
-        rows.sum(),
-        rows.reshape(rows_shape(sums.shape)) if asked.rows else None,
-        sums.sum(0, keepdim=True) if asked.columns else None,
-        sums if asked.entries else None,
-        grams,
-    ), total
+        sums.add_grams(EACH, {axis: (side @ side.mT).double()})
+    return total.view(shape)
 
 
-def _of_vector(squares: Tensor, asked: Asked, stack: Tensor) -> Squares:
-    """What is asked of vectors or numbers, whose entries are their rows: from sums of squares, and from all of them."""
-    exact = squares.double()
-    total = exact.sum()
-    columns = total.reshape([1] * squares.ndim) if asked.columns else None
-    grams = {}
-    if asked.grams:
+def square_vectors(stack: Tensor, sums: Sums) -> Tensor:
+    """The same for vectors or numbers, and for their sum as well."""
+    total = scan_vectors(stack.reshape(len(stack), -1).contiguous(), sums)
+    grams = sums.page.asked.grams
+    if grams:
         # Stacked, they are a matrix, whose second dimension is their first.
-        turned = {replace(axis, dim=1): axis for axis in asked.grams}
-        found = gradient_grams(Asked(grams=tuple(turned)), stack)
-        grams = {turned[axis]: gram for axis, gram in found.items()}
-    return Squares(total, exact if asked.rows else None, columns, squares if asked.entries else None, grams)
+        turned = {replace(axis, dim=1): axis for axis in grams}
+        for row, one in ((EACH, wide(stack)), (WHOLE, total[None])):
+            found = gradient_grams(Asked(grams=tuple(turned)), one)
+            sums.add_grams(row, {turned[axis]: gram for axis, gram in found.items()})
+    return total.view(sums.page.shape)
 
 
 def gradient_grams(asked: Asked, gradient: Tensor) -> dict[Axis, Tensor]:
     """The Gram matrices of a single gradient."""
+    if not asked.grams:
+        return {}
     sums = GramSums(asked.grams, gradient)
     sums.add()
     return sums.found()
-
-
-def rows_shape(shape: torch.Size) -> tuple[int, ...]:
-    """The shape of sums over all but the first dimension."""
-    return (shape[0], *(1,) * (len(shape) - 1))
-
-
-@final
-class Tally:
-    """Squares of gradients that are matrices, some rows at a time, best while the cache still holds them.
-
-    Args:
-        asked: What to add up.
-        like: Of the shape of a gradient, the type of its numbers and their device.
-    """
-
-    def __init__(self, asked: Asked, like: Tensor) -> None:
-        self._asked = asked
-        self._rows = like.new_zeros(like.shape[0], dtype=torch.float64)
-        self._columns = like.new_zeros(like.shape[1], dtype=torch.float64) if asked.columns else None
-        self._entries = torch.zeros_like(like, dtype=accumulator(like)) if asked.entries else None
-
-    def scanner(self, strip: Tensor, part: slice = slice(None), total: Tensor | None = None) -> Callable[[], None]:
-        """A pass over what some rows hold whenever it is called.
-
-        Args:
-            strip: The rows.
-            part: Which ones.
-            total: What else to add them to.
-
-        Returns:
-            The pass.
-        """
-        entries = None if self._entries is None else self._entries[part]
-        return scanner(strip, self._rows[part], self._columns, entries, total)
-
-    def squares(self, shape: torch.Size, grams: dict[Axis, Tensor], folded: Callable[[Tensor], Tensor]) -> Squares:
-        """What there is.
-
-        Args:
-            shape: Of the parameter.
-            grams: Its Gram matrices.
-            folded: From some rows of the matrix to some of the parameter.
-
-        Returns:
-            The squares.
-        """
-        return Squares(
-            self._rows.sum(),
-            self._rows.view(rows_shape(shape)) if self._asked.rows else None,
-            None if self._columns is None else folded(self._columns[None]),
-            None if self._entries is None else folded(self._entries),
-            grams,
-        )
 
 
 @final
