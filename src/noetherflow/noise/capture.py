@@ -40,6 +40,11 @@ from noetherflow.noise.uses import Rows, Whole
 # Properties that are views of a tensor; all others say something about it, or cut it off from its gradient.
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 _APART = {Tensor.requires_grad_, Tensor.detach}
+# What says something about a tensor and is no tensor: asked for all the time.
+_FACTS = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_nested")),
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point")),
+}
 # Backward passes.
 _OWN_CODE: dict[Any, Any] = {
     one: own_code(one) for one in (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
@@ -69,6 +74,13 @@ class Capture(TorchFunctionMode):
         rules: What to do about each function that meets a parameter and data.
         keep_gradients: Whether the backward pass goes on to the parameters' own gradients.
         calm: Run without dropout.
+
+    Attributes:
+        layout: How tensors are laid out at this point of the forward pass.
+        ledger: The squares of all parameters, added up in the backward pass.
+        gradients: The sum of the gradients of each one that was reached; None if it went on to the parameter.
+        leaves: What stands for the parameters in the graph, if gradients do not go on to them.
+        unknown: After the block: the operation that stood in the way, for parameters that could not be seen.
     """
 
     def __init__(
@@ -93,7 +105,7 @@ class Capture(TorchFunctionMode):
         self._stand_ins: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
         self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._batch_second = False
+        self.layout = Layout(size, second=False)
         self._depth = 0
         self.unknown: dict[str, str] = {}
         self.leaves: list[Tensor] = []
@@ -132,18 +144,20 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """See to one call."""
         kwargs = kwargs or {}
-        leaves = list(leaves_of((*args, *kwargs.values())))
-        data = known = False
-        for leaf in leaves:
-            data = data or self.is_data(leaf)
-            known = known or id(leaf) in self._tracked or id(leaf) in self._stand_ins
+        if func in _FACTS:
+            return func(*args, **kwargs)
+        known, data = self._met(args)
+        if kwargs:
+            more = self._met(kwargs.values())
+            known, data = known or more[0], data or more[1]
         if func in _OWN_CODE:
             with self:  # layers under checkpoint are computed again, and have to be seen again
                 return _OWN_CODE[func](*args, **kwargs)
         if self._calm and func in CALMED:
-            return self._mark(calmed(func, args, kwargs), leaves)
+            return self._mark(calmed(func, args, kwargs), args, kwargs)
         if not known or not torch.is_grad_enabled() or _is_apart(func):
-            return self._mark(func(*args, **kwargs), leaves) if data else func(*args, **kwargs)
+            found = func(*args, **kwargs)
+            return self._mark(found, args, kwargs) if data else found
         if self._stand_ins:
             args, kwargs = mapped(self._stand_in, args), mapped(self._stand_in, kwargs)
         if not data:
@@ -153,20 +167,34 @@ class Capture(TorchFunctionMode):
         if found is NotImplemented:
             self._refuse(func, args, kwargs)
             found = func(*args, **kwargs)
-        return self._mark(found, leaves)
+        return self._mark(found, args, kwargs)
+
+    def _met(self, values: Iterable[Any]) -> tuple[bool, bool]:
+        """Whether there are parameters among some arguments, or what is made of them, and whether there is data."""
+        known = data = False
+        for one in values:
+            if isinstance(one, Tensor):
+                if id(one) in self._tracked or id(one) in self._stand_ins:
+                    known = True
+                elif not data:
+                    data = self.is_data(one)
+            elif isinstance(one, (tuple, list)):
+                more = self._met(one)
+                known, data = known or more[0], data or more[1]
+        return known, data
 
     def tracked(self, tensor: Any) -> Tracked | None:
         """What is known of an argument, if it is made of parameters alone."""
         return self._tracked.get(id(tensor))
 
     def is_data(self, tensor: Any) -> bool:
-        """Whether a tensor depends on the batch."""
-        return id(tensor) in self._data or getattr(tensor, "_of_batch", False)
+        """Whether a tensor depends on the batch.
 
-    @property
-    def layout(self) -> Layout:
-        """How tensors are laid out at this point of the forward pass."""
-        return Layout(self.size, self._batch_second)
+        What requires a gradient and is not made of parameters alone does; nothing is attached to it.
+        """
+        if id(tensor) in self._tracked:
+            return False
+        return tensor.requires_grad or id(tensor) in self._data or getattr(tensor, "_of_batch", False)
 
     def tap(self, output: Tensor, source: Tensor, note: Note, *tracked: Tracked) -> Tensor:
         """The output of an operation computed without its parameters' gradients, with a note to be made of them.
@@ -202,12 +230,12 @@ class Capture(TorchFunctionMode):
     @contextmanager
     def batch_second(self) -> Iterator[None]:
         """A block of calls, seen by the mode too, in which tensors are laid out (tokens, examples, ...)."""
-        before, self._batch_second = self._batch_second, True
+        before, self.layout = self.layout, Layout(self.size, second=True)
         try:
             with self:
                 yield
         finally:
-            self._batch_second = before
+            self.layout = before
 
     def _stand_in(self, leaf: Tensor) -> Tensor:
         return self._stand_ins.get(id(leaf), leaf)
@@ -250,10 +278,12 @@ class Capture(TorchFunctionMode):
         self._tracked[id(tracked.tensor)] = tracked
         return tracked
 
-    def _mark(self, found: Any, leaves: list[Tensor]) -> Any:
+    def _mark(self, found: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Note of the results of a call that they depend on the batch."""
         for one in (found,) if isinstance(found, Tensor) else leaves_of((found,)):
-            if any(one is leaf for leaf in leaves):
+            if one.requires_grad:
+                continue
+            if any(one is leaf for leaf in leaves_of((*args, *(kwargs or {}).values()))):
                 self._data[id(one)] = one  # a tensor of the user's: nothing is attached to it
             else:
                 one._of_batch = True  # type: ignore[attr-defined]
@@ -266,7 +296,7 @@ class Capture(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if func is functional.embedding and leaves[0].ndim > 1 and len(leaves[0]) == self.size:
             # Constants, but one for each example: the types of tokens that nobody gave.
-            return self._mark(self._rules[func](self, func, args, kwargs), leaves)
+            return self._mark(self._rules[func](self, func, args, kwargs), args, kwargs)
         if (name.endswith("_") and not name.endswith("__")) or func in DROPOUT:
             self._refuse(func, args, kwargs)
             return func(*args, **kwargs)
@@ -274,7 +304,7 @@ class Capture(TorchFunctionMode):
             # A class token, repeated for every example.
             shape, own = tuple(func(*args, **kwargs).shape), tuple(parents[0].tensor.shape)
             if shape[0] == self.size and own in (shape[1:], (1, *shape[1:])):
-                return self._mark(self.spread(parents[0], shape), [])
+                return self._mark(self.spread(parents[0], shape))
         result = func(*args, **kwargs)
         for index, one in enumerate([result] if isinstance(result, Tensor) else list(leaves_of((result,)))):
             if not one.requires_grad or id(one) in self._tracked:

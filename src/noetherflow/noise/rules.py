@@ -30,7 +30,7 @@ def rule_for(*functions: Any) -> Callable[[Rule], Rule]:
 @rule_for(functional.linear)
 def linear(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Tokens times a matrix, and a bias."""
-    return _linear(capture, *_named(("input", "weight", "bias"), args, kwargs))
+    return _linear(capture, *(_named(("input", "weight", "bias"), args, kwargs) if kwargs else args))
 
 
 @rule_for(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
