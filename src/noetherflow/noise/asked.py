@@ -47,6 +47,7 @@ class Page:
         columns: The same by column.
         grams: Where the Gram matrix along each axis begins.
         length: Of the vector.
+        diagonal: Whether of Gram matrices only the diagonal is there.
     """
 
     shape: torch.Size
@@ -55,9 +56,10 @@ class Page:
     columns: int
     grams: dict[Axis, int]
     length: int
+    diagonal: bool = False
 
     @classmethod
-    def of(cls, shape: torch.Size, asked: Asked) -> "Page":
+    def of(cls, shape: torch.Size, asked: Asked, *, diagonal: bool = False) -> "Page":
         """One field after the other."""
         rows = columns = ABSENT
         end = 1
@@ -67,8 +69,18 @@ class Page:
             columns, end = end, end + shape[1:].numel()
         grams = {}
         for axis in asked.grams:
-            grams[axis], end = end, end + axis.size(torch.empty(shape, device="meta")) ** 2
-        return cls(shape, asked, rows, columns, grams, end)
+            size = axis.size(torch.empty(shape, device="meta"))
+            grams[axis], end = end, end + (size if diagonal else size**2)
+        return cls(shape, asked, rows, columns, grams, end, diagonal)
+
+    def diagonals(self) -> tuple["Page", Tensor]:
+        """The page with but the diagonals of Gram matrices, and where in the vector of this one its numbers are."""
+        thin = Page.of(self.shape, self.asked, diagonal=True)
+        parts = [torch.arange(min([*self.grams.values(), self.length]))]
+        for axis, start in self.grams.items():
+            size = axis.size(torch.empty(self.shape, device="meta"))
+            parts.append(start + (size + 1) * torch.arange(size))
+        return thin, torch.cat(parts)
 
 
 @final
@@ -105,11 +117,12 @@ class Squares:
 
     @property
     def grams(self) -> dict[Axis, Tensor]:
-        """For each axis asked for, shape (n, n)."""
+        """For each axis asked for, shape (n, n), or (n,) if there are only diagonals."""
         found = {}
         for axis, start in self.page.grams.items():
             size = axis.size(torch.empty(self.page.shape, device="meta"))
-            found[axis] = self.numbers[..., start : start + size**2].unflatten(-1, (size, size))
+            part = self.numbers[..., start : start + (size if self.page.diagonal else size**2)]
+            found[axis] = part if self.page.diagonal else part.unflatten(-1, (size, size))
         return found
 
     def _part(self, start: int, shape: tuple[int, ...]) -> Tensor | None:

@@ -1,7 +1,7 @@
 """What single batches say of the noise, and how far they agree."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import final
 
 import torch
@@ -11,14 +11,14 @@ from torch.func import vmap
 from noetherflow._errors import EmptyDataError, SettingsError
 from noetherflow._types import Params
 from noetherflow.noise.asked import Squares, grams_of, names_with_variances
-from noetherflow.noise.ledger import Ledger
+from noetherflow.noise.ledger import Contents, Ledger
 from noetherflow.noise.moments import NoiseMoments, Spread
 from noetherflow.symmetry import Grams, Symmetry
 from noetherflow.symmetry.axes import AxisSymmetry
 
 # Batches whose squares are looked at together, if these are not more than so many numbers.
-_TOGETHER = 16
-_HELD = 2**22
+_TOGETHER = 64
+_HELD = 2**21
 
 
 def along_axes(symmetries: Mapping[str, Symmetry]) -> dict[str, AxisSymmetry]:
@@ -60,7 +60,8 @@ class BatchNoise:
 
     def __init__(self, symmetries: Mapping[str, AxisSymmetry], params: Params) -> None:
         self._symmetries, self._params = symmetries, params
-        self._recent: list[tuple[int, Ledger]] = []
+        self._recent: list[tuple[int, Tensor]] = []
+        self._diagonals: tuple[Contents, Tensor] | None = None
         self._number = self._seen = self.count = 0
         self._mean: dict[str, Tensor] = {}
         self._scatter: dict[str, Tensor] = {}
@@ -75,13 +76,18 @@ class BatchNoise:
         """
         self._number += 1
         self.count += size
+        if self._diagonals is None:
+            contents, places = scatter.contents.diagonals()
+            self._diagonals = contents, places.to(scatter.numbers.device)
+        contents, places = self._diagonals
+        numbers = scatter.numbers[places]
         if scatter.entries:
             # Too large to keep.
-            grams = all_grams(self._symmetries, scatter.squares(), self._params, freedom)
-            self._take([size], {name: _diagonals(one)[None] for name, one in grams.items()})
+            found = self._values(Ledger(contents, numbers, scatter.entries))
+            self._take([size], {name: one[None] / freedom for name, one in found.items()})
             return
-        self._recent.append((size, replace(scatter, numbers=scatter.numbers / freedom)))
-        if len(self._recent) >= min(_TOGETHER, _HELD // len(scatter.numbers)):
+        self._recent.append((size, numbers / freedom))
+        if len(self._recent) >= min(_TOGETHER, _HELD // len(numbers)):
             self._settle()
 
     def spreads(self) -> dict[str, Spread]:
@@ -100,16 +106,17 @@ class BatchNoise:
         return found
 
     def _settle(self) -> None:
-        if not self._recent:
+        if not self._recent or self._diagonals is None:
             return
-        sizes, ledgers = zip(*self._recent, strict=True)
+        sizes, numbers = zip(*self._recent, strict=True)
         self._recent = []
+        contents, _ = self._diagonals
+        self._take(list(sizes), vmap(lambda one: self._values(Ledger(contents, one, {})))(torch.stack(numbers)))
 
-        def values(numbers: Tensor) -> dict[str, Tensor]:
-            squares = replace(ledgers[0], numbers=numbers).squares()
-            return {name: _diagonals(one) for name, one in all_grams(self._symmetries, squares, self._params).items()}
-
-        self._take(list(sizes), vmap(values)(torch.stack([one.numbers for one in ledgers])))
+    def _values(self, diagonals: Ledger) -> dict[str, Tensor]:
+        """Both sides of every charge and their difference, shape (3, ...): of matrices, the diagonals."""
+        found = all_grams(self._symmetries, diagonals.squares(), self._params)
+        return {name: torch.stack([plus, minus, plus - minus]) for name, (plus, minus) in found.items()}
 
     def _take(self, sizes: list[int], values: Mapping[str, Tensor]) -> None:
         """Merge what some batches say, shape (batches, 3, ...), with what others said: Chan, Golub, LeVeque (1979)."""
@@ -125,12 +132,6 @@ class BatchNoise:
                 mean = self._mean[name] + gap * (more / self._seen)
                 scatter = self._scatter[name] + scatter + gap.square() * (before * more / self._seen)
             self._mean[name], self._scatter[name] = mean, scatter
-
-
-def _diagonals(grams: Grams) -> Tensor:
-    """Both sides of a charge and their difference, shape (3, ...): of matrices, the diagonals."""
-    plus, minus = (one.diagonal() if one.ndim == 2 else one for one in grams)
-    return torch.stack([plus, minus, plus - minus])
 
 
 def pooled(
@@ -176,7 +177,7 @@ class Pool:
         Returns:
             False if it holds NaN or infinity, and was left out.
         """
-        if not torch.isfinite(scatter.numbers.sum()):
+        if not math.isfinite(float(scatter.numbers.sum())):
             return False
         if self._scatter is None:
             self._scatter = scatter.scaled(weight**-2)

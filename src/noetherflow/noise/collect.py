@@ -190,7 +190,7 @@ def _one_by_one(uses: Sequence[Use], sums: Sums, like: Tensor) -> Tensor:
     first = uses[0] if not uses[0].views and not isinstance(uses[0], Rows) else None
     rest = [(use, use.of(buffer)) for use in uses[first is not None :]]
     matrix = buffer.view(shape[0], -1)
-    gradient = torch.zeros_like(matrix, dtype=accumulator(buffer))
+    gradient = torch.empty_like(matrix, dtype=accumulator(buffer))
     grams = GramSums(sums.page.asked.grams, buffer)
     scan = scanner(matrix, sums, EACH, total=gradient)
     for index in range(uses[0].size):
@@ -201,6 +201,6 @@ def _one_by_one(uses: Sequence[Use], sums: Sums, like: Tensor) -> Tensor:
         for use, part in rest:
             use.add_to(part, index)
         grams.add()
-        scan()
+        scan(index == 0)
     sums.add_grams(EACH, grams.found())
     return _squared(gradient.view(shape), sums)

@@ -48,7 +48,7 @@ class FastPass:
         self._differentiated = subject.after(self._differentiate)
         self._capture: Capture | None = None
         self._own: list[int] = []
-        self._contents = Contents(asked_of(subject.trained, self._symmetries, variances=variances), subject.trained)
+        self._contents = Contents.of(asked_of(subject.trained, self._symmetries, variances=variances), subject.trained)
         self._each: Ledger | None = None
         self._sum: dict[str, Tensor] = {}
         self._recent: dict[str, Tensor] = {}

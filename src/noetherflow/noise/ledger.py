@@ -101,16 +101,26 @@ class Contents:
     """Where in a ledger the squares of each parameter are.
 
     Args:
-        asked: What is wanted of each.
-        params: The parameters.
+        pages: One for each, by name.
     """
 
-    def __init__(self, asked: Mapping[str, Asked], params: Params) -> None:
-        self.pages = {name: Page.of(params[name].shape, one) for name, one in asked.items()}
+    def __init__(self, pages: dict[str, Page]) -> None:
+        self.pages = pages
         ends = list(accumulate(page.length for page in self.pages.values()))
         self.parts = dict(zip(self.pages, map(slice, [0, *ends], ends), strict=False))
         self.length = ends[-1] if ends else 0
         self.with_entries = [name for name, page in self.pages.items() if page.asked.entries]
+
+    @classmethod
+    def of(cls, asked: Mapping[str, Asked], params: Params) -> "Contents":
+        """What is wanted of every parameter."""
+        return cls({name: Page.of(params[name].shape, one) for name, one in asked.items()})
+
+    def diagonals(self) -> tuple["Contents", Tensor]:
+        """The same with but the diagonals of Gram matrices, and where in such a ledger its numbers are."""
+        found = {name: page.diagonals() for name, page in self.pages.items()}
+        places = [self.parts[name].start + index for name, (_, index) in found.items()]
+        return Contents({name: page for name, (page, _) in found.items()}), torch.cat(places)
 
 
 @final

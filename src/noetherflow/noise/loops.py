@@ -13,14 +13,16 @@ _compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc
 
 # Rows whose columns are summed in the precision of the numbers.
 _BLOCK = 256
+# Numbers of one line of the cache.
+_TILE = 16
 
 
 @_compiled
-def scan(matrix: Any, numbers: Any, row: int, rows: int, columns: int, entries: Any, total: Any) -> None:
+def scan(matrix: Any, numbers: Any, row: int, rows: int, columns: int, entries: Any, total: Any, fresh: bool) -> None:
     """Add the squares of a matrix (n, m) to entries, and their sums to one row of numbers; itself to a total.
 
     The sum of all goes to the first number, those by row and by column to numbers that begin somewhere, or nowhere if
-    that is negative; entries and total may be None.
+    that is negative; entries and total may be None. A fresh total holds anything, and is written.
     """
     n, m = matrix.shape
     zero = matrix.dtype.type(0)
@@ -38,7 +40,7 @@ def scan(matrix: Any, numbers: Any, row: int, rows: int, columns: int, entries: 
                 if entries is not None:
                     entries[i, j] += square
                 if total is not None:
-                    total[i, j] += value
+                    total[i, j] = value if fresh else total[i, j] + value
             numbers[row, 0] += length
             if rows >= 0:
                 numbers[row, rows + i] += length
@@ -50,8 +52,8 @@ def scan(matrix: Any, numbers: Any, row: int, rows: int, columns: int, entries: 
 @_compiled
 def scan_stack(stack: Any, numbers: Any, row: int, rows: int, columns: int, entries: Any, total: Any) -> None:
     """The same for every matrix of a stack (B, n, m)."""
-    for one in stack:
-        scan(one, numbers, row, rows, columns, entries, total)
+    for i in range(len(stack)):
+        scan(stack[i], numbers, row, rows, columns, entries, total, i == 0)
 
 
 @_compiled
@@ -121,6 +123,17 @@ def scan_outer(x: Any, g: Any, numbers: Any, rows: int, columns: int) -> None:
                     by_column[j] += weight * (x[first + i, j] * x[first + i, j])
             for j in range(m):
                 numbers[0, columns + j] += by_column[j]
+
+
+@_compiled
+def turn(matrix: Any, out: Any) -> None:
+    """Write the transpose of a matrix (n, m) to another."""
+    n, m = matrix.shape
+    for i in range(0, n, _TILE):
+        for j in range(0, m, _TILE):
+            for k in range(j, min(j + _TILE, m)):
+                for h in range(i, min(i + _TILE, n)):
+                    out[k, h] = matrix[h, k]
 
 
 @_compiled

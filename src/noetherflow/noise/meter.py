@@ -70,7 +70,7 @@ class NoiseMeter:
         """Forget everything measured so far, and which parameters are trained."""
         self._params = {name: one for name, one in self._model.named_parameters() if one.requires_grad}
         asked = asked_of(self._params, self._symmetries, variances=self._variances)
-        self._contents = Contents(asked, self._params)
+        self._contents = Contents.of(asked, self._params)
         self._pool = Pool(self._symmetries, self._params)
 
     @contextmanager

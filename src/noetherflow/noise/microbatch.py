@@ -97,7 +97,7 @@ class MicrobatchMeter:
         along = along_axes(resolved)
         self._model, self._group = model, group
         self._params = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        self._contents = Contents(asked_of(self._params, along, variances=variances), self._params)
+        self._contents = Contents.of(asked_of(self._params, along, variances=variances), self._params)
         self._pool = Pool(along, self._params)
         self.skipped = 0
 

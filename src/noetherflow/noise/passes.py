@@ -27,7 +27,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 def scanner(
     matrix: Tensor, sums: Sums, row: int, first: int = 0, total: Tensor | None = None
-) -> Callable[[], None]:
+) -> Callable[[bool], None]:
     """A pass over what a matrix holds whenever it is called: its squares are added to sums, itself to a total.
 
     Args:
@@ -38,7 +38,7 @@ def scanner(
         total: Shape (n, m), or None.
 
     Returns:
-        The pass.
+        The pass; it is told whether the total is fresh: holds anything, and is to be written.
     """
     page, n = sums.page, len(matrix)
     rows = page.rows if page.rows == ABSENT else page.rows + first
@@ -47,22 +47,22 @@ def scanner(
     if arrays:
         array, entries, total = arrays
         scan, numbers, columns = _loops().scan, sums.array, page.columns
-        return lambda: scan(array, numbers, row, rows, columns, entries, total)
+        return lambda fresh: scan(array, numbers, row, rows, columns, entries, total, fresh)
 
-    def once() -> None:
+    def once(fresh: bool) -> None:
         squares = wide(matrix).square()
         _add(sums.numbers[row], squares.sum(1), rows, squares.sum(0) if page.columns != ABSENT else None, page.columns)
         if entries is not None:
             entries.add_(squares)
         if total is not None:
-            total.add_(matrix)
+            _ = total.copy_(matrix) if fresh else total.add_(matrix)
 
     return once
 
 
 def scan_stack(stack: Tensor, sums: Sums) -> Tensor:
     """Add the squares of matrices (B, n, m) to sums over examples; their total, in the accumulator's type."""
-    total = stack.new_zeros(stack.shape[1:], dtype=accumulator(stack))
+    total = stack.new_empty(stack.shape[1:], dtype=accumulator(stack))
     page = sums.page
     entries = None if sums.entries is None else sums.entries[EACH].view(total.shape)
     arrays = _arrays(stack, entries, total, into=sums)
@@ -103,6 +103,14 @@ def scan_outer(x: Tensor, g: Tensor, sums: Sums) -> None:
     squares = [wide(one).square() for one in (x, g)]
     lengths = [one.sum(1) for one in squares]
     _add(sums.numbers[EACH], lengths[0] @ squares[1], page.rows, lengths[1] @ squares[0], page.columns)
+
+
+def turn(matrix: Tensor, out: Tensor) -> None:
+    """Write the transpose of a matrix (n, m) to another (m, n), or to some columns of one."""
+    if matrix.is_cpu and matrix.dtype == out.dtype and matrix.dtype in _LOOPED:
+        _loops().turn(matrix.numpy(), out.numpy())
+    else:
+        out.copy_(matrix.mT)
 
 
 def add_tokens(part: Tensor, first: int, ids: Tensor, outputs: Tensor) -> None:

@@ -15,7 +15,7 @@ from noetherflow.symmetry import Axis
 def square(gradient: Tensor, sums: Sums, row: int) -> None:
     """Add the squares of a single gradient to one of the two rows of sums."""
     one = wide(gradient).contiguous()
-    scanner(one.reshape(one.shape[:1].numel(), -1), sums, row)()
+    scanner(one.reshape(one.shape[:1].numel(), -1), sums, row)(False)
     sums.add_grams(row, gradient_grams(sums.page.asked, one))
 
 
