@@ -13,7 +13,6 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.graph import get_gradient_edge
 from torch.func import vjp
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -133,8 +132,9 @@ class Capture(TorchFunctionMode):
         """Enter the mode, once more if it is active."""
         if not self._depth:
             # All at once, not when the forward pass meets them: code between large products is out of the cache.
-            for name, leaf in self._params.items():
-                self._gather(self._root(leaf), Source(name, leaf.shape))
+            with torch.enable_grad():
+                for name, leaf in self._params.items():
+                    self._gather(self._root(leaf), Source(name, leaf.shape))
         super().__enter__()  # type: ignore[no-untyped-call]
         self._depth += 1
         return self
@@ -256,8 +256,9 @@ class Capture(TorchFunctionMode):
         """A tensor as a source: what arrives at its place in the graph is replaced by what was noted of it."""
         # The hook must not hold on to the tensor, which holds on to the graph and so to the hook.
         like = root.detach()
-        edge = get_gradient_edge(root)
-        place = edge.output_nr
+        node, place = root.grad_fn, root.output_nr
+        if node is None:
+            node = root.view_as(root).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
         def arrive(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
             with aside():
@@ -265,7 +266,7 @@ class Capture(TorchFunctionMode):
             return (*gradients[:place], found, *gradients[place + 1 :])
 
         # Held as well: that of a parameter lives no longer than what refers to it.
-        self._hooks.append((edge.node, edge.node.register_prehook(arrive)))
+        self._hooks.append((node, node.register_prehook(arrive)))
         return self._track(Tracked(source, root, root, self._zero(root).expand(root.shape)))
 
     def _zero(self, like: Tensor) -> Tensor:

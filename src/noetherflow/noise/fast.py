@@ -16,7 +16,7 @@ from noetherflow.noise.batches import BatchNoise, along_axes, pooled
 from noetherflow.noise.capture import Capture
 from noetherflow.noise.exact import Subject, chunks
 from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger
-from noetherflow.noise.modes import Calm
+from noetherflow.noise.modes import Calm, eager
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
 from noetherflow.noise.squares import square, square_stack
@@ -136,8 +136,7 @@ class FastPass:
         leaves = tensors_of(batch)
         own = [leaves[index] for index in self._own]
         capture = Capture(subject.trained, self._contents, len(own[0]), own, RULES, keep_gradients=False, calm=calm)
-        # Compiled code would not be seen.
-        with torch.compiler.set_stance("force_eager"), torch.enable_grad(), capture:
+        with eager(), torch.enable_grad(), capture:
             self._capture = capture
             losses = self._differentiated(subject.trained, batch)
         self.unknown = capture.unknown | self.unknown
@@ -203,7 +202,7 @@ class FastPass:
         leaves = {name: one.detach().requires_grad_() for name, one in self._subject.trained.items()}
         losses, found = [], []
         for example in examples:
-            with torch.enable_grad(), Calm() if calm else nullcontext(), torch.compiler.set_stance("force_eager"):
+            with torch.enable_grad(), Calm() if calm else nullcontext(), eager():
                 loss = self._subject.losses(leaves, example).sum()
             losses.append(loss.detach())
             found.append(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True))

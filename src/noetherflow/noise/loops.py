@@ -13,8 +13,6 @@ _compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc
 
 # Rows whose columns are summed in the precision of the numbers.
 _BLOCK = 256
-# Numbers of one line of the cache.
-_TILE = 16
 
 
 @_compiled
@@ -127,13 +125,11 @@ def scan_outer(x: Any, g: Any, numbers: Any, rows: int, columns: int) -> None:
 
 @_compiled
 def turn(matrix: Any, out: Any) -> None:
-    """Write the transpose of a matrix (n, m) to another."""
+    """Write the transpose of a matrix (n, m) to another, in the order of the memory of that one."""
     n, m = matrix.shape
-    for i in range(0, n, _TILE):
-        for j in range(0, m, _TILE):
-            for k in range(j, min(j + _TILE, m)):
-                for h in range(i, min(i + _TILE, n)):
-                    out[k, h] = matrix[h, k]
+    for j in range(m):
+        for i in range(n):
+            out[j, i] = matrix[i, j]
 
 
 @_compiled

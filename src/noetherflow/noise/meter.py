@@ -17,6 +17,7 @@ from noetherflow.noise.batches import Pool, along_axes
 from noetherflow.noise.capture import Capture
 from noetherflow.noise.exact import resolve
 from noetherflow.noise.ledger import Contents
+from noetherflow.noise.modes import eager
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
 from noetherflow.symmetry import Symmetry
@@ -99,8 +100,7 @@ class NoiseMeter:
             raise EmptyDataError("the batch holds no tensor with an entry per example")
         own = [leaf for leaf in leaves if is_per_example(leaf, size)]
         capture = Capture(self._params, self._contents, size, own, RULES, keep_gradients=True)
-        # Compiled code would not be seen.
-        with torch.compiler.set_stance("force_eager"), capture:
+        with eager(), capture:
             yield
         if capture.unknown:
             listing = "; ".join(f"{name} ({operation})" for name, operation in capture.unknown.items())

@@ -10,7 +10,7 @@ from noetherflow.noise.squares import GramSums, gradient_grams
 from noetherflow.noise.uses import Outer, Product, Rows, multiply
 
 # Numbers of a gradient that are formed at a time.
-_STRIP = 3 * 2**16
+_STRIP = 2**18
 
 
 def in_strips(use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows] = ()) -> Tensor:

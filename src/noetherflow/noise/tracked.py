@@ -11,7 +11,7 @@ from noetherflow.noise.uses import Use, View
 
 
 @final
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Source:
     """A tensor whose per-example gradient is collected: a parameter, or what a forward pass makes of parameters alone.
 
@@ -41,7 +41,7 @@ class Source:
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Tracked:
     """A tensor of the forward pass that is a source or a view of one.
 
