@@ -61,7 +61,7 @@ class BatchNoise:
     def __init__(self, symmetries: Mapping[str, AxisSymmetry], params: Params) -> None:
         self._symmetries, self._params = symmetries, params
         self._recent: list[tuple[int, Tensor]] = []
-        self._diagonals: tuple[Contents, Tensor] | None = None
+        self._diagonals: tuple[Contents, Tensor | slice] | None = None
         self._number = self._seen = self.count = 0
         self._mean: dict[str, Tensor] = {}
         self._scatter: dict[str, Tensor] = {}
@@ -77,8 +77,7 @@ class BatchNoise:
         self._number += 1
         self.count += size
         if self._diagonals is None:
-            contents, places = scatter.contents.diagonals()
-            self._diagonals = contents, places.to(scatter.numbers.device)
+            self._diagonals = scatter.contents.diagonals()
         contents, places = self._diagonals
         numbers = scatter.numbers[places]
         if scatter.entries:

@@ -259,6 +259,7 @@ class Capture(TorchFunctionMode):
         node, place = root.grad_fn, root.output_nr
         if node is None:
             node = root.view_as(root).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+            assert node is not None
 
         def arrive(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
             with aside():
@@ -345,7 +346,9 @@ class Capture(TorchFunctionMode):
         if not uses:
             return incoming if self._keep else None
         if source.name is not None:
-            gradient = collect(uses, self.ledger.sums(source.name, accumulator(like)), like).to(like.dtype)
+            gradient = collect(uses, self.ledger.sums(source.name, accumulator(like)), like)
+            if gradient.dtype is not like.dtype:
+                gradient = gradient.to(like.dtype)
             # A gradient that goes on is not held on to, or autograd would copy it.
             self.gradients[source.name] = None if self._keep else gradient
             return gradient if self._keep else None

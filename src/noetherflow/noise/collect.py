@@ -34,8 +34,9 @@ def collect(uses: Sequence[Use], sums: Sums, like: Tensor) -> Tensor:
         The sum of all gradients.
     """
     shape, asked = sums.page.shape, sums.page.asked
-    # First one that fills the whole parameter, if there is any: it need not find zeros.
-    uses = sorted(uses, key=lambda use: (isinstance(use, Rows), bool(use.views)))
+    if len(uses) > 1:
+        # First one that fills the whole parameter, if there is any: it need not find zeros.
+        uses = sorted(uses, key=lambda use: (isinstance(use, Rows), bool(use.views)))
     if all(isinstance(use, Whole) for use in uses) or len(shape) < 2:
         return _whole(uses, sums, like)
     if len(uses) == 1 and not uses[0].views:

@@ -17,19 +17,21 @@ EACH, WHOLE = 0, 1
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Sums:
     """Where the squares of one parameter's gradients are added up.
 
     Args:
         page: Where what is.
-        numbers: Shape (2, length of the page), float64: those of each example, and those of the sum of all.
+        ledger: Numbers of several parameters, shape (2, ...), float64: of each example, and of the sum of all.
+        part: Which of these belong to this one.
         entries: The square of every entry, shape (2, *shape of the parameter), or None if they were not asked for.
-        array: The memory of the numbers, or None if compiled loops cannot write to it.
+        array: The memory of its numbers, or None if compiled loops cannot write to it.
     """
 
     page: Page
-    numbers: Tensor
+    ledger: Tensor
+    part: slice
     entries: Tensor | None
     array: Any
 
@@ -38,7 +40,12 @@ class Sums:
         """Zeros, entries in the type and all of them on the device of a tensor."""
         numbers = like.new_zeros(2, page.length, dtype=torch.float64)
         entries = like.new_zeros(2, *page.shape) if page.asked.entries else None
-        return cls(page, numbers, entries, _array(numbers))
+        return cls(page, numbers, slice(None), entries, _array(numbers))
+
+    @property
+    def numbers(self) -> Tensor:
+        """Shape (2, length of the page)."""
+        return self.ledger[:, self.part]
 
     @property
     def each(self) -> Squares:
@@ -116,8 +123,10 @@ class Contents:
         """What is wanted of every parameter."""
         return cls({name: Page.of(params[name].shape, one) for name, one in asked.items()})
 
-    def diagonals(self) -> tuple["Contents", Tensor]:
+    def diagonals(self) -> tuple["Contents", Tensor | slice]:
         """The same with but the diagonals of Gram matrices, and where in such a ledger its numbers are."""
+        if not any(page.grams for page in self.pages.values()):
+            return self, slice(None)
         found = {name: page.diagonals() for name, page in self.pages.items()}
         places = [self.parts[name].start + index for name, (_, index) in found.items()]
         return Contents({name: page for name, (page, _) in found.items()}), torch.cat(places)
@@ -152,7 +161,7 @@ class Ledger:
         if page.asked.entries and name not in self.entries:
             self.entries[name] = self.numbers.new_zeros(2, *page.shape, dtype=kind)
         array = None if self.array is None else self.array[:, part]
-        return Sums(page, self.numbers[:, part], self.entries.get(name), array)
+        return Sums(page, self.numbers, part, self.entries.get(name), array)
 
     def renewed(self, name: str, kind: torch.dtype) -> Sums:
         """The same after what was added for this parameter is forgotten."""

@@ -17,12 +17,14 @@ _LOOPED = (torch.float32, torch.float64, torch.int64)
 
 def accumulator(tensor: Tensor) -> torch.dtype:
     """The type in which sums are kept: float32 or better."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    kind = tensor.dtype
+    return kind if kind is torch.float32 or kind is torch.float64 else torch.promote_types(kind, torch.float32)
 
 
 def wide(tensor: Tensor) -> Tensor:
     """A tensor in that type."""
-    return tensor.to(accumulator(tensor))
+    kind = accumulator(tensor)
+    return tensor if tensor.dtype is kind else tensor.to(kind)
 
 
 def scanner(
@@ -40,9 +42,9 @@ def scanner(
     Returns:
         The pass; it is told whether the total is fresh: holds anything, and is to be written.
     """
-    page, n = sums.page, len(matrix)
+    page, (n, m) = sums.page, matrix.shape
     rows = page.rows if page.rows == ABSENT else page.rows + first
-    entries = None if sums.entries is None else sums.entries[row].view(-1, matrix.shape[1])[first : first + n]
+    entries = None if sums.entries is None else sums.entries[row].view(-1, m)[first : first + n]
     arrays = _arrays(matrix, entries, total, into=sums)
     if arrays:
         array, entries, total = arrays

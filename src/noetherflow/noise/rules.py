@@ -93,7 +93,7 @@ class _Linear(Function):
         with aside():
             back = None
             if ctx.needs_input_grad[0]:
-                back = (gradient.reshape(-1, len(weight)) @ weight).view(x.shape)
+                back = (gradient.reshape(-1, weight.shape[0]) @ weight).view(x.shape)
             return back, None, None, None, *ctx.note(x, gradient)
 
 

@@ -15,8 +15,9 @@ from noetherflow.symmetry import Axis
 def square(gradient: Tensor, sums: Sums, row: int) -> None:
     """Add the squares of a single gradient to one of the two rows of sums."""
     one = wide(gradient).contiguous()
-    scanner(one.reshape(one.shape[:1].numel(), -1), sums, row)(False)
-    sums.add_grams(row, gradient_grams(sums.page.asked, one))
+    scanner(one if one.ndim == 2 else one.reshape(one.shape[:1].numel(), -1), sums, row)(False)
+    if sums.page.grams:
+        sums.add_grams(row, gradient_grams(sums.page.asked, one))
 
 
 def square_stack(stack: Tensor, sums: Sums) -> Tensor:
@@ -31,15 +32,15 @@ def square_stack(stack: Tensor, sums: Sums) -> Tensor:
 
 def square_vectors(stack: Tensor, sums: Sums) -> Tensor:
     """The same for vectors or numbers, and for their sum as well."""
-    total = scan_vectors(stack.reshape(len(stack), -1).contiguous(), sums)
-    grams = sums.page.asked.grams
+    total = scan_vectors(stack if stack.ndim == 2 else stack.reshape(len(stack), -1), sums)
+    grams = sums.page.grams
     if grams:
         # Stacked, they are a matrix, whose second dimension is their first.
         turned = {replace(axis, dim=1): axis for axis in grams}
         for row, one in ((EACH, wide(stack)), (WHOLE, total[None])):
             found = gradient_grams(Asked(grams=tuple(turned)), one)
             sums.add_grams(row, {turned[axis]: gram for axis, gram in found.items()})
-    return total.view(sums.page.shape)
+    return total if sums.page.shape else total.view(())
 
 
 def gradient_grams(asked: Asked, gradient: Tensor) -> dict[Axis, Tensor]:

@@ -12,7 +12,7 @@ from torch.nn import functional
 View = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Use(ABC):
     """One use of a parameter, or of a view of it.
 
@@ -57,7 +57,7 @@ class Product(Use):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Outer(Product):
     """A linear map of tokens: the gradient is the sum over tokens of output gradient times input.
 
@@ -96,7 +96,7 @@ class Outer(Product):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Rows(Use):
     """A table of which each token reads one row.
 
@@ -119,7 +119,7 @@ class Rows(Use):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Whole(Use):
     """The gradient of every example as it is.
 
@@ -144,7 +144,7 @@ class Whole(Use):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Convolution(Product):
     """A convolution: a linear map of patches, of each group of channels by itself; a product if there is one group.
 
