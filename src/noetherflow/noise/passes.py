@@ -107,12 +107,14 @@ def scan_outer(x: Tensor, g: Tensor, sums: Sums) -> None:
     _add(sums.numbers[EACH], lengths[0] @ squares[1], page.rows, lengths[1] @ squares[0], page.columns)
 
 
-def turn(matrix: Tensor, out: Tensor) -> None:
-    """Write the transpose of a matrix (n, m) to another (m, n), or to some columns of one."""
-    if matrix.is_cpu and matrix.dtype == out.dtype and matrix.dtype in _LOOPED:
-        _loops().turn(matrix.numpy(), out.numpy())
-    else:
-        out.copy_(matrix.mT)
+def transposed(matrix: Tensor) -> Tensor:
+    """The transpose of a matrix, contiguous."""
+    found = matrix.new_empty(matrix.shape[::-1])
+    arrays = _arrays(matrix, found)
+    if not arrays:
+        return matrix.mT.contiguous()
+    _loops().turn(*arrays)
+    return found
 
 
 def add_tokens(part: Tensor, first: int, ids: Tensor, outputs: Tensor) -> None:
