@@ -6,10 +6,12 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 
 import noetherflow as nf
+from noetherflow.noise.capture import Capture
 from test_fast_noise import TIGHT, Recurrent, classify, examples, in_double, large
 from zoo import ZOO, Animal, regression
 
@@ -141,9 +143,15 @@ def test_nothing_is_left_behind_whatever_is_raised() -> None:
                 raise ZeroDivisionError
             value.backward()
 
+    # Held, so that what were left at them would stay.
+    nodes = [get_gradient_edge(one).node for one in model.parameters()]
     for where in ("forward", "backward"):
         with pytest.raises(ZeroDivisionError):
             broken(where)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Capture, "_finish", lambda *_: pytest.fail("a hook was left behind"))
+            classify(model, batch).mean().backward()
+        assert [get_gradient_edge(one).node for one in model.parameters()] == nodes
         assert not _get_current_function_mode_stack()
         assert {name: (set(vars(module)), module.training) for name, module in model.named_modules()} == before
         assert {name: (set(vars(one)), one._backward_hooks) for name, one in model.named_parameters()} == parameters
@@ -152,6 +160,54 @@ def test_nothing_is_left_behind_whatever_is_raised() -> None:
     with meter.step(batch):
         classify(model, batch).mean().backward()
     assert_measured(meter.noise, [nf.estimate_noise(model, classify, [batch], symmetries, exact=True)])
+
+
+def test_hooks_of_parameters_see_the_whole_gradient() -> None:
+    """Those that were there before, where a gradient arrives and after it was added to `.grad`."""
+    model, batch = large(), examples(16)
+    seen: dict[str, Tensor] = {}
+
+    def double(gradient: Tensor) -> Tensor:
+        seen["before"] = gradient.clone()
+        return 2 * gradient
+
+    def after(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        seen["after"] = parameter.grad.clone()
+
+    weight = model[0].weight
+    classify(model, batch).mean().backward()
+    plain = gradients(model)
+    model.zero_grad()
+    weight.register_hook(double)
+    weight.register_post_accumulate_grad_hook(after)
+    meter = nf.NoiseMeter(model, {})
+    with meter.step(batch):
+        classify(model, batch).mean().backward()
+    expected = plain["0.weight"]
+    assert expected is not None
+    torch.testing.assert_close(seen["before"], expected, **TIGHT)
+    torch.testing.assert_close(seen["after"], 2 * expected, **TIGHT)
+    torch.testing.assert_close(gradients(model), plain | {"0.weight": 2 * expected}, **TIGHT)
+    assert_measured(meter.noise, [nf.estimate_noise(model, classify, [batch], {}, exact=True)])
+
+
+def test_two_backward_passes_are_no_step() -> None:
+    """The gradient of an example is the sum of both, which was never there to be squared; `.grad` is right."""
+    model, batch = large(), examples(16)
+    classify(model, batch).mean().backward()
+    plain = gradients(model)
+    model.zero_grad()
+    meter = nf.NoiseMeter(model, {})
+
+    def twice() -> None:
+        with meter.step(batch):
+            for share in (0.25, 0.75):
+                (share * classify(model, batch).mean()).backward()
+
+    with pytest.raises(nf.SettingsError, match="second backward pass"):
+        twice()
+    torch.testing.assert_close(gradients(model), plain, **TIGHT)
 
 
 def test_what_cannot_be_taken_apart_is_named_and_its_gradient_is_right() -> None:
@@ -237,3 +293,34 @@ def test_memory_is_free_without_the_cycle_collector() -> None:
         assert seen() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_no_tensor_outlives_its_step(hooked: bool) -> None:
+    """What a step makes of parameters is let go of as well: in training, and where only noise is measured."""
+    model, batch = large(), examples(16)
+    if hooked:
+        model[0].weight.register_hook(lambda gradient: gradient)
+    meter = nf.NoiseMeter(model, {})
+
+    def step() -> None:
+        model.zero_grad()
+        with meter.step(batch):
+            classify(model, batch).mean().backward()
+
+    def measure() -> None:
+        nf.estimate_noise(model, classify, [batch, batch], {}, exact=False)
+
+    for run in (step, measure):
+        run()
+        gc.collect()
+        gc.disable()
+        try:
+            counts = []
+            for _ in range(3):
+                run()
+                counts.append(sum(issubclass(type(one), Tensor) for one in gc.get_objects()))
+        finally:
+            gc.enable()
+        # One that holds the squares of a step waits until it is put together with others.
+        assert counts[2] - counts[1] <= 1, counts

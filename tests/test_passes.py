@@ -10,24 +10,60 @@ from torch import Tensor
 
 import noetherflow as nf
 from noetherflow.noise import batches, passes
-from noetherflow.noise.asked import Asked, Squares
+from noetherflow.noise.asked import Asked, Page
 from noetherflow.noise.batches import BatchNoise, along_axes
-from noetherflow.noise.ledger import Ledger
-from noetherflow.noise.squares import squares_of_stack, squares_of_vectors
+from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger, Sums
+from noetherflow.noise.squares import square
 
 
 def draw(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
 
 
+def blank(shape: tuple[int, ...], dtype: torch.dtype, *, entries: bool = True) -> Sums:
+    """Where sums can be added up: not zeros, so that what is written over is seen."""
+    sums = Sums.blank(Page.of(torch.Size(shape), Asked(True, True, entries)), torch.ones((), dtype=dtype))
+    sums.numbers.fill_(1.0)
+    if sums.entries is not None:
+        sums.entries.fill_(1.0)
+    return sums
+
+
+def said(sums: Sums, *more: Tensor) -> tuple[Tensor, ...]:
+    return (sums.numbers, *(() if sums.entries is None else (sums.entries,)), *more)
+
+
 def scanned(dtype: torch.dtype) -> tuple[Tensor, ...]:
     # More rows than the loop sums at a time.
-    matrix, rows, columns = draw(600, 7, dtype=dtype), torch.ones(600).double(), torch.ones(7).double()
-    entries, total = torch.ones(600, 7, dtype=dtype), torch.ones(600, 7, dtype=dtype)
-    passes.scanner(matrix, rows, columns, entries, total)()
-    alone = torch.zeros(600).double()
-    passes.scanner(matrix, alone, None)()
-    return rows, columns, entries, total, alone
+    matrix, total, first = draw(600, 7, dtype=dtype), torch.ones(600, 7, dtype=dtype), torch.ones(600, 7, dtype=dtype)
+    sums, part, alone = blank((600, 7), dtype), blank((900, 7), dtype), blank((600, 7), dtype, entries=False)
+    passes.scanner(matrix, sums, EACH, total=total)(False)
+    passes.scanner(matrix, part, WHOLE, 300, first)(True)
+    nothing = Sums.blank(Page.of(matrix.shape, Asked()), matrix)
+    for one in (alone, nothing):
+        passes.scanner(matrix, one, EACH)(False)
+    return *said(sums, total), *said(part, first), *said(alone), *said(nothing)
+
+
+def stacked(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    sums = blank((30, 7), dtype)
+    return said(sums, passes.scan_stack(draw(5, 30, 7, dtype=dtype), sums))
+
+
+def vectors(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    sums = blank((7,), dtype)
+    return said(sums, passes.scan_vectors(draw(600, 7, dtype=dtype), sums))
+
+
+def outer(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    sums = blank((9, 7), dtype, entries=False)
+    passes.scan_outer(draw(600, 7, dtype=dtype), draw(600, 9, dtype=dtype), sums)
+    return said(sums)
+
+
+def tables(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    sums, ids = blank((5, 6), dtype, entries=False), torch.tensor([[1, 4, 1, 1], [0, 0, 2, 4]])
+    return said(sums, passes.scan_tables(ids, draw(2, 4, 6, dtype=dtype), sums))
 
 
 def read(dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -43,14 +79,12 @@ def normalised(dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 PASSES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
     "scanner": scanned,
-    "lengths": lambda dtype: (passes.lengths(draw(6, 50, dtype=dtype)),),
-    "weighted_squares": lambda dtype: (passes.weighted_squares(draw(600, 7, dtype=dtype), draw(600, dtype=dtype)),),
-    "pile": lambda dtype: passes.pile(draw(600, 7, dtype=dtype)),
-    "vector_squares": lambda dtype: passes.vector_squares(draw(600, 7, dtype=dtype)),
+    "scan_stack": stacked,
+    "scan_vectors": vectors,
+    "scan_outer": outer,
+    "scan_tables": tables,
+    "transposed": lambda dtype: (passes.transposed(draw(40, 30, dtype=dtype)),),
     "add_tokens": read,
-    "table_sums": lambda dtype: passes.table_sums(
-        torch.tensor([[1, 4, 1, 1], [0, 0, 2, 4]]), draw(2, 4, 6, dtype=dtype), 5
-    ),
     "channel_sums": lambda dtype: passes.channel_sums(draw(3, 4, 5, 6, dtype=dtype), draw(3, 4, 5, 6, dtype=dtype)),
     "affine_sums": normalised,
 }
@@ -61,7 +95,7 @@ def without_loops() -> Iterator[list[int]]:
     """No tensor is one that the loops can work on; yields how often they were asked."""
     asked: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "_arrays", lambda *tensors: asked.append(len(tensors)) or [])
+        patch.setattr(passes, "_arrays", lambda *tensors, **_: asked.append(len(tensors)) or [])
         yield asked
 
 
@@ -82,11 +116,15 @@ def test_loops_do_what_tensors_do(name: str, dtype: torch.dtype, bound: float) -
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so(bad: float) -> None:
     """The compiler may reorder additions, but not assume that there is nothing to see: a meter skips such steps."""
-    matrix, rows, columns = torch.ones(300, 9), torch.zeros(300).double(), torch.zeros(9).double()
+    matrix, sums = torch.ones(300, 9), Sums.blank(Page.of(torch.Size((300, 9)), Asked(True, True)), torch.ones(()))
     matrix[280, 4] = bad
-    passes.scanner(matrix, rows, columns)()
+    passes.scanner(matrix, sums, EACH)(False)
+    rows, columns = sums.each.rows, sums.each.columns
+    assert rows is not None
+    assert columns is not None
+    assert not sums.each.total.isfinite()
     assert not rows[280].isfinite()
-    assert not columns[4].isfinite()
+    assert not columns[0, 4].isfinite()
     assert rows.isfinite().sum() == 299
     assert columns.isfinite().sum() == 8
 
@@ -95,61 +133,69 @@ def test_other_tensors_are_left_to_their_own_functions() -> None:
     stack = draw(8, 6, dtype=torch.float64)
     for one in (stack.to(torch.bfloat16), stack.mT.contiguous().mT):
         assert not passes._arrays(one)
-        total, squares = passes.pile(one)
+        sums = Sums.blank(Page.of(torch.Size((6,)), Asked(rows=True)), stack)
+        total = passes.scan_vectors(one, sums)
         torch.testing.assert_close(total, one.sum(0).to(total.dtype), rtol=0.02, atol=0.02)
-        torch.testing.assert_close(squares, one.double().square().sum(0), rtol=0.02, atol=0.0)
+        torch.testing.assert_close(sums.each.rows, one.double().square().sum(0), rtol=0.02, atol=0.0)
     assert passes._arrays(stack)
 
 
-def test_vectors_are_like_any_stack() -> None:
-    stack = draw(8, 6, dtype=torch.float64)
-    asked = Asked(rows=True, columns=True)
-    found, (wanted, total) = squares_of_vectors(stack, asked), squares_of_stack(stack, asked)
-    torch.testing.assert_close(found.gradient, total)
-    for field in ("total", "rows", "columns"):
-        torch.testing.assert_close(getattr(found.each, field), getattr(wanted, field))
-    torch.testing.assert_close(found.whole.rows, stack.sum(0).square())
-    torch.testing.assert_close(found.whole.total, stack.sum(0).square().sum())
+GRAM = nf.Axis("in", 1)
 
 
-def ledger_of(seed: int) -> tuple[Ledger, dict[str, Squares]]:
+def ledger_of(seed: int) -> tuple[Ledger, dict[str, Tensor]]:
+    """A ledger that holds some numbers, and these."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.rand(4, generator=generator, dtype=torch.float64)[:, None]
-    columns = torch.rand(4, generator=generator, dtype=torch.float64)[None]
-    gram = torch.rand(3, 3, generator=generator, dtype=torch.float64)
-    squares = {
-        "out": Squares(columns.sum(), None, columns, None, {}),
-        "in": Squares(rows.sum(), rows, None, None, {nf.Axis("in", 1): gram}),
-    }
-    return Ledger.of(squares), squares
+    params = {"out": torch.zeros(2, 4), "in": torch.zeros(4, 3)}
+    contents = Contents.of({"out": Asked(columns=True), "in": Asked(rows=True, grams=(GRAM,))}, params)
+    ledger = Ledger.blank(contents, torch.zeros(()))
+    ledger.numbers[EACH] = torch.rand(contents.length, generator=generator, dtype=torch.float64)
+    total, *columns = ledger.numbers[EACH, :5]
+    other, *rest = ledger.numbers[EACH, 5:]
+    held = {"out": total, "columns": torch.stack(columns), "in": other, "rows": torch.stack(rest[:4])}
+    return ledger.row(EACH), held | {"gram": torch.stack(rest[4:]).view(3, 3)}
 
 
 def test_a_ledger_gives_back_what_it_holds() -> None:
-    ledger, squares = ledger_of(0)
-    found = ledger.combine(ledger, 2.0).scaled(0.5).squares()
-    for name, one in squares.items():
-        for field in ("total", "rows", "columns", "grams"):
-            mine = getattr(found[name], field)
-            theirs = getattr(one, field)
-            if isinstance(theirs, dict):
-                torch.testing.assert_close(mine, {axis: 1.5 * gram for axis, gram in theirs.items()})
-            elif theirs is None:
-                assert mine is None
-            else:
-                torch.testing.assert_close(mine, 1.5 * theirs)
-    torch.testing.assert_close(ledger.trace, squares["in"].total + squares["out"].total)
+    ledger, held = ledger_of(0)
+    found = ledger.scaled(1.0).combine(ledger, 2.0).scaled(0.5).squares()
+    assert found["out"].rows is None
+    assert found["in"].columns is None
+    assert not found["out"].grams
+    torch.testing.assert_close(found["out"].total, 1.5 * held["out"])
+    torch.testing.assert_close(found["out"].columns, 1.5 * held["columns"][None])
+    torch.testing.assert_close(found["in"].total, 1.5 * held["in"])
+    torch.testing.assert_close(found["in"].rows, 1.5 * held["rows"][:, None])
+    torch.testing.assert_close(found["in"].grams[GRAM], 1.5 * held["gram"])
+    torch.testing.assert_close(ledger.trace, held["in"] + held["out"])
 
 
-def test_order_of_parameters_does_not_matter() -> None:
-    ledger, squares = ledger_of(0)
-    turned = Ledger.of(dict(reversed(squares.items())))
-    assert turned.pages == ledger.pages
-    torch.testing.assert_close(turned.numbers, ledger.numbers)
+def test_diagonals_of_a_ledger() -> None:
+    ledger, held = ledger_of(0)
+    contents, places = ledger.contents.diagonals()
+    found = Ledger(contents, ledger.numbers[places], {}).squares()
+    assert torch.equal(found["in"].grams[GRAM], held["gram"].diagonal())
+    assert torch.equal(found["in"].rows[:, 0], held["rows"])
+    assert torch.equal(found["out"].columns[0], held["columns"])
+
+
+def test_both_rows_of_a_ledger_are_settled() -> None:
+    contents = Contents.of({"one": Asked(rows=True, entries=True)}, {"one": torch.zeros(2, 3)})
+    ledger = Ledger.blank(contents, torch.zeros(()))
+    sums = ledger.sums("one", torch.float64)
+    square(draw(2, 3, dtype=torch.float64), sums, EACH)
+    square(2 * draw(2, 3, dtype=torch.float64), sums, WHOLE)
+    squares = draw(2, 3, dtype=torch.float64).square()
+    found = ledger.settled(-1 / 8).squares()["one"]
+    torch.testing.assert_close(found.total, squares.sum() / 2)
+    torch.testing.assert_close(found.rows, squares.sum(1, keepdim=True) / 2)
+    torch.testing.assert_close(found.entries, squares / 2)
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 40])
-def test_what_batches_say_is_summed_up(count: int) -> None:
+def test_what_batches_say_is_summed_up(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are, as if all had been kept."""
+    monkeypatch.setattr(batches, "_TOGETHER", 16)
     symmetries: Any = along_axes({
         "hidden": nf.DiagonalSymmetry([nf.Axis("in", 0)], [nf.Axis("out", 1)]),
         "matrix": nf.MatrixSymmetry([nf.Axis("in", 1)]),
@@ -158,14 +204,11 @@ def test_what_batches_say_is_summed_up(count: int) -> None:
     noise = BatchNoise(symmetries, params)
     sizes, values = [], []
     for index in range(count):
-        ledger, squares = ledger_of(index)
+        ledger, held = ledger_of(index)
         sizes.append(3 + index % 5)
         noise.add(sizes[-1], ledger, sizes[-1] - 1)
         assert len(noise._recent) < batches._TOGETHER
-        rows, columns = squares["in"].rows, squares["out"].columns
-        assert rows is not None
-        assert columns is not None
-        plus, minus = (one.flatten() / (sizes[-1] - 1) for one in (rows, columns))
+        plus, minus = (held[side] / (sizes[-1] - 1) for side in ("rows", "columns"))
         values.append(torch.stack([plus, minus, plus - minus]))
         if index == count // 2:
             noise.spreads()  # looking changes nothing

@@ -188,12 +188,10 @@ class Capture(TorchFunctionMode):
         return self._tracked.get(id(tensor))
 
     def is_data(self, tensor: Any) -> bool:
-        """Whether a tensor depends on the batch.
-
-        What requires a gradient and is not made of parameters alone does; nothing is attached to it.
-        """
+        """Whether a tensor depends on the batch."""
         if id(tensor) in self._tracked:
             return False
+        # What requires a gradient and is not made of parameters alone does: nothing need be attached to it.
         return tensor.requires_grad or id(tensor) in self._data or getattr(tensor, "_of_batch", False)
 
     def tap(self, output: Tensor, source: Tensor, note: Note, *tracked: Tracked) -> Tensor:

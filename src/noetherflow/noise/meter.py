@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import final
 
-import torch
 from torch import nn
 
 from noetherflow._batch import is_per_example, tensors_of
