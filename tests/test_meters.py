@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -302,25 +303,30 @@ def test_no_tensor_outlives_its_step(hooked: bool) -> None:
     if hooked:
         model[0].weight.register_hook(lambda gradient: gradient)
     meter = nf.NoiseMeter(model, {})
+    counts: list[int] = []
 
-    def step() -> None:
-        model.zero_grad()
-        with meter.step(batch):
-            classify(model, batch).mean().backward()
+    def count() -> None:
+        counts.append(sum(issubclass(type(one), Tensor) for one in gc.get_objects()))
 
-    def measure() -> None:
-        nf.estimate_noise(model, classify, [batch, batch], {}, exact=False)
+    def trained() -> None:
+        for _ in range(5):
+            model.zero_grad()
+            with meter.step(batch):
+                classify(model, batch).mean().backward()
+            count()
 
-    for run in (step, measure):
-        run()
+    def given() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(5):
+            count()
+            yield batch
+
+    for run in (trained, lambda: nf.estimate_noise(model, classify, given(), {}, exact=False)):
+        counts.clear()
         gc.collect()
         gc.disable()
         try:
-            counts = []
-            for _ in range(3):
-                run()
-                counts.append(sum(issubclass(type(one), Tensor) for one in gc.get_objects()))
+            run()
         finally:
             gc.enable()
         # One that holds the squares of a step waits until it is put together with others.
-        assert counts[2] - counts[1] <= 1, counts
+        assert counts[4] - counts[3] <= 1, counts
