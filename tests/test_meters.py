@@ -193,6 +193,16 @@ def test_hooks_of_parameters_see_the_whole_gradient() -> None:
     assert_measured(meter.noise, [nf.estimate_noise(model, classify, [batch], {}, exact=True)])
 
 
+def test_a_parameter_that_was_frozen_since_has_no_gradient() -> None:
+    model, batch = large(), examples(16)
+    meter = nf.NoiseMeter(model, {})
+    model[0].weight.requires_grad_(False)
+    with meter.step(batch):
+        classify(model, batch).mean().backward()
+    assert model[0].weight.grad is None
+    assert_measured(meter.noise, [nf.estimate_noise(model, classify, [batch], {}, exact=True)])
+
+
 def test_two_backward_passes_are_no_step() -> None:
     """The gradient of an example is the sum of both, which was never there to be squared; `.grad` is right."""
     model, batch = large(), examples(16)

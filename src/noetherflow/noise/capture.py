@@ -134,7 +134,8 @@ class Capture(TorchFunctionMode):
             # All at once, not when the forward pass meets them: code between large products is out of the cache.
             with torch.enable_grad():
                 for name, leaf in self._params.items():
-                    self._gather(self._root(leaf), Source(name, leaf.shape))
+                    if leaf.requires_grad or not self._keep:  # and was not frozen in the meantime
+                        self._gather(self._root(leaf), Source(name, leaf.shape))
         super().__enter__()  # type: ignore[no-untyped-call]
         self._depth += 1
         return self
@@ -252,8 +253,6 @@ class Capture(TorchFunctionMode):
 
     def _gather(self, root: Tensor, source: Source) -> Tracked:
         """A tensor as a source: what arrives at its place in the graph is replaced by what was noted of it."""
-        # The hook must not hold on to the tensor, which holds on to the graph and so to the hook.
-        like = root.detach()
         node, place = root.grad_fn, root.output_nr
         if node is None:
             node = root.view_as(root).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
@@ -261,7 +260,7 @@ class Capture(TorchFunctionMode):
 
         def arrive(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
             with aside():
-                found = self._finish(source, like, gradients[place])
+                found = self._finish(source, root, gradients[place])
             return (*gradients[:place], found, *gradients[place + 1 :])
 
         # Held as well: that of a parameter lives no longer than what refers to it.
