@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-from noetherflow.noise.passes import pile
+from noetherflow.noise import passes as loops
+from noetherflow.noise.asked import Asked, Page
+from noetherflow.noise.ledger import EACH, WHOLE, Sums
 
 from .models import SWEEP, Built, build, in_examples_of, one_by_one
 from .ways import FOUND, OURS, Way, plain, symmetries_of, ways_for
@@ -192,7 +194,7 @@ def memory(built: Built, wanted: list[str]) -> list[dict[str, Any]]:
     for name in ("torch._dynamo", "opacus", "backpack"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)  # once, not in every process
-    pile(torch.ones(2, 2))  # so that the compiler of our own loops is there as well
+    load_loops()
     rows = []
     known = {"plain": plain} | ways_for(built)
     for name in ("plain", *wanted):
@@ -200,6 +202,23 @@ def memory(built: Built, wanted: list[str]) -> list[dict[str, Any]]:
         said = forked(lambda make=make: json.dumps(growth(built, make)).encode())
         rows.append({"way": name} | (json.loads(said) if said else {"wrong": "the process ended"}))
     return rows
+
+
+def load_loops() -> None:
+    """Our own compiled loops: what is there before the first step, as torch's are."""
+    matrix, stack, ids = torch.ones(2, 2), torch.ones(2, 2, 2), torch.zeros(2, 2, dtype=torch.int64)
+    for asked in (Asked(True, True), Asked(True, True, entries=True)):
+        sums, vector = (Sums.blank(Page.of(torch.Size(shape), asked), matrix) for shape in ((2, 2), (2,)))
+        loops.scanner(matrix, sums, EACH, total=torch.ones(2, 2))(True)
+        loops.scanner(matrix, sums, WHOLE)(False)
+        loops.scan_stack(stack, sums)
+        loops.scan_vectors(matrix, vector)
+        loops.scan_outer(matrix, matrix, sums)
+        loops.scan_tables(ids, stack, sums)
+    loops.add_tokens(matrix, 0, ids[0], matrix)
+    loops.channel_sums(stack, stack)
+    loops.affine_sums(stack, stack, stack[..., :1], stack[..., :1])
+    loops.transposed(matrix)
 
 
 def forked(function: Callable[[], bytes]) -> bytes:
