@@ -217,7 +217,7 @@ def load_loops() -> None:
         loops.scan_tables(ids, stack, sums)
     loops.add_tokens(matrix, 0, ids[0], matrix)
     loops.channel_sums(stack, stack)
-    loops.affine_sums(stack, stack, stack[..., :1], stack[..., :1])
+    loops.affine_sums(stack, stack, *2 * [torch.ones(2, 2, 1)])
     loops.transposed(matrix)
 
 

@@ -26,21 +26,22 @@ class Sums:
         ledger: Numbers of several parameters, shape (2, ...), float64: of each example, and of the sum of all.
         part: Which of these belong to this one.
         entries: The square of every entry, shape (2, *shape of the parameter), or None if they were not asked for.
-        array: The memory of its numbers, or None if compiled loops cannot write to it.
+        arrays: The memory of its numbers, a vector for each row, or None if compiled loops cannot write to it.
     """
 
     page: Page
     ledger: Tensor
     part: slice
     entries: Tensor | None
-    array: Any
+    arrays: Any
 
     @classmethod
     def blank(cls, page: Page, like: Tensor) -> "Sums":
         """Zeros, entries in the type and all of them on the device of a tensor."""
         numbers = like.new_zeros(2, page.length, dtype=torch.float64)
         entries = like.new_zeros(2, *page.shape) if page.asked.entries else None
-        return cls(page, numbers, slice(None), entries, _array(numbers))
+        array = _array(numbers)
+        return cls(page, numbers, slice(None), entries, None if array is None else [*array])
 
     @property
     def numbers(self) -> Tensor:
@@ -160,8 +161,8 @@ class Ledger:
         page, part = self.contents.pages[name], self.contents.parts[name]
         if page.asked.entries and name not in self.entries:
             self.entries[name] = self.numbers.new_zeros(2, *page.shape, dtype=kind)
-        array = None if self.array is None else self.array[:, part]
-        return Sums(page, self.numbers, part, self.entries.get(name), array)
+        arrays = None if self.array is None else [*self.array[:, part]]
+        return Sums(page, self.numbers, part, self.entries.get(name), arrays)
 
     def renewed(self, name: str, kind: torch.dtype) -> Sums:
         """The same after what was added for this parameter is forgotten."""

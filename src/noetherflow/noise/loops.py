@@ -16,8 +16,8 @@ _BLOCK = 256
 
 
 @_compiled
-def scan(matrix: Any, numbers: Any, row: int, rows: int, columns: int, entries: Any, total: Any, fresh: bool) -> None:
-    """Add the squares of a matrix (n, m) to entries, and their sums to one row of numbers; itself to a total.
+def scan(matrix: Any, numbers: Any, rows: int, columns: int, entries: Any, total: Any, fresh: bool) -> None:
+    """Add the squares of a matrix (n, m) to entries, and their sums to numbers; itself to a total.
 
     The sum of all goes to the first number, those by row and by column to numbers that begin somewhere, or nowhere if
     that is negative; entries and total may be None. A fresh total holds anything, and is written.
@@ -39,24 +39,24 @@ def scan(matrix: Any, numbers: Any, row: int, rows: int, columns: int, entries: 
                     entries[i, j] += square
                 if total is not None:
                     total[i, j] = value if fresh else total[i, j] + value
-            numbers[row, 0] += length
+            numbers[0] += length
             if rows >= 0:
-                numbers[row, rows + i] += length
+                numbers[rows + i] += length
         if columns >= 0:
             for j in range(m):
-                numbers[row, columns + j] += sums[j]
+                numbers[columns + j] += sums[j]
 
 
 @_compiled
-def scan_stack(stack: Any, numbers: Any, row: int, rows: int, columns: int, entries: Any, total: Any) -> None:
+def scan_stack(stack: Any, numbers: Any, rows: int, columns: int, entries: Any, total: Any) -> None:
     """The same for every matrix of a stack (B, n, m)."""
     for i in range(len(stack)):
-        scan(stack[i], numbers, row, rows, columns, entries, total, i == 0)
+        scan(stack[i], numbers, rows, columns, entries, total, i == 0)
 
 
 @_compiled
-def scan_vectors(stack: Any, numbers: Any, rows: int, columns: int, entries: Any, total: Any) -> None:
-    """The same for vectors (B, m), whose entries are their rows, and in the second row of all for their total.
+def scan_vectors(stack: Any, numbers: Any, whole: Any, rows: int, columns: int, entries: Any, total: Any) -> None:
+    """The same for vectors (B, m), whose entries are their rows; to whole, and in the second row of entries, for their total.
 
     Sums by column are one number.
     """
@@ -76,13 +76,14 @@ def scan_vectors(stack: Any, numbers: Any, rows: int, columns: int, entries: Any
     for j in range(m):
         squares[1, j] = np.float64(total[j]) ** 2
     for row in range(2):
+        mine = whole if row else numbers
         length = squares[row].sum()
-        numbers[row, 0] += length
+        mine[0] += length
         if columns >= 0:
-            numbers[row, columns] += length
+            mine[columns] += length
         for j in range(m):
             if rows >= 0:
-                numbers[row, rows + j] += squares[row, j]
+                mine[rows + j] += squares[row, j]
             if entries is not None:
                 entries[row, j] += squares[row, j]
 
@@ -110,17 +111,17 @@ def scan_outer(x: Any, g: Any, numbers: Any, rows: int, columns: int) -> None:
                 length += square
                 by_row[j] += weight * square
             weights[i] = length
-            numbers[0, 0] += np.float64(length) * weight
+            numbers[0] += np.float64(length) * weight
         if rows >= 0:
             for j in range(n):
-                numbers[0, rows + j] += by_row[j]
+                numbers[rows + j] += by_row[j]
         if columns >= 0:
             for i in range(count):
                 weight = weights[i]
                 for j in range(m):
                     by_column[j] += weight * (x[first + i, j] * x[first + i, j])
             for j in range(m):
-                numbers[0, columns + j] += by_column[j]
+                numbers[columns + j] += by_column[j]
 
 
 @_compiled
@@ -171,12 +172,12 @@ def scan_tables(ids: Any, outputs: Any, numbers: Any, rows: int, columns: int, t
                 length += value * value
                 squares[j] += value * value
                 total[row, j] += value
-            numbers[0, 0] += length
+            numbers[0] += length
             if rows >= 0:
-                numbers[0, rows + row] += length
+                numbers[rows + row] += length
         if columns >= 0:
             for j in range(m):
-                numbers[0, columns + j] += squares[j]
+                numbers[columns + j] += squares[j]
 
 
 @_compiled

@@ -48,8 +48,8 @@ def scanner(
     arrays = _arrays(matrix, entries, total, into=sums)
     if arrays:
         array, entries, total = arrays
-        scan, numbers, columns = _loops().scan, sums.array, page.columns
-        return lambda fresh: scan(array, numbers, row, rows, columns, entries, total, fresh)
+        scan, numbers, columns = _loops().scan, sums.arrays[row], page.columns
+        return lambda fresh: scan(array, numbers, rows, columns, entries, total, fresh)
 
     def once(fresh: bool) -> None:
         squares = wide(matrix).square()
@@ -69,7 +69,7 @@ def scan_stack(stack: Tensor, sums: Sums) -> Tensor:
     entries = None if sums.entries is None else sums.entries[EACH].view(total.shape)
     arrays = _arrays(stack, entries, total, into=sums)
     if arrays:
-        _loops().scan_stack(arrays[0], sums.array, EACH, page.rows, page.columns, *arrays[1:])
+        _loops().scan_stack(arrays[0], sums.arrays[EACH], page.rows, page.columns, *arrays[1:])
         return total
     squares = wide(stack).square().sum(0)
     _add(sums.numbers[EACH], squares.sum(1), page.rows, squares.sum(0), page.columns)
@@ -85,7 +85,7 @@ def scan_vectors(stack: Tensor, sums: Sums) -> Tensor:
     entries = None if sums.entries is None else sums.entries.view(2, -1)
     arrays = _arrays(stack, entries, total, into=sums)
     if arrays:
-        _loops().scan_vectors(arrays[0], sums.array, page.rows, page.columns, *arrays[1:])
+        _loops().scan_vectors(arrays[0], *sums.arrays, page.rows, page.columns, *arrays[1:])
         return total
     total = stack.sum(0, dtype=total.dtype)
     for row, squares in ((EACH, wide(stack).square().sum(0).double()), (WHOLE, total.double().square())):
@@ -100,7 +100,7 @@ def scan_outer(x: Tensor, g: Tensor, sums: Sums) -> None:
     page = sums.page
     arrays = _arrays(x, g, into=sums)
     if arrays:
-        _loops().scan_outer(*arrays, sums.array, page.rows, page.columns)
+        _loops().scan_outer(*arrays, sums.arrays[EACH], page.rows, page.columns)
         return
     squares = [wide(one).square() for one in (x, g)]
     lengths = [one.sum(1) for one in squares]
@@ -153,7 +153,7 @@ def scan_tables(ids: Tensor, outputs: Tensor, sums: Sums) -> Tensor:
     total = outputs.new_zeros(page.shape, dtype=accumulator(outputs))
     arrays = _arrays(ids, outputs, total, into=sums)
     if arrays:
-        _loops().scan_tables(*arrays[:2], sums.array, page.rows, page.columns, arrays[2])
+        _loops().scan_tables(*arrays[:2], sums.arrays[EACH], page.rows, page.columns, arrays[2])
         return total
     row, found = distinct_rows(ids, outputs, count)
     squares = wide(found).square()
@@ -215,7 +215,7 @@ def _add(numbers: Tensor, by_row: Tensor, rows: int, by_column: Tensor | None, c
 
 def _arrays(*tensors: Tensor | None, into: Sums | None = None) -> list[Any]:
     """The memory of tensors, as the loops want it; nothing if they cannot work on these, or write to these sums."""
-    if into is not None and into.array is None:
+    if into is not None and into.arrays is None:
         return []
     for one in tensors:
         if one is not None and not (one.dtype in _LOOPED and one.is_cpu and one.is_contiguous()):
