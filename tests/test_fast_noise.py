@@ -229,7 +229,7 @@ def test_every_way_of_adding_up(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collecting, "_SMALL", threshold)
             if not loops:
-                patch.setattr(passes, "_arrays", lambda *_, **__: [])
+                patch.setattr(passes, "arrays_of", lambda *_, **__: [])
             found = Sums.blank(page, x)
             gradient = collect([Outer((), x, g)], found, x)
         torch.testing.assert_close(gradient, (g.mT @ x).sum(0), **TIGHT)

@@ -95,7 +95,7 @@ def without_loops() -> Iterator[list[int]]:
     """No tensor is one that the loops can work on; yields how often they were asked."""
     asked: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "_arrays", lambda *tensors, **_: asked.append(len(tensors)) or [])
+        patch.setattr(passes, "arrays_of", lambda *tensors, **_: asked.append(len(tensors)) or [])
         yield asked
 
 
@@ -132,12 +132,12 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
 def test_other_tensors_are_left_to_their_own_functions() -> None:
     stack = draw(8, 6, dtype=torch.float64)
     for one in (stack.to(torch.bfloat16), stack.mT.contiguous().mT):
-        assert not passes._arrays(one)
+        assert not passes.arrays_of(one)
         sums = Sums.blank(Page.of(torch.Size((6,)), Asked(rows=True)), stack)
         total = passes.scan_vectors(one, sums)
         torch.testing.assert_close(total, one.sum(0).to(total.dtype), rtol=0.02, atol=0.02)
         torch.testing.assert_close(sums.each.rows, one.double().square().sum(0), rtol=0.02, atol=0.0)
-    assert passes._arrays(stack)
+    assert passes.arrays_of(stack)
 
 
 GRAM = nf.Axis("in", 1)

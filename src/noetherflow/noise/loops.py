@@ -6,13 +6,37 @@ Arrays are of float32 or float64, their last dimension contiguous; sums that are
 from typing import Any
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 # Additions may be reordered; NaN and infinity have to stay what they are.
 _compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 
 # Rows whose columns are summed in the precision of the numbers.
 _BLOCK = 256
+# What BLAS calls a matrix as it is, and one that is to be transposed.
+_AS_IS, _TURNED = ord("N"), ord("T")
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _multiply(typing: Any, address: Any, arguments: Any) -> Any:
+    """Call a BLAS product of matrices; arguments in its own order, addresses of arrays as numbers."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        where, given = values
+        number, passed = ir.IntType(64), []
+        for index, one in enumerate(cgutils.unpack_tuple(builder, given)):
+            is_array = index in (6, 8, 11)
+            # All else by reference.
+            passed.append(one if is_array else builder.ptrtoint(cgutils.alloca_once_value(builder, one), number))
+        passed += [number(1)] * 2  # the lengths of the two letters, which some compilers of Fortran pass on
+        kind = ir.FunctionType(ir.VoidType(), [number] * len(passed))
+        builder.call(builder.inttoptr(where, kind.as_pointer()), passed)
+        return context.get_dummy_value()
+
+    return types.void(address, arguments), code
 
 
 @_compiled
@@ -178,6 +202,80 @@ def scan_tables(ids: Any, outputs: Any, numbers: Any, rows: int, columns: int, t
         if columns >= 0:
             for j in range(m):
                 numbers[columns + j] += squares[j]
+
+
+@_compiled
+def outer_products(
+    product: int, left: Any, right: Any, first: int, ids: Any, outputs: Any, heads: Any, grams: Any, strip: Any,
+    numbers: Any, rows: int, columns: int, entries: Any, total: Any,
+) -> None:  # fmt: skip
+    """Form the products left^T right of matrices (B, T, n) and (B, T, m) one after the other, and scan each.
+
+    Args:
+        product: The address of BLAS' product.
+        left: All columns; those that are wanted begin with the first.
+        right: The other matrices.
+        first: Of the rows of the products.
+        ids: Rows of the products to which outputs are added (B, T'), or of no token.
+        outputs: Shape (B, T', m).
+        heads: Of each Gram matrix that is wanted: the dimension, first row and number of rows, and where it begins.
+        grams: Where these are added up.
+        strip: Memory for some rows of a product.
+        numbers: As in `scan`, as is what follows.
+    """
+    tokens, n = left.shape[1:]
+    k, m = strip.shape
+    one, zero = strip.dtype.type(1), strip.dtype.type(0)
+    into = strip.ctypes.data
+    for b in range(len(left)):
+        # BLAS takes columns for rows.
+        mine = left[b].ctypes.data + first * left.itemsize
+        matrices = (right[b].ctypes.data, m, mine, n, zero, into, m)
+        _multiply(product, (_AS_IS, _TURNED, m, k, tokens, one, *matrices))
+        if ids.shape[1]:
+            read_rows(strip, first, ids[b], outputs[b])
+        for h in range(len(heads)):
+            dim, start, size, place = heads[h]
+            out = grams.ctypes.data + place * grams.itemsize
+            if dim == 0:
+                head = into + start * m * strip.itemsize
+                _multiply(product, (_TURNED, _AS_IS, size, size, m, one, head, m, head, m, one, out, size))
+            else:
+                head = into + start * strip.itemsize
+                _multiply(product, (_AS_IS, _TURNED, size, size, k, one, head, m, head, m, one, out, size))
+        scan(strip, numbers, rows, columns, entries, total, b == 0)
+
+
+@_compiled
+def patch_products(
+    product: int, left: Any, images: Any, places: Any, moves: Any, patches: Any, strip: Any,
+    numbers: Any, rows: int, columns: int, entries: Any, total: Any,
+) -> None:  # fmt: skip
+    """The same for products of matrices (B, n, P) and the patches of images, which are copied one after the other.
+
+    Args:
+        product: The address of BLAS' product.
+        left: The left matrices.
+        images: Shape (B, numbers of an image).
+        places: Where in an image the first number of each patch is, shape (P,).
+        moves: How far from there each run of numbers of the patch is.
+        patches: Memory for those of an image, shape (P, m).
+        strip: Memory for a product, shape (n, m).
+        numbers: As in `scan`, as is what follows.
+    """
+    n, m = strip.shape
+    run = m // len(moves)
+    one, zero = strip.dtype.type(1), strip.dtype.type(0)
+    for b in range(len(left)):
+        image = images[b]
+        for i in range(len(places)):
+            for j in range(len(moves)):
+                start = places[i] + moves[j]
+                for k in range(run):
+                    patches[i, j * run + k] = image[start + k]
+        matrices = (patches.ctypes.data, m, left[b].ctypes.data, len(places), zero, strip.ctypes.data, m)
+        _multiply(product, (_AS_IS, _AS_IS, m, n, len(places), one, *matrices))
+        scan(strip, numbers, rows, columns, entries, total, b == 0)
 
 
 @_compiled

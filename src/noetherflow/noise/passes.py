@@ -45,10 +45,10 @@ def scanner(
     page, (n, m) = sums.page, matrix.shape
     rows = page.rows if page.rows == ABSENT else page.rows + first
     entries = None if sums.entries is None else sums.entries[row].view(-1, m)[first : first + n]
-    arrays = _arrays(matrix, entries, total, into=sums)
+    arrays = arrays_of(matrix, entries, total, into=sums)
     if arrays:
         array, entries, total = arrays
-        scan, numbers, columns = _loops().scan, sums.arrays[row], page.columns
+        scan, numbers, columns = compiled().scan, sums.arrays[row], page.columns
         return lambda fresh: scan(array, numbers, rows, columns, entries, total, fresh)
 
     def once(fresh: bool) -> None:
@@ -67,9 +67,9 @@ def scan_stack(stack: Tensor, sums: Sums) -> Tensor:
     total = stack.new_empty(stack.shape[1:], dtype=accumulator(stack))
     page = sums.page
     entries = None if sums.entries is None else sums.entries[EACH].view(total.shape)
-    arrays = _arrays(stack, entries, total, into=sums)
+    arrays = arrays_of(stack, entries, total, into=sums)
     if arrays:
-        _loops().scan_stack(arrays[0], sums.arrays[EACH], page.rows, page.columns, *arrays[1:])
+        compiled().scan_stack(arrays[0], sums.arrays[EACH], page.rows, page.columns, *arrays[1:])
         return total
     squares = wide(stack).square().sum(0)
     _add(sums.numbers[EACH], squares.sum(1), page.rows, squares.sum(0), page.columns)
@@ -83,9 +83,9 @@ def scan_vectors(stack: Tensor, sums: Sums) -> Tensor:
     total = stack.new_zeros(stack.shape[1], dtype=accumulator(stack))
     page = sums.page
     entries = None if sums.entries is None else sums.entries.view(2, -1)
-    arrays = _arrays(stack, entries, total, into=sums)
+    arrays = arrays_of(stack, entries, total, into=sums)
     if arrays:
-        _loops().scan_vectors(arrays[0], *sums.arrays, page.rows, page.columns, *arrays[1:])
+        compiled().scan_vectors(arrays[0], *sums.arrays, page.rows, page.columns, *arrays[1:])
         return total
     total = stack.sum(0, dtype=total.dtype)
     for row, squares in ((EACH, wide(stack).square().sum(0).double()), (WHOLE, total.double().square())):
@@ -98,9 +98,9 @@ def scan_vectors(stack: Tensor, sums: Sums) -> Tensor:
 def scan_outer(x: Tensor, g: Tensor, sums: Sums) -> None:
     """Add the squares of outer products of vectors g (B, n) and x (B, m) to sums over examples, but for entries."""
     page = sums.page
-    arrays = _arrays(x, g, into=sums)
+    arrays = arrays_of(x, g, into=sums)
     if arrays:
-        _loops().scan_outer(*arrays, sums.arrays[EACH], page.rows, page.columns)
+        compiled().scan_outer(*arrays, sums.arrays[EACH], page.rows, page.columns)
         return
     squares = [wide(one).square() for one in (x, g)]
     lengths = [one.sum(1) for one in squares]
@@ -110,10 +110,10 @@ def scan_outer(x: Tensor, g: Tensor, sums: Sums) -> None:
 def transposed(matrix: Tensor) -> Tensor:
     """The transpose of a matrix, contiguous."""
     found = matrix.new_empty(matrix.shape[::-1])
-    arrays = _arrays(matrix, found)
+    arrays = arrays_of(matrix, found)
     if not arrays:
         return matrix.mT.contiguous()
-    _loops().turn(*arrays)
+    compiled().turn(*arrays)
     return found
 
 
@@ -126,10 +126,10 @@ def add_tokens(part: Tensor, first: int, ids: Tensor, outputs: Tensor) -> None:
         ids: The row of each token.
         outputs: Their gradients.
     """
-    arrays = _arrays(part, ids, outputs)
+    arrays = arrays_of(part, ids, outputs)
     if arrays:
         table, *rest = arrays
-        _loops().read_rows(table, first, *rest)
+        compiled().read_rows(table, first, *rest)
         return
     inside = (ids >= first) & (ids < first + len(part))
     part.index_add_(0, torch.where(inside, ids - first, 0), torch.where(inside[:, None], outputs, 0.0))
@@ -151,9 +151,9 @@ def scan_tables(ids: Tensor, outputs: Tensor, sums: Sums) -> Tensor:
     page = sums.page
     count = page.shape[0]
     total = outputs.new_zeros(page.shape, dtype=accumulator(outputs))
-    arrays = _arrays(ids, outputs, total, into=sums)
+    arrays = arrays_of(ids, outputs, total, into=sums)
     if arrays:
-        _loops().scan_tables(*arrays[:2], sums.arrays[EACH], page.rows, page.columns, arrays[2])
+        compiled().scan_tables(*arrays[:2], sums.arrays[EACH], page.rows, page.columns, arrays[2])
         return total
     row, found = distinct_rows(ids, outputs, count)
     squares = wide(found).square()
@@ -176,11 +176,11 @@ def channel_sums(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     shape = x.shape[:2]
     x, g = (one.reshape(shape.numel(), -1) for one in (x, g))
     products, sums = x.new_empty(len(x)), x.new_empty(len(x))
-    arrays = _arrays(x, g, products, sums)
+    arrays = arrays_of(x, g, products, sums)
     if not arrays:
         products, sums = (x * g).sum(1), g.sum(1)
     else:
-        _loops().channels(*arrays)
+        compiled().channels(*arrays)
     return products.view(shape), sums.view(shape)
 
 
@@ -197,11 +197,11 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tens
         The sums over tokens of g times the normalised x, and of g: shape (B, ...).
     """
     shape = x.shape[:2]
-    arrays = _arrays(*(one.reshape(*shape, -1) for one in (x, g)), *(one.reshape(shape) for one in (mean, scale)))
+    arrays = arrays_of(*(one.reshape(*shape, -1) for one in (x, g)), *(one.reshape(shape) for one in (mean, scale)))
     if not arrays:
         return (g * ((x - mean) * scale)).sum(1), g.sum(1)
     gains, biases = (x.new_zeros(len(x), *x.shape[2:]) for _ in range(2))
-    _loops().normalised(*arrays, gains.view(len(x), -1).numpy(), biases.view(len(x), -1).numpy())
+    compiled().normalised(*arrays, gains.view(len(x), -1).numpy(), biases.view(len(x), -1).numpy())
     return gains, biases
 
 
@@ -213,7 +213,7 @@ def _add(numbers: Tensor, by_row: Tensor, rows: int, by_column: Tensor | None, c
             numbers[start : start + part.numel()] += part
 
 
-def _arrays(*tensors: Tensor | None, into: Sums | None = None) -> list[Any]:
+def arrays_of(*tensors: Tensor | None, into: Sums | None = None) -> list[Any]:
     """The memory of tensors, as the loops want it; nothing if they cannot work on these, or write to these sums."""
     if into is not None and into.arrays is None:
         return []
@@ -224,7 +224,7 @@ def _arrays(*tensors: Tensor | None, into: Sums | None = None) -> list[Any]:
 
 
 @cache
-def _loops() -> ModuleType:
+def compiled() -> ModuleType:
     """The loops, whose compiler is not loaded before it is needed."""
     from noetherflow.noise import loops
 

@@ -1,7 +1,9 @@
 """The squares of one gradient, or of gradients stacked along a leading axis: passes over memory, as few as possible."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import final
 
 from torch import Tensor
@@ -59,13 +61,18 @@ class GramSums:
     Args:
         axes: Along which.
         buffer: Of the shape of the parameter.
+
+    Attributes:
+        memory: All sums, one after the other.
     """
 
     def __init__(self, axes: Sequence[Axis], buffer: Tensor) -> None:
         self._buffer = buffer
         self._groups = [(group, _stacked_rows(group, buffer)) for group in _heads(axes, buffer.ndim)]
-        kind = accumulator(buffer)
-        self._sums = [rows.new_zeros(*rows.shape[:2], rows.shape[1], dtype=kind) for _, rows in self._groups]
+        shapes = [(*rows.shape[:2], rows.shape[1]) for _, rows in self._groups]
+        self.memory = buffer.new_zeros(sum(map(math.prod, shapes)), dtype=accumulator(buffer))
+        parts = self.memory.split([math.prod(shape) for shape in shapes])
+        self._sums = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def add(self) -> None:
         """Add what the buffer holds now."""
@@ -74,6 +81,16 @@ class GramSums:
                 rows = _stacked_rows(group, self._buffer)  # some unfoldings are copies
             rows = wide(rows)
             sums.baddbmm_(rows, rows.mT)
+
+    @property
+    def heads(self) -> tuple[tuple[int, int, int, int], ...] | None:
+        """Of each Gram matrix its dimension, first row, number of rows, and place in memory; None if it has others."""
+        axes = [axis for group, _ in self._groups for axis in group]
+        if self._buffer.ndim != 2 or any(axis.within is not None or axis.repeat != 1 for axis in axes):
+            return None
+        sizes = [axis.size(self._buffer) for axis in axes]
+        places = accumulate((size**2 for size in sizes), initial=0)
+        return tuple((axis.dim % 2, axis.start or 0, size, at) for axis, size, at in zip(axes, sizes, places))
 
     def found(self) -> dict[Axis, Tensor]:
         """The sums, in float64."""

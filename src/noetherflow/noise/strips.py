@@ -6,6 +6,7 @@ from torch import Tensor
 
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
 from noetherflow.noise.passes import accumulator, add_tokens, scanner, transposed
+from noetherflow.noise.products import scan_products
 from noetherflow.noise.squares import GramSums, gradient_grams
 from noetherflow.noise.uses import Outer, Product, Rows, multiply
 
@@ -35,9 +36,10 @@ def in_strips(use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows] = (
         if sums.entries is not None and turned.entries is not None:
             sums.entries.add_(turned.entries.mT)
         return transposed(total)
-    buffer = like.new_empty(-(-n // -(-n * m // _STRIP)), m)
     gradient = like.new_empty(n, m, dtype=accumulator(like))
-    _form(use, sums, buffer, gradient, tables)
+    rows = -(-n // -(-n * m // _STRIP))
+    if not scan_products(use, sums, gradient, rows, tables):
+        _form(use, sums, like.new_empty(rows, m), gradient, tables)
     return gradient
 
 
@@ -48,7 +50,8 @@ def _at_once(use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows]) -> 
     total = like.new_empty(buffer.shape, dtype=accumulator(like))
     flat = sums if isinstance(use, Outer) else sums.flat(total)
     grams = GramSums(asked.grams, use.folded(buffer, shape)) if asked.grams else None
-    _form(use, flat, buffer, total, tables, grams)
+    if not scan_products(use, flat, total, len(total), tables, grams):
+        _form(use, flat, buffer, total, tables, grams)
     gradient = use.folded(total, shape).contiguous()
     if flat is not sums:
         sums.take(flat, lambda matrix: use.folded(matrix, shape))

@@ -1,0 +1,71 @@
+"""What PyTorch's own libraries offer to compiled loops: products of matrices, and threads."""
+
+import ctypes
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+import torch
+
+_PRODUCTS = {torch.float32: ("sgemm_", ctypes.c_float), torch.float64: ("dgemm_", ctypes.c_double)}
+
+
+@cache
+def product_of(kind: torch.dtype) -> int:
+    """The address of the BLAS product of matrices of a type that PyTorch works with; 0 if it cannot be had."""
+    name, number = _PRODUCTS[kind]
+    function = _found(name)
+    if function is None:
+        return 0
+    # Whatever bears that name is tried on a product whose result is known.
+    function.restype = None
+    left, right, out = ((number * 2)(3.0, 4.0), (number * 2)(5.0, 6.0), (number * 4)())
+    two, one = (ctypes.byref(ctypes.c_int64(length)) for length in (2, 1))
+    letter, first, nothing = ctypes.c_char_p(b"N"), ctypes.byref(number(1.0)), ctypes.byref(number(0.0))
+    lengths = ctypes.c_size_t(1)
+    function(letter, letter, two, two, one, first, left, two, right, one, nothing, out, two, lengths, lengths)
+    return _address(function) if list(out) == [15.0, 20.0, 18.0, 24.0] else 0
+
+
+def in_parallel(tasks: Iterable[Callable[[], object]], threads: int) -> None:
+    """Run tasks on the threads of PyTorch: others would have to share processors with these, which wait by looping.
+
+    Args:
+        tasks: Compiled loops that let go of the interpreter.
+        threads: How many at a time, if there are so many.
+
+    Raises:
+        Exception: Whatever a task raised.
+    """
+    waiting, raised = iter(tasks), []
+
+    def work(_: Any) -> None:
+        for task in waiting:  # one thread after the other takes the next, however many there are
+            try:
+                task()
+            except BaseException as problem:
+                raised.append(problem)
+
+    team = _found("GOMP_parallel")
+    if team is None or threads < 2:
+        work(None)
+    else:
+        team(_BODY(work), None, ctypes.c_uint(threads), ctypes.c_uint(0))
+    if raised:
+        raise raised[0]
+
+
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@cache
+def _found(name: str) -> Any:
+    """A function of PyTorch's libraries, or of those that they are linked with."""
+    try:
+        return getattr(ctypes.CDLL(torch._C.__file__), name)
+    except (AttributeError, OSError):
+        return None
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -1,0 +1,167 @@
+"""Gradients that are products of two matrices, formed by compiled loops that call BLAS themselves, on every thread."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from noetherflow.noise.asked import ABSENT
+from noetherflow.noise.ledger import EACH, WHOLE, Sums
+from noetherflow.noise.native import in_parallel, product_of
+from noetherflow.noise.passes import arrays_of, compiled, scanner
+from noetherflow.noise.squares import GramSums
+from noetherflow.noise.uses import Convolution, Outer, Product, Rows
+
+
+@final
+@dataclass(eq=False)
+class _Share:
+    """Where one thread adds up: squares, entries if they are wanted, gradients and Gram matrices."""
+
+    numbers: Tensor
+    entries: Tensor | None
+    total: Tensor
+    grams: Tensor
+
+    def another(self) -> "_Share":
+        """The same for another thread: zeros, but what it holds of gradients is written over."""
+        entries = None if self.entries is None else torch.zeros_like(self.entries)
+        return _Share(
+            torch.zeros_like(self.numbers), entries, torch.empty_like(self.total), torch.zeros_like(self.grams)
+        )
+
+    def take(self, other: "_Share") -> None:
+        """Add what another thread found."""
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine += theirs
+
+    def _tensors(self) -> list[Tensor]:
+        every = (self.numbers, self.entries, self.total, self.grams)
+        return [one for one in every if one is not None]
+
+
+# Run a loop over some examples, in some rows; memory for these rows, and where to add up.
+_Loop = Callable[[slice, slice, Tensor, _Share], None]
+
+
+def scan_products(
+    use: Product, sums: Sums, total: Tensor, rows: int, tables: Sequence[Rows] = (), grams: GramSums | None = None
+) -> bool:
+    """Add up the squares of a gradient and the gradient itself, some rows after the other.
+
+    Args:
+        use: A use of the whole parameter.
+        sums: Where to add squares, of the gradient as a matrix.
+        total: Where to write the sum of gradients, shape (n, m).
+        rows: How many are formed at a time.
+        tables: Further uses.
+        grams: Gram matrices of all rows.
+
+    Returns:
+        Whether that was done; there may be no compiled loop for these.
+    """
+    heads = grams.heads if grams is not None else ()
+    loop = None if heads is None or sums.arrays is None else _loop_for(use, sums, total, tables, heads)
+    if loop is None:
+        return False
+    n, m = total.shape
+    threads = min(torch.get_num_threads(), use.size)
+    ends = [use.size * index // threads for index in range(threads + 1)]
+    examples = [slice(first, last) for first, last in zip(ends, ends[1:], strict=False)]
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        entries = None if sums.entries is None else sums.entries[EACH].view(n, m)[part]
+        memory = total.new_zeros(0) if grams is None else grams.memory
+        first = _Share(sums.numbers[EACH], entries, total[part], memory)
+        shares = [first, *(first.another() for _ in examples[1:])]
+        strips = [total.new_empty(part.stop - start, m) for _ in shares]
+        each = zip(examples, strips, shares, strict=True)
+        in_parallel([partial(loop, some, part, strip, share) for some, strip, share in each], threads)
+        for other in shares[1:]:
+            first.take(other)
+        scanner(total[part], sums, WHOLE, start)(False)
+    return True
+
+
+def _loop_for(
+    use: Product, sums: Sums, total: Tensor, tables: Sequence[Rows], heads: Sequence[tuple[int, int, int, int]]
+) -> _Loop | None:
+    if isinstance(use, Outer):
+        if len(tables) > 1:
+            tables = [Rows((), *(torch.cat([getattr(one, field) for one in tables], 1) for field in ("ids", "outputs")))]
+        ids = tables[0].ids if tables else torch.empty(use.size, 0, dtype=torch.int64)
+        outputs = tables[0].outputs if tables else total.new_empty(use.size, 0, total.shape[1])
+        return _outer_loop(use, sums, total, ids, outputs, heads)
+    if isinstance(use, Convolution) and use.groups == 1 and not tables and not heads:
+        return _patch_loop(use, sums, total)
+    return None
+
+
+def _outer_loop(
+    use: Outer, sums: Sums, total: Tensor, ids: Tensor, outputs: Tensor, heads: Sequence[tuple[int, int, int, int]]
+) -> _Loop | None:
+    arrays = arrays_of(use.outputs.contiguous(), use.inputs.contiguous(), outputs, total)
+    if not arrays or len({one.dtype for one in arrays}) > 1 or not ids.is_contiguous():
+        return None
+    left, right, added, _ = arrays
+    read, page, table = ids.numpy(), sums.page, _table_of(heads)
+    product = product_of(total.dtype)
+
+    def loop(some: slice, part: slice, strip: Tensor, share: _Share) -> None:
+        compiled().outer_products(
+            product, left[some], right[some], part.start, read[some], added[some], table, share.grams.numpy(),
+            *_given(strip, share, page.rows, page.columns, part.start),
+        )  # fmt: skip
+
+    return loop if product else None
+
+
+def _patch_loop(use: Convolution, sums: Sums, total: Tensor) -> _Loop | None:
+    images = use.inputs.movedim(1, -1).contiguous()
+    arrays = arrays_of(use.outputs.flatten(2).contiguous(), images.flatten(1), total)
+    if not arrays or len({one.dtype for one in arrays}) > 1:
+        return None
+    left, flat, _ = arrays
+    lengths = tuple(use.outputs.shape[2:])
+    places, moves = _places_of(images.shape[1:], lengths, *map(tuple, (use.kernel, use.stride, use.dilation)))
+    page, product = sums.page, product_of(total.dtype)
+
+    def loop(some: slice, part: slice, strip: Tensor, share: _Share) -> None:
+        patches = strip.new_empty(len(places), strip.shape[1]).numpy()
+        compiled().patch_products(
+            product, left[some], flat[some], places, moves, patches,
+            *_given(strip, share, page.rows, page.columns, part.start),
+        )  # fmt: skip
+
+    return loop if product else None
+
+
+def _given(strip: Tensor, share: _Share, rows: int, columns: int, start: int) -> tuple[Any, ...]:
+    entries = None if share.entries is None else share.entries.numpy()
+    rows = rows if rows == ABSENT else rows + start
+    return strip.numpy(), share.numbers.numpy(), rows, columns, entries, share.total.numpy()
+
+
+@cache
+def _table_of(heads: Sequence[tuple[int, int, int, int]]) -> Any:
+    return torch.tensor(heads, dtype=torch.int64).reshape(-1, 4).numpy()
+
+
+@cache
+def _places_of(
+    shape: torch.Size, lengths: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[Any, Any]:
+    """Where in an image (*space, channels) each patch begins, and how far from there each run of its numbers is."""
+    steps = torch.empty(shape, device="meta").stride()[:-1]
+    if dilation[-1] == 1:
+        kernel = (*kernel[:-1], 1)  # neighbours: one run
+    found = []
+    for counts, distances in ((lengths, stride), (kernel, dilation)):
+        places = torch.zeros((), dtype=torch.int64)
+        for count, distance, step in zip(counts, distances, steps, strict=True):
+            places = places[..., None] + distance * step * torch.arange(count)
+        found.append(places.flatten().numpy())
+    return found[0], found[1]
