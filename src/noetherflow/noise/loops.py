@@ -271,8 +271,10 @@ def patch_products(
         for i in range(len(places)):
             for j in range(len(moves)):
                 start = places[i] + moves[j]
+                # Slices: an index that might be negative is looked at number by number.
+                source, target = image[start : start + run], patches[i, j * run : (j + 1) * run]
                 for k in range(run):
-                    patches[i, j * run + k] = image[start + k]
+                    target[k] = source[k]
         matrices = (patches.ctypes.data, m, left[b].ctypes.data, len(places), zero, strip.ctypes.data, m)
         _multiply(product, (_AS_IS, _AS_IS, m, n, len(places), one, *matrices))
         scan(strip, numbers, rows, columns, entries, total, b == 0)
