@@ -16,6 +16,8 @@ _compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc
 
 # Rows whose columns are summed in the precision of the numbers.
 _BLOCK = 256
+# Numbers that the cache reads at a time.
+_LINE = 16
 # What BLAS calls a matrix as it is, and one that is to be transposed.
 _AS_IS, _TURNED = ord("N"), ord("T")
 
@@ -248,7 +250,7 @@ def outer_products(
 
 @_compiled
 def patch_products(
-    product: int, left: Any, images: Any, places: Any, moves: Any, patches: Any, strip: Any,
+    product: int, left: Any, images: Any, spots: Any, places: Any, moves: Any, image: Any, patches: Any, strip: Any,
     numbers: Any, rows: int, columns: int, entries: Any, total: Any,
 ) -> None:  # fmt: skip
     """The same for products of matrices (B, n, P) and the patches of images, which are copied one after the other.
@@ -256,10 +258,12 @@ def patch_products(
     Args:
         product: The address of BLAS' product.
         left: The left matrices.
-        images: Shape (B, numbers of an image).
-        places: Where in an image the first number of each patch is, shape (P,).
+        images: Shape (B, channels, S).
+        spots: Where in a padded image, whose channels come last, each of the S places begins.
+        places: Where in it each patch begins, shape (P,).
         moves: How far from there each run of numbers of the patch is.
-        patches: Memory for those of an image, shape (P, m).
+        image: Memory for a padded image; zeros.
+        patches: Memory for its patches, shape (P, m).
         strip: Memory for a product, shape (n, m).
         numbers: As in `scan`, as is what follows.
     """
@@ -267,11 +271,16 @@ def patch_products(
     run = m // len(moves)
     one, zero = strip.dtype.type(1), strip.dtype.type(0)
     for b in range(len(left)):
-        image = images[b]
+        # Slices below: an index that might be negative is looked at number by number.
+        for first in range(0, len(spots), _LINE):
+            into = spots[first : first + _LINE]
+            for c in range(images.shape[1]):
+                source, target = images[b, c, first : first + _LINE], image[c:]
+                for s in range(len(into)):
+                    target[into[s]] = source[s]
         for i in range(len(places)):
             for j in range(len(moves)):
                 start = places[i] + moves[j]
-                # Slices: an index that might be negative is looked at number by number.
                 source, target = image[start : start + run], patches[i, j * run : (j + 1) * run]
                 for k in range(run):
                     target[k] = source[k]

@@ -1,18 +1,22 @@
 """Single passes over tensors: by a compiled loop where there is one for them, by functions of tensors elsewhere."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from noetherflow.noise.asked import ABSENT
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
+from noetherflow.noise.native import in_parallel
 
 # What the loops are compiled for.
 _LOOPED = (torch.float32, torch.float64, torch.int64)
+# Numbers that have to be read before it pays to wake another thread.
+_LOAD = 2**16
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:
@@ -49,7 +53,15 @@ def scanner(
     if arrays:
         array, entries, total = arrays
         scan, numbers, columns = compiled().scan, sums.arrays[row], page.columns
-        return lambda fresh: scan(array, numbers, rows, columns, entries, total, fresh)
+        if _parts(n, matrix.numel()) == 1:
+            return lambda fresh: scan(array, numbers, rows, columns, entries, total, fresh)
+
+        def some(part: slice, numbers: Any, fresh: bool) -> None:
+            among = rows if rows == ABSENT else rows + part.start
+            mine = (None if one is None else one[part] for one in (entries, total))
+            scan(array[part], numbers, among, columns, *mine, fresh)
+
+        return lambda fresh: _shared(n, matrix.numel(), partial(some, fresh=fresh), numbers)
 
     def once(fresh: bool) -> None:
         squares = wide(matrix).square()
@@ -100,7 +112,13 @@ def scan_outer(x: Tensor, g: Tensor, sums: Sums) -> None:
     page = sums.page
     arrays = arrays_of(x, g, into=sums)
     if arrays:
-        compiled().scan_outer(*arrays, sums.arrays[EACH], page.rows, page.columns)
+        scan = compiled().scan_outer
+        _shared(
+            len(x),
+            x.numel() + g.numel(),
+            lambda part, numbers: scan(*(one[part] for one in arrays), numbers, page.rows, page.columns),
+            sums.arrays[EACH],
+        )
         return
     squares = [wide(one).square() for one in (x, g)]
     lengths = [one.sum(1) for one in squares]
@@ -180,7 +198,7 @@ def channel_sums(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     if not arrays:
         products, sums = (x * g).sum(1), g.sum(1)
     else:
-        compiled().channels(*arrays)
+        _shared(len(x), x.numel(), lambda part, _: compiled().channels(*(one[part] for one in arrays)))
     return products.view(shape), sums.view(shape)
 
 
@@ -201,8 +219,35 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tens
     if not arrays:
         return (g * ((x - mean) * scale)).sum(1), g.sum(1)
     gains, biases = (x.new_zeros(len(x), *x.shape[2:]) for _ in range(2))
-    compiled().normalised(*arrays, gains.view(len(x), -1).numpy(), biases.view(len(x), -1).numpy())
+    arrays += [one.view(len(x), -1).numpy() for one in (gains, biases)]
+    _shared(len(x), x.numel(), lambda part, _: compiled().normalised(*(one[part] for one in arrays)))
     return gains, biases
+
+
+def _parts(length: int, load: int) -> int:
+    """On how many threads a loop is to run."""
+    return max(1, min(torch.get_num_threads(), length, load // _LOAD))
+
+
+def _shared(length: int, load: int, work: Callable[[slice, Any], object], numbers: Any = None) -> None:
+    """Run a loop over so many indices, on several threads if there is enough to do.
+
+    Args:
+        length: Number of indices.
+        load: Number of numbers that are read.
+        work: The loop over some indices, and where it adds up.
+        numbers: Where all of it is to be added; every thread but the first has zeros of its own.
+    """
+    parts = _parts(length, load)
+    if parts == 1:
+        work(slice(0, length), numbers)
+        return
+    ends = [length * index // parts for index in range(parts + 1)]
+    own = [numbers, *(None if numbers is None else np.zeros_like(numbers) for _ in range(parts - 1))]
+    slices = map(slice, ends, ends[1:])
+    in_parallel([partial(work, part, one) for part, one in zip(slices, own, strict=False)], parts)
+    if numbers is not None:
+        numbers += sum(own[1:])
 
 
 def _add(numbers: Tensor, by_row: Tensor, rows: int, by_column: Tensor | None, columns: int) -> None:

@@ -1,5 +1,6 @@
 """Gradients that are products of two matrices, formed by compiled loops that call BLAS themselves, on every thread."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -120,19 +121,19 @@ def _outer_loop(
 
 
 def _patch_loop(use: Convolution, sums: Sums, total: Tensor) -> _Loop | None:
-    images = use.inputs.movedim(1, -1).contiguous()
-    arrays = arrays_of(use.outputs.flatten(2).contiguous(), images.flatten(1), total)
+    arrays = arrays_of(use.outputs.flatten(2).contiguous(), use.inputs.flatten(2).contiguous(), total)
     if not arrays or len({one.dtype for one in arrays}) > 1:
         return None
-    left, flat, _ = arrays
-    lengths = tuple(use.outputs.shape[2:])
-    places, moves = _places_of(images.shape[1:], lengths, *map(tuple, (use.kernel, use.stride, use.dilation)))
+    left, images, _ = arrays
+    lengths = (use.inputs.shape[1:], use.outputs.shape[2:])
+    steps = (use.kernel, use.stride, use.padding, use.dilation)
+    length, spots, places, moves = _places_of(*map(tuple, (*lengths, *steps)))
     page, product = sums.page, product_of(total.dtype)
 
     def loop(some: slice, part: slice, strip: Tensor, share: _Share) -> None:
-        patches = strip.new_empty(len(places), strip.shape[1]).numpy()
+        image, patches = strip.new_zeros(length).numpy(), strip.new_empty(len(places), strip.shape[1]).numpy()
         compiled().patch_products(
-            product, left[some], flat[some], places, moves, patches,
+            product, left[some], images[some], spots, places, moves, image, patches,
             *_given(strip, share, page.rows, page.columns, part.start),
         )  # fmt: skip
 
@@ -152,16 +153,27 @@ def _table_of(heads: Sequence[tuple[int, int, int, int]]) -> Any:
 
 @cache
 def _places_of(
-    shape: torch.Size, lengths: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> tuple[Any, Any]:
-    """Where in an image (*space, channels) each patch begins, and how far from there each run of its numbers is."""
-    steps = torch.empty(shape, device="meta").stride()[:-1]
+    shape: Sequence[int], lengths: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, Any, Any, Any]:  # fmt: skip
+    """Where is what in an image (channels, *space) that is padded and laid out as (*space, channels).
+
+    Returns:
+        How long it is, where each of its own places is, where each patch begins, and how far from there each run of
+        its numbers is.
+    """
+    channels, *space = shape
+    wide = [length + 2 * width for length, width in zip(space, padding, strict=True)]
     if dilation[-1] == 1:
         kernel = (*kernel[:-1], 1)  # neighbours: one run
-    found = []
-    for counts, distances in ((lengths, stride), (kernel, dilation)):
-        places = torch.zeros((), dtype=torch.int64)
+    steps = [channels * math.prod(wide[dim + 1 :]) for dim in range(len(wide))]
+
+    def offsets(counts: Sequence[int], distances: Sequence[int]) -> Any:
+        found = torch.zeros((), dtype=torch.int64)
         for count, distance, step in zip(counts, distances, steps, strict=True):
-            places = places[..., None] + distance * step * torch.arange(count)
-        found.append(places.flatten().numpy())
-    return found[0], found[1]
+            found = found[..., None] + distance * step * torch.arange(count)
+        return found.flatten().numpy()
+
+    corner = sum(width * step for width, step in zip(padding, steps, strict=True))
+    spots = corner + offsets(space, [1] * len(space))
+    return channels * math.prod(wide), spots, offsets(lengths, stride), offsets(kernel, dilation)

@@ -12,7 +12,7 @@ from noetherflow.noise.capture import Capture, Note, Rule
 from noetherflow.noise.modes import aside, own_code
 from noetherflow.noise.passes import affine_sums, channel_sums
 from noetherflow.noise.tracked import Tracked, roots_of
-from noetherflow.noise.uses import Convolution, Outer, Rows, Whole, padded
+from noetherflow.noise.uses import Convolution, Outer, Rows, Whole
 
 RULES: dict[Any, Rule] = {}
 
@@ -120,8 +120,9 @@ def convolution(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict
     def note(inputs: Tensor, outputs: Tensor) -> list[Tensor | None]:
         found = []
         if w is not None:
-            patched = padded(inputs.to(outputs.dtype), padding)
-            found.append(w.note(Convolution(w.views, patched, outputs, stride, dilation, groups, weight.shape[2:])))
+            images = inputs.to(outputs.dtype)
+            steps = (stride, padding, dilation)
+            found.append(w.note(Convolution(w.views, images, outputs, *steps, groups, weight.shape[2:])))
         if b is not None:
             found.append(b.note(Whole(b.views, outputs.flatten(2).sum(2))))
         return found

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import final
 
 import torch
@@ -149,9 +150,10 @@ class Convolution(Product):
     """A convolution: a linear map of patches, of each group of channels by itself; a product if there is one group.
 
     Args:
-        inputs: Padded, shape (B, channels, *space).
+        inputs: Shape (B, channels, *space).
         outputs: Gradients, shape (B, n, *places).
         stride: Of each dimension of space.
+        padding: With so many zeros before each dimension of space, and after it.
         dilation: Of each dimension of space.
         groups: How many separate maps it is made of.
         kernel: Its size.
@@ -160,6 +162,7 @@ class Convolution(Product):
     inputs: Tensor
     outputs: Tensor
     stride: Sequence[int]
+    padding: Sequence[int]
     dilation: Sequence[int]
     groups: int
     kernel: Sequence[int]
@@ -181,7 +184,7 @@ class Convolution(Product):
     def factors(self, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each example: output gradients and patches, which are copied along channels, the longest run of memory."""
         channels, places, kernel = self.inputs.shape[1], self.outputs.shape[2:], self.kernel
-        inputs = self.inputs.movedim(1, -1).contiguous()
+        inputs = self._padded.movedim(1, -1).contiguous()
         steps = inputs.stride()[1:-1]
         moves = [distance * step for distance, step in zip(self.dilation, steps, strict=True)]
         jumps = [distance * step for distance, step in zip(self.stride, steps, strict=True)]
@@ -195,8 +198,13 @@ class Convolution(Product):
         """Channels come last in the matrix, and second in the parameter."""
         return matrix.view(len(matrix), *shape[2:], shape[1]).movedim(-1, 1)
 
+    @cached_property
+    def _padded(self) -> Tensor:
+        widths = [width for one in reversed(self.padding) for width in (one, one)]
+        return functional.pad(self.inputs, widths) if any(widths) else self.inputs
+
     def _product(self, part: Tensor, index: int, out: Tensor) -> Tensor:
-        one, gradient = self.inputs[index], self.outputs[index]
+        one, gradient = self._padded[index], self.outputs[index]
         kernel, places = part.shape[2:], gradient.shape[1:]
         moves = [distance * step for distance, step in zip(self.dilation, one.stride()[1:], strict=True)]
         jumps = [distance * step for distance, step in zip(self.stride, one.stride()[1:], strict=True)]
@@ -216,10 +224,3 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.matmul(left, right, out=out)
     else:
         out.copy_(left @ right)
-
-
-def padded(inputs: Tensor, padding: Sequence[int]) -> Tensor:
-    """Inputs of a convolution with zeros around them."""
-    if not any(padding):
-        return inputs
-    return functional.pad(inputs, [width for one in reversed(padding) for width in (one, one)])
