@@ -16,7 +16,7 @@ from noetherflow.noise.native import in_parallel
 # What the loops are compiled for.
 _LOOPED = (torch.float32, torch.float64, torch.int64)
 # Numbers that have to be read before it pays to wake another thread.
-_LOAD = 2**16
+_LOAD = 2**19
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:
