@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,7 +59,17 @@ def test_a_step_is_what_it_would_have_been(animal: Animal) -> None:
             assert one is None
         else:
             torch.testing.assert_close(one, plain[name], **tolerance)
-    assert_measured(meter.noise, [nf.estimate_noise(model, loss, [batch], symmetries, exact=True)], **tolerance)
+    exact = nf.estimate_noise(model, loss, [batch], symmetries, exact=True)
+    assert_measured(meter.noise, [exact], **tolerance)
+    # The same again without training: what is in .grad stays there.
+    before = gradients(model)
+    for some in (symmetries, {}):
+        meter = nf.NoiseMeter(model, some)
+        with meter.step(batch, train=False):
+            loss(model, batch).mean().backward()
+        assert_measured(meter.noise, [replace(exact, scatter={name: exact.scatter[name] for name in some})], **tolerance)
+    for name, one in gradients(model).items():
+        assert one is before[name] is None or torch.equal(one, before[name])
 
 
 @pytest.mark.parametrize(("reduce", "weight"), [("mean", None), ("sum", 1.0), ("third", 1 / 48)])

@@ -1,9 +1,9 @@
 """Ways of measuring gradient noise: ours, the plain ones, and those of other packages."""
 
 import copy
-import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from .models import Built, one_by_one
 
 def nothing() -> None:
     """What there is to do after a step that leaves nothing behind."""
+
+
+# For which symmetries a meter measures.
+Symmetries = Literal["none", "rescalings", "all"]
 
 
 class Way(NamedTuple):
@@ -44,26 +48,25 @@ def plain(built: Built) -> Way:
     return Way(step, lambda: float("nan"))
 
 
-def training(built: Built, *, matrices: bool = False, variances: bool = False) -> Way:
-    meter = nf.NoiseMeter(built.model, symmetries_of(built, matrices=matrices), variances=variances)
+def metered(built: Built, *, symmetries: Symmetries = "rescalings", variances: bool = False, train: bool = True) -> Way:
+    found = {} if symmetries == "none" else symmetries_of(built, matrices=symmetries == "all")
+    meter = nf.NoiseMeter(built.model, found, variances=variances)
 
     def step() -> None:
         built.model.zero_grad()
-        with meter.step(built.batch):
+        with meter.step(built.batch, train=train):
             built.loss(built.model, built.batch).mean().backward()
 
     return Way(step, lambda: float(meter.noise.trace))
 
 
-def measuring(built: Built, *, mean: bool = True) -> Way:
+def estimate(built: Built) -> Way:
     """One batch of many: `estimate_noise` also checks the first one."""
     subject = Subject.of(built.model, built.loss, symmetries_of(built, matrices=False), None)
-    asked: dict[str, Any] = {} if mean else {"mean": False}
-    quick = FastPass(subject, variances=False, max_bytes=2**28, **asked)
+    quick = FastPass(subject, variances=False, max_bytes=2**28)
     quick.check(built.batch, subject.losses_of(built.batch), random=False, where="the batch")
-    # The same batch again and again changes no average. About its own mean the estimate is unbiased as it is.
-    factor = built.unbiased if mean else 1.0
-    return Way(lambda: quick.add(built.batch, "the batch"), lambda: float(quick.moments().trace) * factor)
+    # The same batch again and again changes no average.
+    return Way(lambda: quick.add(built.batch, "the batch"), lambda: float(quick.moments().trace) * built.unbiased)
 
 
 def loop(built: Built) -> Way:
@@ -201,14 +204,13 @@ def symmetries_of(built: Built, *, matrices: bool) -> dict[str, nf.Symmetry]:
 
 
 OURS: dict[str, Callable[[Built], Way]] = {
-    "while training": training,
-    "with Grams": lambda built: training(built, matrices=True),
-    "with variances": lambda built: training(built, variances=True),
-    "measure only": measuring,
-    "measure only, mean=False": lambda built: measuring(built, mean=False),
+    "while training": metered,
+    "with Grams": partial(metered, symmetries="all"),
+    "with variances": partial(metered, variances=True),
+    "measure only": partial(metered, train=False),
+    "measure only, norms": partial(metered, symmetries="none", train=False),
+    "estimate_noise": estimate,
 }
-if "mean" not in inspect.signature(FastPass).parameters:
-    del OURS["measure only, mean=False"]  # noetherflow is older than that
 RIVALS: dict[str, Callable[[Built], Way]] = {
     "BackPACK BatchL2Grad": lambda built: backpack(built, extension="BatchL2Grad"),
     "BackPACK SumGradSquared": lambda built: backpack(built, extension="SumGradSquared"),

@@ -8,6 +8,7 @@ the model.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import Enum, auto
 from typing import Any, Protocol, final
 
 import torch
@@ -54,6 +55,15 @@ _OWN_CODE: dict[Any, Any] = {
 Note = Callable[[Tensor, Tensor], Iterable[Tensor | None]]
 
 
+@final
+class Fate(Enum):
+    """What becomes of the sum of gradients of a parameter."""
+
+    PASSED_ON = auto()  # to the parameter, as ever
+    KEPT = auto()  # in the capture
+    DROPPED = auto()  # or never formed, if its squares can be had for less
+
+
 class Rule(Protocol):
     """What to do about a call of one function in which parameters meet data."""
 
@@ -71,13 +81,13 @@ class Capture(TorchFunctionMode):
         size: Number of examples of the batch.
         batch: Its tensors that have an entry per example.
         rules: What to do about each function that meets a parameter and data.
-        keep_gradients: Whether the backward pass goes on to the parameters' own gradients.
+        fate: What becomes of the parameters' own gradients.
         calm: Run without dropout.
 
     Attributes:
         layout: How tensors are laid out at this point of the forward pass.
         ledger: The squares of all parameters, added up in the backward pass.
-        gradients: The sum of the gradients of each one that was reached; None if it went on to the parameter.
+        gradients: The sum of the gradients of each one that was reached, if it is kept, or None.
         leaves: What stands for the parameters in the graph, if gradients do not go on to them.
         unknown: After the block: the operation that stood in the way, for parameters that could not be seen.
     """
@@ -90,14 +100,15 @@ class Capture(TorchFunctionMode):
         batch: Iterable[Tensor],
         rules: Mapping[Any, Rule],
         *,
-        keep_gradients: bool,
+        fate: Fate,
         calm: bool = False,
     ) -> None:
         super().__init__()
         self.size = size
         self.ledger = Ledger.blank(contents, next(iter(params.values())))
         self.gradients: dict[str, Tensor | None] = {}
-        self._rules, self._keep, self._calm = rules, keep_gradients, calm
+        self._rules, self._fate, self._calm = rules, fate, calm
+        self._pass_on = fate is Fate.PASSED_ON
         # Strong references, so that no identity is used twice.
         self._data = {id(tensor): tensor for tensor in batch}
         self._tracked: dict[int, Tracked] = {}
@@ -134,7 +145,7 @@ class Capture(TorchFunctionMode):
             # All at once, not when the forward pass meets them: code between large products is out of the cache.
             with torch.enable_grad():
                 for name, leaf in self._params.items():
-                    if leaf.requires_grad or not self._keep:  # and was not frozen in the meantime
+                    if leaf.requires_grad or not self._pass_on:  # and was not frozen in the meantime
                         self._gather(self._root(leaf), Source(name, leaf.shape))
         super().__enter__()  # type: ignore[no-untyped-call]
         self._depth += 1
@@ -241,9 +252,9 @@ class Capture(TorchFunctionMode):
 
     def _root(self, leaf: Tensor) -> Tensor:
         """What stands for a parameter in the graph: best the parameter."""
-        if self._keep and not leaf._backward_hooks:
+        if self._pass_on and not leaf._backward_hooks:
             return leaf
-        if self._keep:
+        if self._pass_on:
             root = leaf.view_as(leaf)  # hooks of the user's come after it, and see the whole gradient
         else:
             root = leaf.detach().requires_grad_()
@@ -333,22 +344,23 @@ class Capture(TorchFunctionMode):
         uses, source.uses = source.uses, []
         if uses and source.name in self.gradients:
             source.refuse("a second backward pass")
+        if not self._pass_on and (source.unknown or not uses):
+            return None
         if source.unknown:
             own = [use for use in uses if not use.native]
-            nothing = Page.of(source.shape, Asked())
-            parts = [] if incoming is None else [incoming]
-            if own:
-                parts.append(collect(own, Sums.blank(nothing, like), like))
-            return torch.stack(parts).sum(0).to(like.dtype) if self._keep and parts else None
+            found = collect(own, Sums.blank(Page.of(source.shape, Asked()), like), like) if own else None
+            parts = [one for one in (incoming, found) if one is not None]
+            return torch.stack(parts).sum(0).to(like.dtype) if parts else None
         if not uses:
-            return incoming if self._keep else None
+            return incoming
         if source.name is not None:
-            gradient = collect(uses, self.ledger.sums(source.name, accumulator(like)), like)
-            if gradient.dtype is not like.dtype:
+            wanted = self._fate is not Fate.DROPPED
+            gradient = collect(uses, self.ledger.sums(source.name, accumulator(like)), like, wanted=wanted)
+            if gradient is not None and gradient.dtype is not like.dtype:
                 gradient = gradient.to(like.dtype)
             # A gradient that goes on is not held on to, or autograd would copy it.
-            self.gradients[source.name] = None if self._keep else gradient
-            return gradient if self._keep else None
+            self.gradients[source.name] = gradient if self._fate is Fate.KEPT else None
+            return gradient if self._pass_on else None
         stack = stacked(uses, source.shape, like)
         if source.ids is not None:
             (table,) = source.parents
@@ -359,7 +371,7 @@ class Capture(TorchFunctionMode):
             pull = vjp(source.function, *(parent.tensor.detach() for parent in source.parents))[1]
             for parent, one in zip(source.parents, each(pull, (stack,), (False,), randomness="same"), strict=True):
                 parent.note(Whole(parent.views, one, native=True))
-        return stack.sum(0) if self._keep else None
+        return stack.sum(0) if self._pass_on else None
 
 
 class _Tap(Function):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from noetherflow.noise.asked import ABSENT, Asked
+from noetherflow.noise.asked import ABSENT, Asked, Page
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
 from noetherflow.noise.passes import accumulator, distinct_rows, scan_outer, scan_tables, scanner, wide
 from noetherflow.noise.squares import GramSums, square, square_stack, square_vectors
@@ -22,16 +22,17 @@ _SMALL = 2**14
 _TOGETHER = 2**18
 
 
-def collect(uses: Sequence[Use], sums: Sums, like: Tensor) -> Tensor:
+def collect(uses: Sequence[Use], sums: Sums, like: Tensor, *, wanted: bool = True) -> Tensor | None:
     """Add up what is asked for, in the way that costs least.
 
     Args:
         uses: All uses of the parameter; gradients of different uses are summed before they are squared.
         sums: Where to add squares.
         like: A tensor of the dtype and device of the gradients.
+        wanted: Whether the sum of all gradients is wanted, beyond its squares.
 
     Returns:
-        The sum of all gradients.
+        That sum; None if it is not wanted and was not formed.
     """
     shape, asked = sums.page.shape, sums.page.asked
     if len(uses) > 1:
@@ -43,9 +44,9 @@ def collect(uses: Sequence[Use], sums: Sums, like: Tensor) -> Tensor:
         use = uses[0]
         if isinstance(use, Outer):
             if use.inputs.shape[1] == 1:
-                return _token_free(use.inputs[:, 0], use.outputs[:, 0], sums)
+                return _token_free(use.inputs[:, 0], use.outputs[:, 0], sums, wanted=wanted)
             if _is_cheaper_by_tokens(use, asked):
-                return _by_tokens(use, sums)
+                return _by_tokens(use, sums, wanted=wanted)
             if shape.numel() <= _SMALL:
                 return _stacked(use, sums)
         if isinstance(use, Rows) and not any(axis.dim % 2 == 0 or axis.within for axis in asked.grams):
@@ -54,7 +55,7 @@ def collect(uses: Sequence[Use], sums: Sums, like: Tensor) -> Tensor:
     grouped = isinstance(first, Convolution) and first.groups > 1
     plain = len(tables) == len(uses) - 1 and not any(use.views for use in uses)
     if isinstance(first, Product) and plain and not grouped:
-        return in_strips(first, sums, like, tables)
+        return in_strips(first, sums, like, tables, wanted=wanted)
     return _one_by_one(uses, sums, like)
 
 
@@ -86,7 +87,7 @@ def _squared(gradient: Tensor, sums: Sums) -> Tensor:
     return gradient
 
 
-def _token_free(x: Tensor, g: Tensor, sums: Sums) -> Tensor:
+def _token_free(x: Tensor, g: Tensor, sums: Sums, *, wanted: bool) -> Tensor | None:
     """The gradient of an example is one outer product: every square is a product of squares."""
     scan_outer(x, g, sums)
     if sums.entries is not None:
@@ -94,6 +95,15 @@ def _token_free(x: Tensor, g: Tensor, sums: Sums) -> Tensor:
     asked = sums.page.asked
     if asked.grams:
         sums.add_grams(EACH, {axis: _outer_gram(axis, wide(x), wide(g)) for axis in asked.grams})
+    return _summed(x, g, sums, wanted=wanted)
+
+
+def _summed(x: Tensor, g: Tensor, sums: Sums, *, wanted: bool) -> Tensor | None:
+    """Of tokens x (N, m) and output gradients g (N, n): the sum of all gradients, and its squares."""
+    # If only these are wanted, all tokens may as well be those of one example.
+    if not wanted and _is_sum_cheaper_by_tokens(len(x), sums.page):
+        _square_by_tokens(wide(x)[None], wide(g)[None], sums, WHOLE)
+        return None
     return _squared(g.mT @ x, sums)
 
 
@@ -132,11 +142,26 @@ def _sides(asked: Asked) -> tuple[bool, bool]:
     return asked.rows or 0 in dims, asked.columns or 1 in dims
 
 
-def _by_tokens(use: Outer, sums: Sums) -> Tensor:
+def _is_sum_cheaper_by_tokens(tokens: int, page: Page) -> bool:
+    """The same for all tokens of a batch, if their sum is not wanted but for its squares."""
+    asked, (n, m) = page.asked, page.shape
+    if asked.entries or asked.grams:
+        return False
+    sides = sum(_sides(asked))
+    products = tokens**2 * (m + n) * max(1, sides)
+    return products + _PASS * tokens * (m + n) * (1 + sides) < m * n * (tokens + 2 * _PASS)
+
+
+def _by_tokens(use: Outer, sums: Sums, *, wanted: bool) -> Tensor | None:
     """From the inner products of inputs and those of output gradients, token by token."""
-    # With x and g of one example, G G^T = g^T (x x^T g): the Gram matrices of all examples are one product.
-    x, g = wide(use.inputs), wide(use.outputs)
-    page, numbers = sums.page, sums.numbers[EACH]
+    _square_by_tokens(wide(use.inputs), wide(use.outputs), sums, EACH)
+    return _summed(use.inputs.flatten(0, 1), use.outputs.flatten(0, 1), sums, wanted=wanted)
+
+
+def _square_by_tokens(x: Tensor, g: Tensor, sums: Sums, row: int) -> None:
+    """Add the squares of g^T x, for x (B, T, m) and g (B, T, n), without these, to one of the two rows of sums."""
+    # Of one example G G^T = g^T (x x^T g): the Gram matrices of all examples are one product.
+    page, numbers = sums.page, sums.numbers[row]
     on_rows, on_columns = _sides(page.asked)
     total: Tensor | None = None
     for side, start, wanted, one, other in (
@@ -148,9 +173,8 @@ def _by_tokens(use: Outer, sums: Sums) -> Tensor:
             total = found.sum()
             if start != ABSENT:
                 numbers[start : start + len(found)] += found
-            sums.add_grams(EACH, _grams_by_tokens(side, page.asked, spread, one))
+            sums.add_grams(row, _grams_by_tokens(side, page.asked, spread, one))
     numbers[0] += ((x @ x.mT) * (g @ g.mT)).sum() if total is None else total
-    return _squared(use.outputs.flatten(0, 1).mT @ use.inputs.flatten(0, 1), sums)
 
 
 def _grams_by_tokens(dim: int, asked: Asked, spread: Tensor, side: Tensor) -> dict[Axis, Tensor]:

@@ -13,7 +13,7 @@ from noetherflow._per_example import require_independent, require_losses
 from noetherflow._types import Batch
 from noetherflow.noise.asked import asked_of
 from noetherflow.noise.batches import BatchNoise, along_axes, pooled
-from noetherflow.noise.capture import Capture
+from noetherflow.noise.capture import Capture, Fate
 from noetherflow.noise.exact import Subject, chunks
 from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger
 from noetherflow.noise.modes import Calm, eager
@@ -139,7 +139,7 @@ class FastPass:
         subject = self._subject
         leaves = tensors_of(batch)
         own = [leaves[index] for index in self._own]
-        capture = Capture(subject.trained, self._contents, len(own[0]), own, RULES, keep_gradients=False, calm=calm)
+        capture = Capture(subject.trained, self._contents, len(own[0]), own, RULES, fate=Fate.KEPT, calm=calm)
         with eager(), torch.enable_grad(), capture:
             self._capture = capture
             losses = self._differentiated(subject.trained, batch)

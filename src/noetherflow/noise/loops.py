@@ -22,23 +22,29 @@ _LINE = 16
 _AS_IS, _TURNED = ord("N"), ord("T")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _multiply(typing: Any, address: Any, arguments: Any) -> Any:
+def _call(typing: Any, address: Any, arguments: Any) -> Any:
     """Call a BLAS product of matrices; arguments in its own order, addresses of arrays as numbers."""
 
     def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         where, given = values
         number, passed = ir.IntType(64), []
-        for index, one in enumerate(cgutils.unpack_tuple(builder, given)):
-            is_array = index in (6, 8, 11)
-            # All else by reference.
-            passed.append(one if is_array else builder.ptrtoint(cgutils.alloca_once_value(builder, one), number))
+        for index, one in enumerate(cgutils.unpack_tuple(builder, given)):  # type: ignore[no-untyped-call]
+            if index not in _ARRAYS:
+                # Fortran takes everything by reference.
+                place = cgutils.alloca_once_value(builder, one)  # type: ignore[no-untyped-call]
+                one = builder.ptrtoint(place, number)
+            passed.append(one)
         passed += [number(1)] * 2  # the lengths of the two letters, which some compilers of Fortran pass on
         kind = ir.FunctionType(ir.VoidType(), [number] * len(passed))
         builder.call(builder.inttoptr(where, kind.as_pointer()), passed)
         return context.get_dummy_value()
 
     return types.void(address, arguments), code
+
+
+_multiply: Any = intrinsic(_call)
+# Which of its arguments are arrays.
+_ARRAYS = (6, 8, 11)
 
 
 @_compiled
@@ -82,9 +88,9 @@ def scan_stack(stack: Any, numbers: Any, rows: int, columns: int, entries: Any, 
 
 @_compiled
 def scan_vectors(stack: Any, numbers: Any, whole: Any, rows: int, columns: int, entries: Any, total: Any) -> None:
-    """The same for vectors (B, m), whose entries are their rows; to whole, and in the second row of entries, for their total.
+    """The same for vectors (B, m), whose entries are their rows, and for their total.
 
-    Sums by column are one number.
+    The latter goes to whole, and to the second row of entries. Sums by column are one number.
     """
     n, m = stack.shape
     zero = stack.dtype.type(0)
@@ -223,7 +229,11 @@ def outer_products(
         heads: Of each Gram matrix that is wanted: the dimension, first row and number of rows, and where it begins.
         grams: Where these are added up.
         strip: Memory for some rows of a product.
-        numbers: As in `scan`, as is what follows.
+        numbers: Where to add squares, as in `scan`.
+        rows: Where sums by row begin, or a negative number.
+        columns: The same by column.
+        entries: Squares of single entries, or None.
+        total: The sum of products; holds anything.
     """
     tokens, n = left.shape[1:]
     k, m = strip.shape
@@ -265,7 +275,11 @@ def patch_products(
         image: Memory for a padded image; zeros.
         patches: Memory for its patches, shape (P, m).
         strip: Memory for a product, shape (n, m).
-        numbers: As in `scan`, as is what follows.
+        numbers: Where to add squares, as in `scan`.
+        rows: Where sums by row begin, or a negative number.
+        columns: The same by column.
+        entries: Squares of single entries, or None.
+        total: The sum of products; holds anything.
     """
     n, m = strip.shape
     run = m // len(moves)

@@ -1,4 +1,4 @@
-"""Noise measured in passing, while a model is trained."""
+"""Noise measured in passing: inside a training step, or a step that only measures."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from noetherflow._per_example import require_uncoupled
 from noetherflow._types import Batch
 from noetherflow.noise.asked import asked_of
 from noetherflow.noise.batches import Pool, along_axes
-from noetherflow.noise.capture import Capture
+from noetherflow.noise.capture import Capture, Fate
 from noetherflow.noise.exact import resolve
 from noetherflow.noise.ledger import Contents
 from noetherflow.noise.modes import eager
@@ -29,7 +29,9 @@ class NoiseMeter:
     Put forward and backward pass of a step into `with meter.step(batch)`. The parameters' gradients are then formed
     example by example in one buffer and added up, so that their squares cost little more than memory traffic; `.grad`
     is what it would have been, up to the order of additions. Every step is centred by its own mean gradient, and all
-    are pooled: an unbiased estimate of $N_\pm$, averaged over the parameters that training went through.
+    are pooled: an unbiased estimate of $N_\pm$, averaged over the parameters that training went through. With
+    `train=False` a step only measures: no parameter gets a gradient, and where the squares of a gradient cost less than
+    the gradient it is not formed.
 
     Args:
         model: The model that is trained.
@@ -74,7 +76,7 @@ class NoiseMeter:
         self._pool = Pool(self._symmetries, self._params)
 
     @contextmanager
-    def step(self, batch: Batch, *, weight: float | None = None) -> Iterator[None]:
+    def step(self, batch: Batch, *, weight: float | None = None, train: bool = True) -> Iterator[None]:
         """The block in which forward and backward pass of one step run.
 
         Args:
@@ -82,6 +84,8 @@ class NoiseMeter:
             weight: What the loss of one example counts in the loss whose backward pass runs: 1 / B by default, for a
                 mean over the batch; 1 for a sum, 1 / (k B) for one of k steps that accumulate gradients. A loss scale
                 multiplies it.
+            train: Whether parameters get their gradients. If not, `.grad` stays what it was, and sums of gradients are
+                not even formed where their squares cost less.
 
         Yields:
             Nothing.
@@ -98,13 +102,14 @@ class NoiseMeter:
         if not size:
             raise EmptyDataError("the batch holds no tensor with an entry per example")
         own = [leaf for leaf in leaves if is_per_example(leaf, size)]
-        capture = Capture(self._params, self._contents, size, own, RULES, keep_gradients=True)
+        fate = Fate.PASSED_ON if train else Fate.DROPPED
+        capture = Capture(self._params, self._contents, size, own, RULES, fate=fate)
         with eager(), capture:
             yield
         if capture.unknown:
             listing = "; ".join(f"{name} ({operation})" for name, operation in capture.unknown.items())
             raise SettingsError(
-                f"the gradients of these parameters cannot be taken apart by example while training: {listing}. "
+                f"the gradients of these parameters cannot be taken apart by example in passing: {listing}. "
                 "Use estimate_noise, which forms them one by one"
             )
         if not capture.gradients:

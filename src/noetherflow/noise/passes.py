@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -244,8 +245,8 @@ def _shared(length: int, load: int, work: Callable[[slice, Any], object], number
         return
     ends = [length * index // parts for index in range(parts + 1)]
     own = [numbers, *(None if numbers is None else np.zeros_like(numbers) for _ in range(parts - 1))]
-    slices = map(slice, ends, ends[1:])
-    in_parallel([partial(work, part, one) for part, one in zip(slices, own, strict=False)], parts)
+    slices = [slice(first, last) for first, last in pairwise(ends)]
+    in_parallel([partial(work, part, one) for part, one in zip(slices, own, strict=True)], parts)
     if numbers is not None:
         numbers += sum(own[1:])
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any, final
 
 import torch
@@ -56,7 +57,7 @@ def scan_products(
     Args:
         use: A use of the whole parameter.
         sums: Where to add squares, of the gradient as a matrix.
-        total: Where to write the sum of gradients, shape (n, m).
+        total: Where to write the sum of gradients, shape (n, m), or that of one strip after the other, (rows, m).
         rows: How many are formed at a time.
         tables: Further uses.
         grams: Gram matrices of all rows.
@@ -68,22 +69,23 @@ def scan_products(
     loop = None if heads is None or sums.arrays is None else _loop_for(use, sums, total, tables, heads)
     if loop is None:
         return False
-    n, m = total.shape
+    n, m = sums.page.shape[0], total.shape[1]
     threads = min(torch.get_num_threads(), use.size)
     ends = [use.size * index // threads for index in range(threads + 1)]
-    examples = [slice(first, last) for first, last in zip(ends, ends[1:], strict=False)]
+    examples = [slice(first, last) for first, last in pairwise(ends)]
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
         entries = None if sums.entries is None else sums.entries[EACH].view(n, m)[part]
         memory = total.new_zeros(0) if grams is None else grams.memory
-        first = _Share(sums.numbers[EACH], entries, total[part], memory)
+        into = total[part] if len(total) == n else total[: part.stop - start]
+        first = _Share(sums.numbers[EACH], entries, into, memory)
         shares = [first, *(first.another() for _ in examples[1:])]
         strips = [total.new_empty(part.stop - start, m) for _ in shares]
         each = zip(examples, strips, shares, strict=True)
         in_parallel([partial(loop, some, part, strip, share) for some, strip, share in each], threads)
         for other in shares[1:]:
             first.take(other)
-        scanner(total[part], sums, WHOLE, start)(False)
+        scanner(into, sums, WHOLE, start)(False)
     return True
 
 
@@ -92,7 +94,9 @@ def _loop_for(
 ) -> _Loop | None:
     if isinstance(use, Outer):
         if len(tables) > 1:
-            tables = [Rows((), *(torch.cat([getattr(one, field) for one in tables], 1) for field in ("ids", "outputs")))]
+            tables = [
+                Rows((), *(torch.cat([getattr(one, field) for one in tables], 1) for field in ("ids", "outputs")))
+            ]
         ids = tables[0].ids if tables else torch.empty(use.size, 0, dtype=torch.int64)
         outputs = tables[0].outputs if tables else total.new_empty(use.size, 0, total.shape[1])
         return _outer_loop(use, sums, total, ids, outputs, heads)

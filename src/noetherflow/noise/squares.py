@@ -89,8 +89,9 @@ class GramSums:
         if self._buffer.ndim != 2 or any(axis.within is not None or axis.repeat != 1 for axis in axes):
             return None
         sizes = [axis.size(self._buffer) for axis in axes]
-        places = accumulate((size**2 for size in sizes), initial=0)
-        return tuple((axis.dim % 2, axis.start or 0, size, at) for axis, size, at in zip(axes, sizes, places))
+        places = [0, *accumulate(size**2 for size in sizes)][: len(axes)]
+        each = zip(axes, sizes, places, strict=True)
+        return tuple((axis.dim % 2, axis.start or 0, size, place) for axis, size, place in each)
 
     def found(self) -> dict[Axis, Tensor]:
         """The sums, in float64."""

@@ -14,7 +14,9 @@ from noetherflow.noise.uses import Outer, Product, Rows, multiply
 _STRIP = 2**18
 
 
-def in_strips(use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows] = ()) -> Tensor:
+def in_strips(
+    use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows] = (), *, wanted: bool = True
+) -> Tensor | None:
     """The arithmetic of autograd's own product, and one pass more over what the cache holds.
 
     Args:
@@ -22,28 +24,30 @@ def in_strips(use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows] = (
         sums: Where to add up squares.
         like: A tensor of the dtype and device of the gradients.
         tables: Its other uses: as a table whose rows are read.
+        wanted: Whether the sum of the gradients is.
 
     Returns:
-        The sum of the gradients.
+        That sum, or None.
     """
     if not isinstance(use, Outer) or sums.page.asked.grams:
-        return _at_once(use, sums, like, tables)
+        return _at_once(use, sums, like, tables, wanted=wanted)
     n, m = sums.page.shape
     if n > m and n * m <= _STRIP and not tables:
         # A tall gradient is formed turned, as a wide one: products of few tokens are faster so.
         turned = sums.turned()
-        total = _at_once(Outer((), use.outputs, use.inputs), turned, like, ())
+        total = _at_once(Outer((), use.outputs, use.inputs), turned, like, (), wanted=True)
         if sums.entries is not None and turned.entries is not None:
             sums.entries.add_(turned.entries.mT)
-        return transposed(total)
-    gradient = like.new_empty(n, m, dtype=accumulator(like))
+        return transposed(total) if wanted and total is not None else None
     rows = -(-n // -(-n * m // _STRIP))
+    # What nobody wants stays in the cache: every strip is written over the last one.
+    gradient = like.new_empty(n if wanted else rows, m, dtype=accumulator(like))
     if not scan_products(use, sums, gradient, rows, tables):
         _form(use, sums, like.new_empty(rows, m), gradient, tables)
-    return gradient
+    return gradient if wanted else None
 
 
-def _at_once(use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows]) -> Tensor:
+def _at_once(use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows], *, wanted: bool) -> Tensor | None:
     """All rows in one strip: Gram matrices need them, and patches of images are made once per example."""
     shape, asked = sums.page.shape, sums.page.asked
     buffer = like.new_empty(shape[0], shape[1:].numel())
@@ -52,9 +56,11 @@ def _at_once(use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows]) -> 
     grams = GramSums(asked.grams, use.folded(buffer, shape)) if asked.grams else None
     if not scan_products(use, flat, total, len(total), tables, grams):
         _form(use, flat, buffer, total, tables, grams)
-    gradient = use.folded(total, shape).contiguous()
     if flat is not sums:
         sums.take(flat, lambda matrix: use.folded(matrix, shape))
+    if not wanted and grams is None:
+        return None
+    gradient = use.folded(total, shape).contiguous()
     if grams is not None:
         sums.add_grams(EACH, grams.found())
         sums.add_grams(WHOLE, gradient_grams(asked, gradient))
@@ -70,7 +76,8 @@ def _form(
         use: A use of the whole parameter.
         sums: Where to add up squares, of the gradient as a matrix.
         buffer: Memory for these rows of one example's gradient.
-        total: Where to add up gradients, shape (n, m), holding anything.
+        total: Where to add up gradients, holding anything: shape (n, m), or that of the buffer for one strip after the
+            other.
         tables: Further uses.
         grams: Looks at the buffer if all rows are in it.
     """
@@ -78,7 +85,8 @@ def _form(
     for start in range(0, n, len(buffer)):
         part = slice(start, min(start + len(buffer), n))
         strip = buffer[: part.stop - start]
-        scan = scanner(strip, sums, EACH, start, total[part])
+        into = total[part] if len(total) == n else total[: len(strip)]
+        scan = scanner(strip, sums, EACH, start, into)
         for index, (left, right) in enumerate(use.factors(part)):
             multiply(left, right, strip)
             for table in tables:
@@ -86,4 +94,4 @@ def _form(
             if grams is not None:
                 grams.add()
             scan(index == 0)
-        scanner(total[part], sums, WHOLE, start)(False)
+        scanner(into, sums, WHOLE, start)(False)
