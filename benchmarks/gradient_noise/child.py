@@ -22,6 +22,8 @@ import torch
 from noetherflow.noise import passes as loops
 from noetherflow.noise.asked import Asked, Page
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
+from noetherflow.noise.strips import in_strips
+from noetherflow.noise.uses import Convolution, Outer
 
 from .models import SWEEP, Built, build, in_examples_of, one_by_one
 from .ways import FOUND, OURS, Way, plain, symmetries_of, ways_for
@@ -34,6 +36,7 @@ _RIVALS = 7
 _LONG = 2.0
 # Of many small examples, the truth is found for so many.
 _JUDGED = 64
+_STATUS = Path("/proc/self/status")
 # How far a Tr Sigma in float32 may be from the loop in float64.
 _CORRECT = 1e-4
 
@@ -207,8 +210,13 @@ def memory(built: Built, wanted: list[str]) -> list[dict[str, Any]]:
 def load_loops() -> None:
     """Our own compiled loops: what is there before the first step, as torch's are."""
     matrix, stack, ids = torch.ones(2, 2), torch.ones(2, 2, 2), torch.zeros(2, 2, dtype=torch.int64)
+    image = torch.ones(2, 2, 1)
+    outer, patches = Outer((), stack, stack), Convolution((), image, image, [1], [0], [1], 1, [1])
     for asked in (Asked(True, True), Asked(True, True, entries=True)):
-        sums, vector = (Sums.blank(Page.of(torch.Size(shape), asked), matrix) for shape in ((2, 2), (2,)))
+        shapes = ((2, 2), (2,), (2, 2, 1))
+        sums, vector, kernel = (Sums.blank(Page.of(torch.Size(shape), asked), matrix) for shape in shapes)
+        in_strips(outer, sums, matrix)
+        in_strips(patches, kernel, matrix)
         loops.scanner(matrix, sums, EACH, total=torch.ones(2, 2))(True)
         loops.scanner(matrix, sums, WHOLE)(False)
         loops.scan_stack(stack, sums)
@@ -217,7 +225,7 @@ def load_loops() -> None:
         loops.scan_tables(ids, stack, sums)
     loops.add_tokens(matrix, 0, ids[0], matrix)
     loops.channel_sums(stack, stack)
-    loops.affine_sums(stack, stack, *2 * [torch.ones(2, 2, 1)])
+    loops.affine_sums(stack, stack, image, image)
     loops.transposed(matrix)
 
 
@@ -248,7 +256,7 @@ def growth(built: Built, make: Callable[[Built], Way]) -> dict[str, Any]:
         gc.collect()
         if sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)
-        before = peak(reset=True)
+        before, code = peak(reset=True), resident("RssFile")
         start = time.perf_counter()
         for done in range(3):
             if done > 1 and time.perf_counter() - start > _LONG:
@@ -256,17 +264,23 @@ def growth(built: Built, make: Callable[[Built], Way]) -> dict[str, Any]:
             way.step()
     except Exception as problem:
         return {"wrong": type(problem).__name__}
-    return {"bytes": peak() - before}
+    # Code that a process runs for the first time since it was forked is mapped anew, but there already.
+    return {"bytes": peak() - before - (resident("RssFile") - code)}
 
 
 def peak(*, reset: bool = False) -> int:
     """The most memory that was resident since the last reset; where there is no reset, ever."""
-    status = Path("/proc/self/status")
-    if not status.exists():
+    if not _STATUS.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resident("VmHWM")
+
+
+def resident(kind: str) -> int:
+    """What the system says of some kind of this process' memory, in bytes; 0 if it says nothing."""
+    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(kind)), 0)
 
 
 def say(row: dict[str, Any]) -> None:
