@@ -67,7 +67,9 @@ def test_a_step_is_what_it_would_have_been(animal: Animal) -> None:
         meter = nf.NoiseMeter(model, some)
         with meter.step(batch, train=False):
             loss(model, batch).mean().backward()
-        assert_measured(meter.noise, [replace(exact, scatter={name: exact.scatter[name] for name in some})], **tolerance)
+        assert_measured(
+            meter.noise, [replace(exact, scatter={name: exact.scatter[name] for name in some})], **tolerance
+        )
     for name, one in gradients(model).items():
         assert one is before[name] is None or torch.equal(one, before[name])
 

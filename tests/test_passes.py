@@ -84,6 +84,7 @@ PASSES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
     "scan_outer": outer,
     "scan_tables": tables,
     "transposed": lambda dtype: (passes.transposed(draw(40, 30, dtype=dtype)),),
+    "gram": lambda dtype: (passes.gram(draw(2, 150, 7, dtype=dtype)),),
     "add_tokens": read,
     "channel_sums": lambda dtype: passes.channel_sums(draw(3, 4, 5, 6, dtype=dtype), draw(3, 4, 5, 6, dtype=dtype)),
     "affine_sums": normalised,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from noetherflow.noise.asked import ABSENT, Asked, Page
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
-from noetherflow.noise.passes import accumulator, distinct_rows, scan_outer, scan_tables, scanner, wide
+from noetherflow.noise.passes import accumulator, distinct_rows, gram, scan_outer, scan_tables, scanner, wide
 from noetherflow.noise.squares import GramSums, square, square_stack, square_vectors
 from noetherflow.noise.strips import in_strips
 from noetherflow.noise.uses import Convolution, Outer, Product, Rows, Use, Whole
@@ -168,13 +168,13 @@ def _square_by_tokens(x: Tensor, g: Tensor, sums: Sums, row: int) -> None:
         (0, page.rows, on_rows, g, x), (1, page.columns, on_columns, x, g)
     ):  # fmt: skip
         if wanted:
-            spread = other @ other.mT @ one
+            spread = gram(other) @ one
             found = (spread * one).sum((0, 1)).double()
             total = found.sum()
             if start != ABSENT:
                 numbers[start : start + len(found)] += found
             sums.add_grams(row, _grams_by_tokens(side, page.asked, spread, one))
-    numbers[0] += ((x @ x.mT) * (g @ g.mT)).sum() if total is None else total
+    numbers[0] += (gram(x) * gram(g)).sum() if total is None else total
 
 
 def _grams_by_tokens(dim: int, asked: Asked, spread: Tensor, side: Tensor) -> dict[Axis, Tensor]:

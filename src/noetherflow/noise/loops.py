@@ -18,6 +18,8 @@ _compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc
 _BLOCK = 256
 # Numbers that the cache reads at a time.
 _LINE = 16
+# Rows of which inner products are formed together: the fewer, the less is formed twice.
+_ROWS = 64
 # What BLAS calls a matrix as it is, and one that is to be transposed.
 _AS_IS, _TURNED = ord("N"), ord("T")
 
@@ -301,6 +303,27 @@ def patch_products(
         matrices = (patches.ctypes.data, m, left[b].ctypes.data, len(places), zero, strip.ctypes.data, m)
         _multiply(product, (_AS_IS, _AS_IS, m, n, len(places), one, *matrices))
         scan(strip, numbers, rows, columns, entries, total, b == 0)
+
+
+@_compiled
+def grams(product: int, x: Any, out: Any) -> None:
+    """Write the inner products of the rows of matrices (B, n, m), shape (B, n, n): some rows with those before them.
+
+    Args:
+        product: The address of BLAS' product.
+        x: The matrices.
+        out: Where to.
+    """
+    n, m = x.shape[1:]
+    one, zero = x.dtype.type(1), x.dtype.type(0)
+    for b in range(len(x)):
+        for first in range(0, n, _ROWS):
+            last = min(first + _ROWS, n)
+            matrices = (x[b].ctypes.data, m, x[b, first:].ctypes.data, m, zero, out[b, first:].ctypes.data, n)
+            _multiply(product, (_TURNED, _AS_IS, last, last - first, m, one, *matrices))
+            for i in range(first, last):
+                for j in range(first):
+                    out[b, j, i] = out[b, i, j]
 
 
 @_compiled

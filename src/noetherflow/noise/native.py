@@ -7,24 +7,29 @@ from typing import Any
 
 import torch
 
-_PRODUCTS = {torch.float32: ("sgemm_", ctypes.c_float), torch.float64: ("dgemm_", ctypes.c_double)}
+_NUMBERS = {torch.float32: ("s", ctypes.c_float), torch.float64: ("d", ctypes.c_double)}
 
 
 @cache
 def product_of(kind: torch.dtype) -> int:
     """The address of the BLAS product of matrices of a type that PyTorch works with; 0 if it cannot be had."""
-    name, number = _PRODUCTS[kind]
-    function = _found(name)
+    letter, number = _NUMBERS[kind]
+    function = _found(f"{letter}gemm_")
     if function is None:
         return 0
     # Whatever bears that name is tried on a product whose result is known.
-    function.restype = None
-    left, right, out = ((number * 2)(3.0, 4.0), (number * 2)(5.0, 6.0), (number * 4)())
-    two, one = (ctypes.byref(ctypes.c_int64(length)) for length in (2, 1))
-    letter, first, nothing = ctypes.c_char_p(b"N"), ctypes.byref(number(1.0)), ctypes.byref(number(0.0))
-    lengths = ctypes.c_size_t(1)
-    function(letter, letter, two, two, one, first, left, two, right, one, nothing, out, two, lengths, lengths)
+    left, right, out = (number * 2)(3.0, 4.0), (number * 2)(5.0, 6.0), (number * 4)()
+    matrices = (number(1.0), left, 2, right, 1, number(0.0), out, 2)
+    _call(function, b"N", b"N", 2, 2, 1, *matrices)
     return _address(function) if list(out) == [15.0, 20.0, 18.0, 24.0] else 0
+
+
+def _call(function: Any, *arguments: Any) -> None:
+    """A routine in Fortran: everything by reference, and the lengths of both letters at the end."""
+    function.restype = None
+    numbers = [ctypes.c_int64(one) if isinstance(one, int) else one for one in arguments]
+    passed = [ctypes.c_char_p(one) if isinstance(one, bytes) else ctypes.byref(one) for one in numbers]
+    function(*passed, *2 * [ctypes.c_size_t(1)])
 
 
 def in_parallel(tasks: Iterable[Callable[[], object]], threads: int) -> None:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from noetherflow.noise.asked import ABSENT
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
-from noetherflow.noise.native import in_parallel
+from noetherflow.noise.native import in_parallel, product_of
 
 # What the loops are compiled for.
 _LOOPED = (torch.float32, torch.float64, torch.int64)
+# Rows of which all inner products are formed, although each is there twice.
+_FEW = 64
 # Numbers that have to be read before it pays to wake another thread.
 _LOAD = 2**19
 
@@ -124,6 +126,17 @@ def scan_outer(x: Tensor, g: Tensor, sums: Sums) -> None:
     squares = [wide(one).square() for one in (x, g)]
     lengths = [one.sum(1) for one in squares]
     _add(sums.numbers[EACH], lengths[0] @ squares[1], page.rows, lengths[1] @ squares[0], page.columns)
+
+
+def gram(x: Tensor) -> Tensor:
+    """The inner products of the rows of matrices (B, n, m), shape (B, n, n)."""
+    found = x.new_empty(*x.shape[:2], x.shape[1])
+    arrays = arrays_of(x, found) if x.shape[1] > _FEW else []
+    product = product_of(x.dtype) if arrays else 0
+    if not product:
+        return x @ x.mT
+    compiled().grams(product, *arrays)
+    return found
 
 
 def transposed(matrix: Tensor) -> Tensor:
