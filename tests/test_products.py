@@ -15,7 +15,9 @@ from torch.nn import functional
 import noetherflow as nf
 from noetherflow.noise import native, passes, products, strips
 from noetherflow.noise.asked import Asked, Page
-from noetherflow.noise.ledger import Sums
+from noetherflow.noise.collect import stacked
+from noetherflow.noise.ledger import WHOLE, Sums
+from noetherflow.noise.squares import square, square_stack
 from noetherflow.noise.strips import in_strips
 from noetherflow.noise.uses import Convolution, Outer, Product, Rows
 
@@ -99,10 +101,12 @@ def test_they_are_those_of_tensors(
     with threads(count):
         mine = found_by(use, shape, asked, others, wanted=wanted)
     assert did == [True]
-    monkeypatch.setattr(strips, "scan_products", lambda *_: False)
+    sums = Sums.blank(Page.of(torch.Size(shape), asked), draw(1))
     monkeypatch.setattr(passes, "arrays_of", lambda *_, **__: [])
-    truth = found_by(use, shape, asked, others, wanted=True)
-    for one, other in zip(mine, truth if wanted else truth[:-1], strict=True):
+    total = square_stack(stacked([use, *others], torch.Size(shape), draw(1)), sums)
+    square(total, sums, WHOLE)
+    truth = [sums.numbers, *([] if sums.entries is None else [sums.entries]), *([total] if wanted else [])]
+    for one, other in zip(mine, truth, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
         with pytest.raises(AssertionError):
             torch.testing.assert_close(one, 1.001 * other, rtol=1e-12, atol=1e-12)
