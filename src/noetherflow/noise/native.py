@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-_NUMBERS = {torch.float32: ("s", ctypes.c_float), torch.float64: ("d", ctypes.c_double)}
+# What a team of threads runs.
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+# BLAS' letter for a type, and the type in C.
+_NUMBERS: dict[torch.dtype, tuple[str, Any]] = {
+    torch.float32: ("s", ctypes.c_float),
+    torch.float64: ("d", ctypes.c_double),
+}
 
 
 @cache
@@ -42,7 +48,7 @@ def in_parallel(tasks: Iterable[Callable[[], object]], threads: int) -> None:
     Raises:
         Exception: Whatever a task raised.
     """
-    waiting, raised = iter(tasks), []
+    waiting, raised = iter(list(tasks)), []
 
     def work(_: Any) -> None:
         for task in waiting:  # one thread after the other takes the next, however many there are
@@ -58,9 +64,6 @@ def in_parallel(tasks: Iterable[Callable[[], object]], threads: int) -> None:
         team(_BODY(work), None, ctypes.c_uint(threads), ctypes.c_uint(0))
     if raised:
         raise raised[0]
-
-
-_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @cache

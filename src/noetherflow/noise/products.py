@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from noetherflow.noise.asked import ABSENT
+from noetherflow.noise.asked import ABSENT, Page
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
 from noetherflow.noise.native import in_parallel, product_of
 from noetherflow.noise.passes import arrays_of, compiled, scanner
@@ -93,66 +93,63 @@ def _loop_for(
     use: Product, sums: Sums, total: Tensor, tables: Sequence[Rows], heads: Sequence[tuple[int, int, int, int]]
 ) -> _Loop | None:
     if isinstance(use, Outer):
-        if len(tables) > 1:
-            tables = [
-                Rows((), *(torch.cat([getattr(one, field) for one in tables], 1) for field in ("ids", "outputs")))
-            ]
-        ids = tables[0].ids if tables else torch.empty(use.size, 0, dtype=torch.int64)
-        outputs = tables[0].outputs if tables else total.new_empty(use.size, 0, total.shape[1])
-        return _outer_loop(use, sums, total, ids, outputs, heads)
+        return _outer_loop(use, sums, total, tables, heads)
     if isinstance(use, Convolution) and use.groups == 1 and not tables and not heads:
         return _patch_loop(use, sums, total)
     return None
 
 
 def _outer_loop(
-    use: Outer, sums: Sums, total: Tensor, ids: Tensor, outputs: Tensor, heads: Sequence[tuple[int, int, int, int]]
+    use: Outer, sums: Sums, total: Tensor, tables: Sequence[Rows], heads: Sequence[tuple[int, int, int, int]]
 ) -> _Loop | None:
-    arrays = arrays_of(use.outputs.contiguous(), use.inputs.contiguous(), outputs, total)
-    if not arrays or len({one.dtype for one in arrays}) > 1 or not ids.is_contiguous():
+    # Tokens that read no row, so that there is something to put together.
+    ids = torch.cat([torch.empty(use.size, 0, dtype=torch.int64), *(one.ids for one in tables)], 1)
+    added = torch.cat([total.new_empty(use.size, 0, total.shape[1]), *(one.outputs for one in tables)], 1)
+    arrays = _alike(total, use.outputs, use.inputs, added)
+    if not arrays:
         return None
-    left, right, added, _ = arrays
-    read, page, table = ids.numpy(), sums.page, _table_of(heads)
-    product = product_of(total.dtype)
+    product, left, right, outputs = arrays
+    read, page, table = ids.numpy(), sums.page, torch.tensor(heads, dtype=torch.int64).view(-1, 4).numpy()
 
     def loop(some: slice, part: slice, strip: Tensor, share: _Share) -> None:
         compiled().outer_products(
-            product, left[some], right[some], part.start, read[some], added[some], table, share.grams.numpy(),
-            *_given(strip, share, page.rows, page.columns, part.start),
+            product, left[some], right[some], part.start, read[some], outputs[some], table, share.grams.numpy(),
+            *_given(strip, share, page, part.start),
         )  # fmt: skip
 
-    return loop if product else None
+    return loop
 
 
 def _patch_loop(use: Convolution, sums: Sums, total: Tensor) -> _Loop | None:
-    arrays = arrays_of(use.outputs.flatten(2).contiguous(), use.inputs.flatten(2).contiguous(), total)
-    if not arrays or len({one.dtype for one in arrays}) > 1:
+    arrays = _alike(total, use.outputs.flatten(2), use.inputs.flatten(2))
+    if not arrays:
         return None
-    left, images, _ = arrays
-    lengths = (use.inputs.shape[1:], use.outputs.shape[2:])
-    steps = (use.kernel, use.stride, use.padding, use.dilation)
+    product, left, images = arrays
+    lengths, steps = (use.inputs.shape[1:], use.outputs.shape[2:]), (use.kernel, use.stride, use.padding, use.dilation)
     length, spots, places, moves = _places_of(*map(tuple, (*lengths, *steps)))
-    page, product = sums.page, product_of(total.dtype)
 
     def loop(some: slice, part: slice, strip: Tensor, share: _Share) -> None:
         image, patches = strip.new_zeros(length).numpy(), strip.new_empty(len(places), strip.shape[1]).numpy()
         compiled().patch_products(
             product, left[some], images[some], spots, places, moves, image, patches,
-            *_given(strip, share, page.rows, page.columns, part.start),
+            *_given(strip, share, sums.page, part.start),
         )  # fmt: skip
 
-    return loop if product else None
+    return loop
 
 
-def _given(strip: Tensor, share: _Share, rows: int, columns: int, start: int) -> tuple[Any, ...]:
+def _alike(total: Tensor, *tensors: Tensor) -> list[Any]:
+    """The address of BLAS' product for a type, and the memory of tensors that are of it; nothing if one is not."""
+    arrays = arrays_of(total, *(one.contiguous() for one in tensors))
+    product = product_of(total.dtype) if arrays and all(one.dtype is total.dtype for one in tensors) else 0
+    return [product, *arrays[1:]] if product else []
+
+
+def _given(strip: Tensor, share: _Share, page: Page, start: int) -> tuple[Any, ...]:
+    """What the loops share: memory for some rows, and where to add up."""
+    rows = page.rows if page.rows == ABSENT else page.rows + start
     entries = None if share.entries is None else share.entries.numpy()
-    rows = rows if rows == ABSENT else rows + start
-    return strip.numpy(), share.numbers.numpy(), rows, columns, entries, share.total.numpy()
-
-
-@cache
-def _table_of(heads: Sequence[tuple[int, int, int, int]]) -> Any:
-    return torch.tensor(heads, dtype=torch.int64).reshape(-1, 4).numpy()
+    return strip.numpy(), share.numbers.numpy(), rows, page.columns, entries, share.total.numpy()
 
 
 @cache
