@@ -18,7 +18,7 @@ from noetherflow.noise import collect as collecting
 from noetherflow.noise import passes, strips
 from noetherflow.noise.asked import Asked, Page
 from noetherflow.noise.collect import collect
-from noetherflow.noise.ledger import WHOLE, Sums
+from noetherflow.noise.ledger import WHOLE, Ledger, Sums
 from noetherflow.noise.squares import square, square_stack
 from noetherflow.noise.uses import Outer
 from zoo import ZOO, Animal, Call, ids, regression, sequential, tokens_of
@@ -231,7 +231,7 @@ def test_every_way_of_adding_up(
             patch.setattr(collecting, "_SMALL", threshold)
             if not loops:
                 patch.setattr(passes, "arrays_of", lambda *_, **__: [])
-                patch.setattr(strips, "scan_products", lambda *_: False)
+                patch.setattr(strips, "compiled_strip", lambda *_: None)
             found = Sums.blank(page, x)
             gradient = collect([Outer((), x, g)], found, x, wanted=kept)
         if kept:
@@ -262,6 +262,45 @@ def test_gradients_of_a_tied_weight_are_summed_before_they_are_squared(monkeypat
     monkeypatch.setattr("noetherflow.noise.fast.FastPass.check", blind)
     with pytest.raises(AssertionError):
         assert_same(nf.estimate_noise(model, loss, [batch], {}, exact=False), exact)
+
+
+class Attending(nn.Module):
+    """A bias of keys that softmax does not see, and a small gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.head = (nn.Linear(48, 48) for _ in range(4))
+        self.gain = nn.Parameter(torch.full((48,), 1e-4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = functional.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+        return self.head(seen) * self.gain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_gradient_that_vanishes_is_no_reason_to_fall_back(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, batch = Attending().to(dtype), (torch.randn(8, 12, 48, dtype=dtype), torch.randn(8, 12, 48, dtype=dtype))
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().mean((1, 2))
+
+    def fallback() -> set[str]:
+        return set(nf.estimate_noise(model, loss, [batch], {}, exact=False).fallback)
+
+    assert not fallback()
+    # The twin: a gradient that is small but not nothing, and wrong.
+    whole = Ledger.row
+
+    def wrong(self: Ledger, index: int) -> Ledger:
+        found = whole(self, index)
+        found.numbers[self.contents.parts["query.bias"].start] *= 2.0
+        return found
+
+    monkeypatch.setattr(Ledger, "row", wrong)
+    assert fallback() == {"query.bias"}
 
 
 def blind(self: Any, batch: Any, together: Tensor, **_: Any) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 
 import noetherflow as nf
+from noetherflow.noise import passes
 from noetherflow.noise.capture import Capture
 from test_fast_noise import TIGHT, Recurrent, classify, examples, in_double, large
 from zoo import ZOO, Animal, regression
@@ -206,13 +207,49 @@ def test_hooks_of_parameters_see_the_whole_gradient() -> None:
     assert_measured(meter.noise, [nf.estimate_noise(model, classify, [batch], {}, exact=True)])
 
 
-def test_a_parameter_that_was_frozen_since_has_no_gradient() -> None:
+@pytest.mark.parametrize("train", [True, False])
+def test_a_parameter_that_was_frozen_since_has_no_gradient(train: bool) -> None:
     model, batch = large(), examples(16)
     meter = nf.NoiseMeter(model, {})
     model[0].weight.requires_grad_(False)
-    with meter.step(batch):
+    with meter.step(batch, train=train):
         classify(model, batch).mean().backward()
     assert model[0].weight.grad is None
+    assert_measured(meter.noise, [nf.estimate_noise(model, classify, [batch], {}, exact=True)])
+
+
+@pytest.mark.parametrize("variances", [True, False], ids=["variances", "sums"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_threads_change_nothing(count: int, variances: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "_LOAD", 1)
+    model, batch = large(), examples(16)
+    symmetries = nf.find_symmetries(model, classify, batch)
+    found = []
+    for threads in (1, count):
+        meter = nf.NoiseMeter(model, symmetries, variances=variances)
+        torch.set_num_threads(threads)
+        try:
+            for train in (True, False):
+                with meter.step(batch, train=train):
+                    classify(model, batch).mean().backward()
+        finally:
+            torch.set_num_threads(1)
+        found.append((meter.noise, gradients(model)))
+        model.zero_grad()
+    (alone, plain), (shared, other) = found
+    torch.testing.assert_close(other, plain, **TIGHT)
+    torch.testing.assert_close(shared.scatter, alone.scatter, **TIGHT)
+    torch.testing.assert_close(shared.square_scatter, alone.square_scatter, rtol=1e-10, atol=1e-12)
+
+
+def test_a_step_that_only_measures_calls_no_hooks() -> None:
+    model, batch = large(), examples(16)
+    model[0].weight.register_hook(lambda _: pytest.fail("there is no gradient"))
+    model[0].weight.register_post_accumulate_grad_hook(lambda _: pytest.fail("nor anything to add it to"))
+    meter = nf.NoiseMeter(model, {})
+    with meter.step(batch, train=False):
+        classify(model, batch).mean().backward()
+    assert all(one is None for one in gradients(model).values())
     assert_measured(meter.noise, [nf.estimate_noise(model, classify, [batch], {}, exact=True)])
 
 
@@ -240,9 +277,10 @@ def test_what_cannot_be_taken_apart_is_named_and_its_gradient_is_right() -> None
     plain = gradients(model)
     model.zero_grad()
     meter = nf.NoiseMeter(model, {})
-    with pytest.raises(nf.SettingsError, match=r"cell\.weight_hh_l0 \(lstm\)"), meter.step(batch):
-        loss(model, batch).mean().backward()
-    torch.testing.assert_close(gradients(model), plain, rtol=1e-10, atol=1e-12)
+    for train in (True, False):
+        with pytest.raises(nf.SettingsError, match=r"cell\.weight_hh_l0 \(lstm\)"), meter.step(batch, train=train):
+            loss(model, batch).mean().backward()
+        torch.testing.assert_close(gradients(model), plain, rtol=1e-10, atol=1e-12)
 
 
 def test_coupled_examples_are_refused_with_a_way_out() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from noetherflow.noise import passes as loops
+from noetherflow.noise import passes as single
 from noetherflow.noise.asked import Asked, Page
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
 from noetherflow.noise.strips import in_strips
@@ -217,16 +217,17 @@ def load_loops() -> None:
         sums, vector, kernel = (Sums.blank(Page.of(torch.Size(shape), asked), matrix) for shape in shapes)
         in_strips(outer, sums, matrix)
         in_strips(patches, kernel, matrix)
-        loops.scanner(matrix, sums, EACH, total=torch.ones(2, 2))(True)
-        loops.scanner(matrix, sums, WHOLE)(False)
-        loops.scan_stack(stack, sums)
-        loops.scan_vectors(matrix, vector)
-        loops.scan_outer(matrix, matrix, sums)
-        loops.scan_tables(ids, stack, sums)
-    loops.add_tokens(matrix, 0, ids[0], matrix)
-    loops.channel_sums(stack, stack)
-    loops.affine_sums(stack, stack, image, image)
-    loops.transposed(matrix)
+        single.scanner(matrix, sums, EACH, total=torch.ones(2, 2))(True)
+        single.scanner(matrix, sums, WHOLE)(False)
+        single.scan_stack(stack, sums)
+        single.scan_vectors(matrix, vector)
+        single.scan_outer(matrix, matrix, sums)
+        single.scan_tables(ids, stack, sums)
+    single.add_tokens(matrix, 0, ids[0], matrix)
+    single.channel_sums(stack, stack)
+    single.affine_sums(stack, stack, image, image)
+    single.transposed(matrix)
+    single.gram(torch.ones(1, 100, 2))
 
 
 def forked(function: Callable[[], bytes]) -> bytes:
@@ -264,7 +265,8 @@ def growth(built: Built, make: Callable[[Built], Way]) -> dict[str, Any]:
             way.step()
     except Exception as problem:
         return {"wrong": type(problem).__name__}
-    # Code that a process runs for the first time since it was forked is mapped anew, but there already.
+    # Code that a process runs for the first time since it was forked is mapped anew, but there already: it is left out,
+    # as if all of it had been mapped before the peak.
     return {"bytes": peak() - before - (resident("RssFile") - code)}
 
 

@@ -73,6 +73,10 @@ class Page:
             grams[axis], end = end, end + (size if diagonal else size**2)
         return cls(shape, asked, rows, columns, grams, end, diagonal)
 
+    def rows_from(self, first: int) -> int:
+        """Where sums by row begin for a part of the parameter that begins with some row, or ABSENT."""
+        return self.rows if self.rows == ABSENT else self.rows + first
+
     def diagonals(self) -> tuple["Page", Tensor]:
         """The page with but the diagonals of Gram matrices, and where in the vector of this one its numbers are."""
         thin = Page.of(self.shape, self.asked, diagonal=True)

@@ -145,7 +145,8 @@ class Capture(TorchFunctionMode):
             # All at once, not when the forward pass meets them: code between large products is out of the cache.
             with torch.enable_grad():
                 for name, leaf in self._params.items():
-                    if leaf.requires_grad or not self._pass_on:  # and was not frozen in the meantime
+                    # Who keeps gradients may give detached tensors; others may have frozen one in the meantime.
+                    if leaf.requires_grad or self._fate is Fate.KEPT:
                         self._gather(self._root(leaf), Source(name, leaf.shape))
         super().__enter__()  # type: ignore[no-untyped-call]
         self._depth += 1

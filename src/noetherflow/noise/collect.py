@@ -143,7 +143,8 @@ def _sides(asked: Asked) -> tuple[bool, bool]:
 
 
 def _is_sum_cheaper_by_tokens(tokens: int, page: Page) -> bool:
-    """The same for all tokens of a batch, if their sum is not wanted but for its squares."""
+    """Whether the squares of the sum over all tokens of a batch cost less than that sum."""
+    # Products of all tokens are as large as the sum; those of one example, above, are small and take longer for that.
     asked, (n, m) = page.asked, page.shape
     if asked.entries or asked.grams:
         return False
@@ -225,7 +226,7 @@ def _one_by_one(uses: Sequence[Use], sums: Sums, like: Tensor) -> Tensor:
             buffer.zero_()
         for use, part in rest:
             use.add_to(part, index)
-        grams.add()
+        grams.add(buffer)
         scan(index == 0)
     sums.add_grams(EACH, grams.found())
     return _squared(gradient.view(shape), sums)

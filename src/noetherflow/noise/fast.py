@@ -86,13 +86,15 @@ class FastPass:
         self._subject.require_symmetric(stack, 0, where)
         capture, _ = self._measure(select(batch, few, size), calm=random)
         squares = capture.ledger.row(EACH).squares()
-        eps = torch.finfo(together.dtype).eps
+        rough = torch.finfo(together.dtype).eps ** 0.5
         truths = {name: one.double().square().sum() for name, one in stack.items()}
         # A gradient that vanishes, as that of a bias which softmax does not see, is nothing but rounding.
-        rounding = (_ROUNDING * eps) ** 2 * torch.stack([*truths.values()]).sum()
+        narrow = min(torch.finfo(together.dtype).eps, torch.finfo(torch.float32).eps)
+        nothing = (_ROUNDING * narrow) ** 2 * torch.stack([*truths.values()]).nansum()
         for name, truth in truths.items():
-            if name not in self.unknown and not (squares[name].total - truth).abs() <= eps**0.5 * truth + rounding:
-                self.unknown[name] = "the gradients of single examples are others"
+            found = squares[name].total
+            if not ((found - truth).abs() <= rough * truth or torch.maximum(found, truth) <= nothing):
+                self.unknown.setdefault(name, "the gradients of single examples are others")
 
     def add(self, batch: Batch, where: str) -> bool:
         """Measure a batch; false if it has to be done exactly."""

@@ -16,17 +16,20 @@ _compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc
 
 # Rows whose columns are summed in the precision of the numbers.
 _BLOCK = 256
-# Numbers that the cache reads at a time.
+# Numbers that the cache reads at a time, if they are of float32.
 _LINE = 16
-# Rows of which inner products are formed together: the fewer, the less is formed twice.
-_ROWS = 64
 # What BLAS calls a matrix as it is, and one that is to be transposed.
 _AS_IS, _TURNED = ord("N"), ord("T")
 
 
-def _call(typing: Any, address: Any, arguments: Any) -> Any:
+# Which arguments of a product are arrays.
+_ARRAYS = (6, 8, 11)
+
+
+def _routine(typing: Any, address: Any, arguments: Any) -> Any:
     """Call a BLAS product of matrices; arguments in its own order, addresses of arrays as numbers."""
 
+    # Whole numbers have 64 bits, of which a BLAS that works with 32 reads the lower half.
     def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         where, given = values
         number, passed = ir.IntType(64), []
@@ -44,9 +47,7 @@ def _call(typing: Any, address: Any, arguments: Any) -> Any:
     return types.void(address, arguments), code
 
 
-_multiply: Any = intrinsic(_call)
-# Which of its arguments are arrays.
-_ARRAYS = (6, 8, 11)
+_multiply: Any = intrinsic(_routine)
 
 
 @_compiled
@@ -223,9 +224,9 @@ def outer_products(
 
     Args:
         product: The address of BLAS' product.
-        left: All columns; those that are wanted begin with the first.
+        left: With all columns, of which as many as the strip has rows are used.
         right: The other matrices.
-        first: Of the rows of the products.
+        first: The first of these columns, and so the first row of the products that is formed.
         ids: Rows of the products to which outputs are added (B, T'), or of no token.
         outputs: Shape (B, T', m).
         heads: Of each Gram matrix that is wanted: the dimension, first row and number of rows, and where it begins.
@@ -287,7 +288,7 @@ def patch_products(
     run = m // len(moves)
     one, zero = strip.dtype.type(1), strip.dtype.type(0)
     for b in range(len(left)):
-        # Slices below: an index that might be negative is looked at number by number.
+        # Slices, so that the inner loops need not look whether an index is negative.
         for first in range(0, len(spots), _LINE):
             into = spots[first : first + _LINE]
             for c in range(images.shape[1]):
@@ -306,19 +307,20 @@ def patch_products(
 
 
 @_compiled
-def grams(product: int, x: Any, out: Any) -> None:
+def inner_products(product: int, x: Any, out: Any, rows: int) -> None:
     """Write the inner products of the rows of matrices (B, n, m), shape (B, n, n): some rows with those before them.
 
     Args:
         product: The address of BLAS' product.
         x: The matrices.
         out: Where to.
+        rows: How many at a time: the fewer, the less is formed twice.
     """
     n, m = x.shape[1:]
     one, zero = x.dtype.type(1), x.dtype.type(0)
     for b in range(len(x)):
-        for first in range(0, n, _ROWS):
-            last = min(first + _ROWS, n)
+        for first in range(0, n, rows):
+            last = min(first + rows, n)
             matrices = (x[b].ctypes.data, m, x[b, first:].ctypes.data, m, zero, out[b, first:].ctypes.data, n)
             _multiply(product, (_TURNED, _AS_IS, last, last - first, m, one, *matrices))
             for i in range(first, last):

@@ -27,7 +27,7 @@ class NoiseMeter:
     r"""Measures gradient noise inside your own training step, whose gradients stay what they are.
 
     Put forward and backward pass of a step into `with meter.step(batch)`. The parameters' gradients are then formed
-    example by example in one buffer and added up, so that their squares cost little more than memory traffic; `.grad`
+    example by example in the cache and added up, so that their squares cost little more than memory traffic; `.grad`
     is what it would have been, up to the order of additions. Every step is centred by its own mean gradient, and all
     are pooled: an unbiased estimate of $N_\pm$, averaged over the parameters that training went through. With
     `train=False` a step only measures: no parameter gets a gradient, and where the squares of a gradient cost less than
@@ -84,8 +84,9 @@ class NoiseMeter:
             weight: What the loss of one example counts in the loss whose backward pass runs: 1 / B by default, for a
                 mean over the batch; 1 for a sum, 1 / (k B) for one of k steps that accumulate gradients. A loss scale
                 multiplies it.
-            train: Whether parameters get their gradients. If not, `.grad` stays what it was, and sums of gradients are
-                not even formed where their squares cost less.
+            train: Whether parameters get their gradients. If not, `.grad` of those that were trained when the meter was
+                made, or reset, stays what it was, and sums of gradients are not even formed where their squares cost
+                less.
 
         Yields:
             Nothing.

@@ -1,8 +1,9 @@
 """What PyTorch's own libraries offer to compiled loops: products of matrices, and threads."""
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 # What a team of threads runs.
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 # BLAS' letter for a type, and the type in C.
-_NUMBERS: dict[torch.dtype, tuple[str, Any]] = {
+_TYPES: dict[torch.dtype, tuple[str, Any]] = {
     torch.float32: ("s", ctypes.c_float),
     torch.float64: ("d", ctypes.c_double),
 }
@@ -19,7 +20,7 @@ _NUMBERS: dict[torch.dtype, tuple[str, Any]] = {
 @cache
 def product_of(kind: torch.dtype) -> int:
     """The address of the BLAS product of matrices of a type that PyTorch works with; 0 if it cannot be had."""
-    letter, number = _NUMBERS[kind]
+    letter, number = _TYPES[kind]
     function = _found(f"{letter}gemm_")
     if function is None:
         return 0
@@ -38,32 +39,47 @@ def _call(function: Any, *arguments: Any) -> None:
     function(*passed, *2 * [ctypes.c_size_t(1)])
 
 
-def in_parallel(tasks: Iterable[Callable[[], object]], threads: int) -> None:
+def team_size() -> int:
+    """How many threads PyTorch uses; 1 if compiled loops cannot run on these."""
+    return 1 if _found("GOMP_parallel") is None else torch.get_num_threads()
+
+
+def cut(length: int, parts: int) -> list[slice]:
+    """So many parts of a range, as equal as possible."""
+    ends = [length * index // parts for index in range(parts + 1)]
+    return [slice(first, last) for first, last in pairwise(ends)]
+
+
+def in_parallel(tasks: Sequence[Callable[[], object]]) -> None:
     """Run tasks on the threads of PyTorch: others would have to share processors with these, which wait by looping.
 
     Args:
         tasks: Compiled loops that let go of the interpreter.
-        threads: How many at a time, if there are so many.
 
     Raises:
-        Exception: Whatever a task raised.
+        BaseException: Whatever a task raised; others may not have run then.
+        KeyboardInterrupt: If that came before a task began.
     """
-    waiting, raised = iter(list(tasks)), []
+    waiting, done, raised = iter(list(tasks)), [], []
 
     def work(_: Any) -> None:
-        for task in waiting:  # one thread after the other takes the next, however many there are
-            try:
+        try:
+            for task in waiting:  # every thread takes the next one; there may be more threads, or fewer
                 task()
-            except BaseException as problem:
-                raised.append(problem)
+                done.append(task)
+        except BaseException as problem:
+            raised.append(problem)
 
     team = _found("GOMP_parallel")
-    if team is None or threads < 2:
+    if team is None or len(tasks) < 2:
         work(None)
     else:
-        team(_BODY(work), None, ctypes.c_uint(threads), ctypes.c_uint(0))
+        # All threads, as PyTorch asks for them: a pool that shrinks and grows starts its threads anew.
+        team(_BODY(work), None, ctypes.c_uint(0), ctypes.c_uint(0))
     if raised:
         raise raised[0]
+    if len(done) < len(tasks):
+        raise KeyboardInterrupt  # where there was no Python to raise it to
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -12,11 +11,11 @@ from torch import Tensor
 
 from noetherflow.noise.asked import ABSENT
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
-from noetherflow.noise.native import in_parallel, product_of
+from noetherflow.noise.native import cut, in_parallel, product_of, team_size
 
 # What the loops are compiled for.
 _LOOPED = (torch.float32, torch.float64, torch.int64)
-# Rows of which all inner products are formed, although each is there twice.
+# Rows of which all inner products are formed at once, although each is there twice.
 _FEW = 64
 # Numbers that have to be read before it pays to wake another thread.
 _LOAD = 2**19
@@ -50,19 +49,18 @@ def scanner(
         The pass; it is told whether the total is fresh: holds anything, and is to be written.
     """
     page, (n, m) = sums.page, matrix.shape
-    rows = page.rows if page.rows == ABSENT else page.rows + first
+    rows = page.rows_from(first)
     entries = None if sums.entries is None else sums.entries[row].view(-1, m)[first : first + n]
     arrays = arrays_of(matrix, entries, total, into=sums)
     if arrays:
         array, entries, total = arrays
         scan, numbers, columns = compiled().scan, sums.arrays[row], page.columns
-        if _parts(n, matrix.numel()) == 1:
+        if parts_of(n, matrix.numel()) == 1:
             return lambda fresh: scan(array, numbers, rows, columns, entries, total, fresh)
 
         def some(part: slice, numbers: Any, fresh: bool) -> None:
-            among = rows if rows == ABSENT else rows + part.start
             mine = (None if one is None else one[part] for one in (entries, total))
-            scan(array[part], numbers, among, columns, *mine, fresh)
+            scan(array[part], numbers, page.rows_from(first + part.start), columns, *mine, fresh)
 
         return lambda fresh: _shared(n, matrix.numel(), partial(some, fresh=fresh), numbers)
 
@@ -130,12 +128,12 @@ def scan_outer(x: Tensor, g: Tensor, sums: Sums) -> None:
 
 def gram(x: Tensor) -> Tensor:
     """The inner products of the rows of matrices (B, n, m), shape (B, n, n)."""
-    found = x.new_empty(*x.shape[:2], x.shape[1])
-    arrays = arrays_of(x, found) if x.shape[1] > _FEW else []
+    arrays = arrays_of(x) if x.shape[1] > _FEW else []
     product = product_of(x.dtype) if arrays else 0
     if not product:
         return x @ x.mT
-    compiled().grams(product, *arrays)
+    found = x.new_empty(*x.shape[:2], x.shape[1])
+    compiled().inner_products(product, *arrays, found.numpy(), _FEW)
     return found
 
 
@@ -238,9 +236,17 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tens
     return gains, biases
 
 
-def _parts(length: int, load: int) -> int:
-    """On how many threads a loop is to run."""
-    return max(1, min(torch.get_num_threads(), length, load // _LOAD))
+def parts_of(length: int, load: int) -> int:
+    """Into how many parts, for as many threads, a loop over so many indices is to be cut.
+
+    Args:
+        length: Number of indices.
+        load: Number of numbers that are read.
+
+    Returns:
+        One if it is too little to wake a thread.
+    """
+    return max(1, min(team_size(), length, load // _LOAD))
 
 
 def _shared(length: int, load: int, work: Callable[[slice, Any], object], numbers: Any = None) -> None:
@@ -252,14 +258,9 @@ def _shared(length: int, load: int, work: Callable[[slice, Any], object], number
         work: The loop over some indices, and where it adds up.
         numbers: Where all of it is to be added; every thread but the first has zeros of its own.
     """
-    parts = _parts(length, load)
-    if parts == 1:
-        work(slice(0, length), numbers)
-        return
-    ends = [length * index // parts for index in range(parts + 1)]
-    own = [numbers, *(None if numbers is None else np.zeros_like(numbers) for _ in range(parts - 1))]
-    slices = [slice(first, last) for first, last in pairwise(ends)]
-    in_parallel([partial(work, part, one) for part, one in zip(slices, own, strict=True)], parts)
+    slices = cut(length, parts_of(length, load))
+    own = [numbers, *(None if numbers is None else np.zeros_like(numbers) for _ in slices[1:])]
+    in_parallel([partial(work, part, one) for part, one in zip(slices, own, strict=True)])
     if numbers is not None:
         numbers += sum(own[1:])
 

@@ -3,17 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import pairwise
+from functools import lru_cache, partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from noetherflow.noise.asked import ABSENT, Page
-from noetherflow.noise.ledger import EACH, WHOLE, Sums
-from noetherflow.noise.native import in_parallel, product_of
-from noetherflow.noise.passes import arrays_of, compiled, scanner
+from noetherflow.noise.asked import Page
+from noetherflow.noise.ledger import EACH, Sums
+from noetherflow.noise.native import cut, in_parallel, product_of, team_size
+from noetherflow.noise.passes import arrays_of, compiled, parts_of
 from noetherflow.noise.squares import GramSums
 from noetherflow.noise.uses import Convolution, Outer, Product, Rows
 
@@ -21,7 +20,7 @@ from noetherflow.noise.uses import Convolution, Outer, Product, Rows
 @final
 @dataclass(eq=False)
 class _Share:
-    """Where one thread adds up: squares, entries if they are wanted, gradients and Gram matrices."""
+    """Where a thread adds up: squares, entries if they are wanted, gradients and Gram matrices."""
 
     numbers: Tensor
     entries: Tensor | None
@@ -29,7 +28,7 @@ class _Share:
     grams: Tensor
 
     def another(self) -> "_Share":
-        """The same for another thread: zeros, but what it holds of gradients is written over."""
+        """The same for another thread: zeros, but for the total, which is written."""
         entries = None if self.entries is None else torch.zeros_like(self.entries)
         return _Share(
             torch.zeros_like(self.numbers), entries, torch.empty_like(self.total), torch.zeros_like(self.grams)
@@ -45,48 +44,50 @@ class _Share:
         return [one for one in every if one is not None]
 
 
-# Run a loop over some examples, in some rows; memory for these rows, and where to add up.
+# Form some rows of every example's gradient: add up their squares, and write the sum over examples.
+Strip = Callable[[slice, Tensor], None]
+# The same for some examples; memory for these rows, and where to add up.
 _Loop = Callable[[slice, slice, Tensor, _Share], None]
+# Numbers that threads may hold together, beyond what one needs.
+_SPARE = 2**26
 
 
-def scan_products(
-    use: Product, sums: Sums, total: Tensor, rows: int, tables: Sequence[Rows] = (), grams: GramSums | None = None
-) -> bool:
-    """Add up the squares of a gradient and the gradient itself, some rows after the other.
+def compiled_strip(
+    use: Product, sums: Sums, total: Tensor, tables: Sequence[Rows] = (), grams: GramSums | None = None
+) -> Strip | None:
+    """How compiled loops form gradients, on several threads if there is enough to do.
 
     Args:
         use: A use of the whole parameter.
-        sums: Where to add squares, of the gradient as a matrix.
-        total: Where to write the sum of gradients, shape (n, m), or that of one strip after the other, (rows, m).
-        rows: How many are formed at a time.
+        sums: Where to add squares over examples, of the gradient as a matrix.
+        total: A matrix of as many columns, and of the type of the sum of gradients.
         tables: Further uses.
-        grams: Gram matrices of all rows.
+        grams: Where to add Gram matrices of all rows.
 
     Returns:
-        Whether that was done; there may be no compiled loop for these.
+        None if there is no compiled loop for these.
     """
     heads = grams.heads if grams is not None else ()
     loop = None if heads is None or sums.arrays is None else _loop_for(use, sums, total, tables, heads)
     if loop is None:
-        return False
+        return None
     n, m = sums.page.shape[0], total.shape[1]
-    threads = min(torch.get_num_threads(), use.size)
-    ends = [use.size * index // threads for index in range(threads + 1)]
-    examples = [slice(first, last) for first, last in pairwise(ends)]
-    for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
+    memory = total.new_empty(0) if grams is None else grams.memory
+    held = 2 * len(total) * m + sums.page.length + len(memory) + use.held
+    parts = min(parts_of(use.size, use.size * n * m), 1 + _SPARE // held)
+    # Where there are far fewer examples than threads, these serve BLAS better.
+    examples = cut(use.size, parts if 2 * use.size > team_size() else 1)
+
+    def form(part: slice, total: Tensor) -> None:
         entries = None if sums.entries is None else sums.entries[EACH].view(n, m)[part]
-        memory = total.new_zeros(0) if grams is None else grams.memory
-        into = total[part] if len(total) == n else total[: part.stop - start]
-        first = _Share(sums.numbers[EACH], entries, into, memory)
-        shares = [first, *(first.another() for _ in examples[1:])]
-        strips = [total.new_empty(part.stop - start, m) for _ in shares]
-        each = zip(examples, strips, shares, strict=True)
-        in_parallel([partial(loop, some, part, strip, share) for some, strip, share in each], threads)
+        whole = _Share(sums.numbers[EACH], entries, total, memory)
+        shares = [whole, *(whole.another() for _ in examples[1:])]
+        each = [(some, part, torch.empty_like(total), share) for some, share in zip(examples, shares, strict=True)]
+        in_parallel([partial(loop, *one) for one in each])
         for other in shares[1:]:
-            first.take(other)
-        scanner(into, sums, WHOLE, start)(False)
-    return True
+            whole.take(other)
+
+    return form
 
 
 def _loop_for(
@@ -109,10 +110,11 @@ def _outer_loop(
     if not arrays:
         return None
     product, left, right, outputs = arrays
+    outer_products = compiled().outer_products  # here: what is compiled, is so in this thread
     read, page, table = ids.numpy(), sums.page, torch.tensor(heads, dtype=torch.int64).view(-1, 4).numpy()
 
     def loop(some: slice, part: slice, strip: Tensor, share: _Share) -> None:
-        compiled().outer_products(
+        outer_products(
             product, left[some], right[some], part.start, read[some], outputs[some], table, share.grams.numpy(),
             *_given(strip, share, page, part.start),
         )  # fmt: skip
@@ -125,12 +127,13 @@ def _patch_loop(use: Convolution, sums: Sums, total: Tensor) -> _Loop | None:
     if not arrays:
         return None
     product, left, images = arrays
+    patch_products = compiled().patch_products
     lengths, steps = (use.inputs.shape[1:], use.outputs.shape[2:]), (use.kernel, use.stride, use.padding, use.dilation)
     length, spots, places, moves = _places_of(*map(tuple, (*lengths, *steps)))
 
     def loop(some: slice, part: slice, strip: Tensor, share: _Share) -> None:
         image, patches = strip.new_zeros(length).numpy(), strip.new_empty(len(places), strip.shape[1]).numpy()
-        compiled().patch_products(
+        patch_products(
             product, left[some], images[some], spots, places, moves, image, patches,
             *_given(strip, share, sums.page, part.start),
         )  # fmt: skip
@@ -147,12 +150,11 @@ def _alike(total: Tensor, *tensors: Tensor) -> list[Any]:
 
 def _given(strip: Tensor, share: _Share, page: Page, start: int) -> tuple[Any, ...]:
     """What the loops share: memory for some rows, and where to add up."""
-    rows = page.rows if page.rows == ABSENT else page.rows + start
     entries = None if share.entries is None else share.entries.numpy()
-    return strip.numpy(), share.numbers.numpy(), rows, page.columns, entries, share.total.numpy()
+    return strip.numpy(), share.numbers.numpy(), page.rows_from(start), page.columns, entries, share.total.numpy()
 
 
-@cache
+@lru_cache(64)
 def _places_of(
     shape: Sequence[int], lengths: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int],

@@ -91,10 +91,9 @@ class _Linear(Function):
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
         with aside():
-            back = None
-            if ctx.needs_input_grad[0]:
-                back = (gradient.reshape(-1, weight.shape[0]) @ weight).view(x.shape)
-            return back, None, None, None, *ctx.note(x, gradient)
+            flat = gradient.reshape(-1, weight.shape[0])  # a copy, if it has to be one, serves both
+            back = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+            return back, None, None, None, *ctx.note(x, flat.view(gradient.shape))
 
 
 @rule_for(torch.conv1d, torch.conv2d, torch.conv3d)

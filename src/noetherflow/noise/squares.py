@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import final
 
+import torch
 from torch import Tensor
 
 from noetherflow.noise.asked import Asked
@@ -50,45 +51,45 @@ def gradient_grams(asked: Asked, gradient: Tensor) -> dict[Axis, Tensor]:
     if not asked.grams:
         return {}
     sums = GramSums(asked.grams, gradient)
-    sums.add()
+    sums.add(gradient)
     return sums.found()
 
 
 @final
 class GramSums:
-    """Gram matrices along axes, added up over what a buffer holds from time to time; those of heads in one product.
+    """Gram matrices along axes, added up over gradients; those of heads in one product.
 
     Args:
         axes: Along which.
-        buffer: Of the shape of the parameter.
+        like: A tensor of the shape and type of the gradients.
 
     Attributes:
+        shape: Of the gradients.
         memory: All sums, one after the other.
     """
 
-    def __init__(self, axes: Sequence[Axis], buffer: Tensor) -> None:
-        self._buffer = buffer
-        self._groups = [(group, _stacked_rows(group, buffer)) for group in _heads(axes, buffer.ndim)]
-        shapes = [(*rows.shape[:2], rows.shape[1]) for _, rows in self._groups]
-        self.memory = buffer.new_zeros(sum(map(math.prod, shapes)), dtype=accumulator(buffer))
+    def __init__(self, axes: Sequence[Axis], like: Tensor) -> None:
+        self.shape, self._groups = like.shape, _heads(axes, like.ndim)
+        shapes = [(len(rows), rows.shape[1], rows.shape[1]) for rows in self._rows(like)]
+        self.memory = like.new_zeros(sum(map(math.prod, shapes)), dtype=accumulator(like))
         parts = self.memory.split([math.prod(shape) for shape in shapes])
         self._sums = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def add(self) -> None:
-        """Add what the buffer holds now."""
-        for (group, rows), sums in zip(self._groups, self._sums, strict=True):
-            if rows.untyped_storage().data_ptr() != self._buffer.untyped_storage().data_ptr():
-                rows = _stacked_rows(group, self._buffer)  # some unfoldings are copies
-            rows = wide(rows)
+    def add(self, gradient: Tensor) -> None:
+        """Add those of a gradient."""
+        for rows, sums in zip(self._rows(wide(gradient)), self._sums, strict=True):
             sums.baddbmm_(rows, rows.mT)
+
+    def _rows(self, gradient: Tensor) -> list[Tensor]:
+        return [_stacked_rows(group, gradient) for group in self._groups]
 
     @property
     def heads(self) -> tuple[tuple[int, int, int, int], ...] | None:
         """Of each Gram matrix its dimension, first row, number of rows, and place in memory; None if it has others."""
-        axes = [axis for group, _ in self._groups for axis in group]
-        if self._buffer.ndim != 2 or any(axis.within is not None or axis.repeat != 1 for axis in axes):
+        axes = [axis for group in self._groups for axis in group]
+        if len(self.shape) != 2 or any(axis.within is not None or axis.repeat != 1 for axis in axes):
             return None
-        sizes = [axis.size(self._buffer) for axis in axes]
+        sizes = [axis.size(torch.empty(self.shape, device="meta")) for axis in axes]
         places = [0, *accumulate(size**2 for size in sizes)][: len(axes)]
         each = zip(axes, sizes, places, strict=True)
         return tuple((axis.dim % 2, axis.start or 0, size, place) for axis, size, place in each)
@@ -96,7 +97,7 @@ class GramSums:
     def found(self) -> dict[Axis, Tensor]:
         """The sums, in float64."""
         groups = zip(self._groups, self._sums, strict=True)
-        return {axis: gram for (group, _), sums in groups for axis, gram in zip(group, sums.double(), strict=True)}
+        return {axis: gram for group, sums in groups for axis, gram in zip(group, sums.double(), strict=True)}
 
 
 def _heads(axes: Sequence[Axis], ndim: int) -> list[list[Axis]]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
 from noetherflow.noise.passes import accumulator, add_tokens, scanner, transposed
-from noetherflow.noise.products import scan_products
+from noetherflow.noise.products import Strip, compiled_strip
 from noetherflow.noise.squares import GramSums, gradient_grams
 from noetherflow.noise.uses import Outer, Product, Rows, multiply
 
@@ -39,23 +39,20 @@ def in_strips(
         if sums.entries is not None and turned.entries is not None:
             sums.entries.add_(turned.entries.mT)
         return transposed(total) if wanted and total is not None else None
-    rows = -(-n // -(-n * m // _STRIP))
+    rows = -(-n // max(1, -(-n * m // _STRIP)))
     # What nobody wants stays in the cache: every strip is written over the last one.
-    gradient = like.new_empty(n if wanted else rows, m, dtype=accumulator(like))
-    if not scan_products(use, sums, gradient, rows, tables):
-        _form(use, sums, like.new_empty(rows, m), gradient, tables)
-    return gradient if wanted else None
+    total = like.new_empty(n if wanted else rows, m, dtype=accumulator(like))
+    _form(use, sums, like, total, rows, tables)
+    return total if wanted else None
 
 
 def _at_once(use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows], *, wanted: bool) -> Tensor | None:
     """All rows in one strip: Gram matrices need them, and patches of images are made once per example."""
     shape, asked = sums.page.shape, sums.page.asked
-    buffer = like.new_empty(shape[0], shape[1:].numel())
-    total = like.new_empty(buffer.shape, dtype=accumulator(like))
+    total = like.new_empty(shape[0], shape[1:].numel(), dtype=accumulator(like))
     flat = sums if isinstance(use, Outer) else sums.flat(total)
-    grams = GramSums(asked.grams, use.folded(buffer, shape)) if asked.grams else None
-    if not scan_products(use, flat, total, len(total), tables, grams):
-        _form(use, flat, buffer, total, tables, grams)
+    grams = GramSums(asked.grams, use.folded(total, shape)) if asked.grams else None
+    _form(use, flat, like, total, len(total), tables, grams)
     if flat is not sums:
         sums.take(flat, lambda matrix: use.folded(matrix, shape))
     if not wanted and grams is None:
@@ -68,30 +65,48 @@ def _at_once(use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows], *, 
 
 
 def _form(
-    use: Product, sums: Sums, buffer: Tensor, total: Tensor, tables: Sequence[Rows], grams: GramSums | None = None
+    use: Product,
+    sums: Sums,
+    like: Tensor,
+    total: Tensor,
+    rows: int,
+    tables: Sequence[Rows],
+    grams: GramSums | None = None,
 ) -> None:
     """Add up the squares of a gradient and the gradient itself, some rows after the other.
 
     Args:
         use: A use of the whole parameter.
         sums: Where to add up squares, of the gradient as a matrix.
-        buffer: Memory for these rows of one example's gradient.
-        total: Where to add up gradients, holding anything: shape (n, m), or that of the buffer for one strip after the
-            other.
+        like: A tensor of the dtype and device of the gradients.
+        total: Where to write the sum over examples: shape (n, m), or (rows, m) for one strip after the other.
+        rows: How many are formed at a time.
         tables: Further uses.
-        grams: Looks at the buffer if all rows are in it.
+        grams: Gram matrices of all rows.
     """
     n = sums.page.shape[0]
-    for start in range(0, n, len(buffer)):
-        part = slice(start, min(start + len(buffer), n))
-        strip = buffer[: part.stop - start]
-        into = total[part] if len(total) == n else total[: len(strip)]
-        scan = scanner(strip, sums, EACH, start, into)
+    form = compiled_strip(use, sums, total, tables, grams) or _strip_of_tensors(use, sums, like, rows, tables, grams)
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        into = total[part] if len(total) == n else total[: part.stop - start]
+        form(part, into)
+        scanner(into, sums, WHOLE, start)(False)
+
+
+def _strip_of_tensors(
+    use: Product, sums: Sums, like: Tensor, rows: int, tables: Sequence[Rows], grams: GramSums | None
+) -> Strip:
+    buffer = like.new_empty(rows, sums.page.shape[1:].numel())
+
+    def form(part: slice, total: Tensor) -> None:
+        strip = buffer[: len(total)]
+        scan = scanner(strip, sums, EACH, part.start, total)
         for index, (left, right) in enumerate(use.factors(part)):
             multiply(left, right, strip)
             for table in tables:
-                add_tokens(strip, start, table.ids[index], table.outputs[index].to(strip.dtype))
+                add_tokens(strip, part.start, table.ids[index], table.outputs[index].to(strip.dtype))
             if grams is not None:
-                grams.add()
+                grams.add(use.folded(strip, grams.shape))
             scan(index == 0)
-        scanner(into, sums, WHOLE, start)(False)
+
+    return form

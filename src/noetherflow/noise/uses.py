@@ -1,5 +1,6 @@
 """How one parameter was used in a forward pass: what its gradient, example by example, is made of."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,11 @@ class Use(ABC):
 class Product(Use):
     """A use for which the gradient of an example, as a matrix, is the product of two."""
 
+    @property
+    @abstractmethod
+    def held(self) -> int:
+        """How many numbers have to be made for the product of an example."""
+
     @abstractmethod
     def factors(self, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each example: some rows of the left one, and the right one."""
@@ -74,6 +80,11 @@ class Outer(Product):
     def size(self) -> int:
         """Number of examples."""
         return len(self.outputs)
+
+    @property
+    def held(self) -> int:
+        """None: they are there."""
+        return 0
 
     def add_to(self, part: Tensor, index: int) -> None:
         """Add the gradient of one example."""
@@ -166,12 +177,17 @@ class Convolution(Product):
     dilation: Sequence[int]
     groups: int
     kernel: Sequence[int]
-    _patches: list[Tensor] = field(default_factory=list)
+    _patches: list[Tensor] = field(default_factory=list, init=False)
 
     @property
     def size(self) -> int:
         """Number of examples."""
         return len(self.outputs)
+
+    @property
+    def held(self) -> int:
+        """The patches of its image."""
+        return self.inputs.shape[1] * math.prod(self.kernel) * self.outputs[0, 0].numel()
 
     def add_to(self, part: Tensor, index: int) -> None:
         """Add the gradient of one example."""
