@@ -159,18 +159,18 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _FACTS:
             return func(*args, **kwargs)
-        known, data = self._met(args)
-        if kwargs:
-            more = self._met(kwargs.values())
-            known, data = known or more[0], data or more[1]
         if func in _OWN_CODE:
             with self:  # layers under checkpoint are computed again, and have to be seen again
                 return _OWN_CODE[func](*args, **kwargs)
-        if self._calm and func in CALMED:
-            return self._mark(calmed(func, args, kwargs), args, kwargs)
-        if not known or not torch.is_grad_enabled() or _is_apart(func):
-            found = func(*args, **kwargs)
-            return self._mark(found, args, kwargs) if data else found
+        calm = self._calm and func in CALMED
+        known = self._knows(args) or (bool(kwargs) and self._knows(kwargs.values()))
+        if calm or not known or not torch.is_grad_enabled() or _is_apart(func):
+            # Nearly all calls: little is done, for between large products that little is felt.
+            found = calmed(func, args, kwargs) if calm else func(*args, **kwargs)
+            if isinstance(found, Tensor) and found.requires_grad:
+                return found
+            return self._mark(found, args, kwargs) if self._have_data(args, kwargs.values()) else found
+        data = self._have_data(args, kwargs.values())
         if self._stand_ins:
             args, kwargs = mapped(self._stand_in, args), mapped(self._stand_in, kwargs)
         if not data:
@@ -182,19 +182,18 @@ class Capture(TorchFunctionMode):
             found = func(*args, **kwargs)
         return self._mark(found, args, kwargs)
 
-    def _met(self, values: Iterable[Any]) -> tuple[bool, bool]:
-        """Whether there are parameters among some arguments, or what is made of them, and whether there is data."""
-        known = data = False
+    def _knows(self, values: Iterable[Any]) -> bool:
+        """Whether there are parameters among some arguments, or what is made of them."""
         for one in values:
-            if isinstance(one, Tensor):
-                if id(one) in self._tracked or id(one) in self._stand_ins:
-                    known = True
-                elif not data:
-                    data = self.is_data(one)
-            elif isinstance(one, (tuple, list)):
-                more = self._met(one)
-                known, data = known or more[0], data or more[1]
-        return known, data
+            if id(one) in self._tracked or id(one) in self._stand_ins:
+                return True
+            if isinstance(one, (tuple, list)) and self._knows(one):
+                return True
+        return False
+
+    def _have_data(self, *values: Iterable[Any]) -> bool:
+        """Whether there is a tensor among some arguments that depends on the batch."""
+        return any(id(leaf) not in self._stand_ins and self.is_data(leaf) for one in values for leaf in leaves_of(one))
 
     def tracked(self, tensor: Any) -> Tracked | None:
         """What is known of an argument, if it is made of parameters alone."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +51,8 @@ Strip = Callable[[slice, Tensor], None]
 _Loop = Callable[[slice, slice, Tensor, _Share], None]
 # Numbers that threads may hold together, beyond what one needs.
 _SPARE = 2**26
+# What tokens of an example read where there is no table.
+_NO_IDS = torch.empty(1, 0, dtype=torch.int64)
 
 
 def compiled_strip(
@@ -103,15 +106,16 @@ def _loop_for(
 def _outer_loop(
     use: Outer, sums: Sums, total: Tensor, tables: Sequence[Rows], heads: Sequence[tuple[int, int, int, int]]
 ) -> _Loop | None:
-    # Tokens that read no row, so that there is something to put together.
-    ids = torch.cat([torch.empty(use.size, 0, dtype=torch.int64), *(one.ids for one in tables)], 1)
-    added = torch.cat([total.new_empty(use.size, 0, total.shape[1]), *(one.outputs for one in tables)], 1)
+    if tables:
+        ids, added = torch.cat([one.ids for one in tables], 1), torch.cat([one.outputs for one in tables], 1)
+    else:
+        ids, added = _NO_IDS.expand(use.size, 0), total.new_empty(use.size, 0, total.shape[1])
     arrays = _alike(total, use.outputs, use.inputs, added)
     if not arrays:
         return None
     product, left, right, outputs = arrays
     outer_products = compiled().outer_products  # here: what is compiled, is so in this thread
-    read, page, table = ids.numpy(), sums.page, torch.tensor(heads, dtype=torch.int64).view(-1, 4).numpy()
+    read, page, table = ids.numpy(), sums.page, np.array(heads, np.int64).reshape(-1, 4)
 
     def loop(some: slice, part: slice, strip: Tensor, share: _Share) -> None:
         outer_products(
