@@ -60,6 +60,9 @@ def in_parallel(tasks: Sequence[Callable[[], object]]) -> None:
         BaseException: Whatever a task raised; others may not have run then.
         KeyboardInterrupt: If that came before a task began.
     """
+    if len(tasks) == 1:
+        tasks[0]()
+        return
     waiting, done, raised = iter(list(tasks)), [], []
 
     def work(_: Any) -> None:
@@ -71,7 +74,7 @@ def in_parallel(tasks: Sequence[Callable[[], object]]) -> None:
             raised.append(problem)
 
     team = _found("GOMP_parallel")
-    if team is None or len(tasks) < 2:
+    if team is None:
         work(None)
     else:
         # All threads, as PyTorch asks for them: a pool that shrinks and grows starts its threads anew.

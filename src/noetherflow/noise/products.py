@@ -76,7 +76,7 @@ def compiled_strip(
         return None
     n, m = sums.page.shape[0], total.shape[1]
     memory = total.new_empty(0) if grams is None else grams.memory
-    held = 2 * len(total) * m + sums.page.length + len(memory) + use.held
+    held = 2 * total.numel() + sums.page.length + memory.numel() + use.held
     parts = min(parts_of(use.size, use.size * n * m), 1 + _SPARE // held)
     # Where there are far fewer examples than threads, these serve BLAS better.
     examples = cut(use.size, parts if 2 * use.size > team_size() else 1)

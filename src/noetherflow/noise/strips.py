@@ -52,7 +52,7 @@ def _at_once(use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows], *, 
     total = like.new_empty(shape[0], shape[1:].numel(), dtype=accumulator(like))
     flat = sums if isinstance(use, Outer) else sums.flat(total)
     grams = GramSums(asked.grams, use.folded(total, shape)) if asked.grams else None
-    _form(use, flat, like, total, len(total), tables, grams)
+    _form(use, flat, like, total, shape[0], tables, grams)
     if flat is not sums:
         sums.take(flat, lambda matrix: use.folded(matrix, shape))
     if not wanted and grams is None:
@@ -84,11 +84,11 @@ def _form(
         tables: Further uses.
         grams: Gram matrices of all rows.
     """
-    n = sums.page.shape[0]
+    n, kept = sums.page.shape[0], total.shape[0] == sums.page.shape[0]
     form = compiled_strip(use, sums, total, tables, grams) or _strip_of_tensors(use, sums, like, rows, tables, grams)
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
-        into = total[part] if len(total) == n else total[: part.stop - start]
+        into = total[part] if kept else total[: part.stop - start]
         form(part, into)
         scanner(into, sums, WHOLE, start)(False)
 

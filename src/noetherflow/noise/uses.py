@@ -79,7 +79,7 @@ class Outer(Product):
     @property
     def size(self) -> int:
         """Number of examples."""
-        return len(self.outputs)
+        return self.outputs.shape[0]
 
     @property
     def held(self) -> int:
@@ -123,7 +123,7 @@ class Rows(Use):
     @property
     def size(self) -> int:
         """Number of examples."""
-        return len(self.outputs)
+        return self.outputs.shape[0]
 
     def add_to(self, part: Tensor, index: int) -> None:
         """Add the gradient of one example."""
@@ -144,7 +144,7 @@ class Whole(Use):
     @property
     def size(self) -> int:
         """Number of examples."""
-        return len(self.gradients)
+        return self.gradients.shape[0]
 
     def add_to(self, part: Tensor, index: int) -> None:
         """Add the gradient of one example."""
@@ -182,7 +182,7 @@ class Convolution(Product):
     @property
     def size(self) -> int:
         """Number of examples."""
-        return len(self.outputs)
+        return self.outputs.shape[0]
 
     @property
     def held(self) -> int:
