@@ -1,6 +1,6 @@
 """What gradient noise costs beside a plain training step, and beside other ways of measuring it.
 
-    python benchmarks/noise.py           measures; writes benchmarks/results/noise.json (about ten minutes)
+    python benchmarks/noise.py           measures; writes benchmarks/results/noise.json (twenty minutes)
     python benchmarks/noise.py --show    tables and figure of docs/benchmarks.md, from that file
 
 Four models, and linear layers that see more or fewer tokens in an example. The ways take turns; a plain step runs right

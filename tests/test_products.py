@@ -150,7 +150,10 @@ def test_other_numbers_are_left_to_tensors() -> None:
     for kinds in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float64)):
         other = Outer((), use.inputs.to(kinds[0]), use.outputs.to(kinds[1]))
         total = torch.zeros(shape, dtype=torch.float32)
-        assert products.compiled_strip(other, Sums.blank(Page.of(torch.Size(shape), Asked(True)), total), total) is None
+        assert (
+            products.compiled_strip(other, Sums.blank(Page.of(torch.Size(shape), Asked(True)), total), total, 12)
+            is None
+        )
 
 
 @linux
@@ -253,6 +256,6 @@ def test_a_product_that_is_not_there_or_wrong_is_not_used(found: Any, monkeypatc
         assert native.product_of(torch.float64) == 0
         use, shape = linear()
         total = torch.zeros(shape, dtype=torch.float64)
-        assert products.compiled_strip(use, Sums.blank(Page.of(torch.Size(shape), Asked()), total), total) is None
+        assert products.compiled_strip(use, Sums.blank(Page.of(torch.Size(shape), Asked()), total), total, 12) is None
     finally:
         native.product_of.cache_clear()

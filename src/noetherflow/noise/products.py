@@ -56,7 +56,7 @@ _NO_IDS = torch.empty(1, 0, dtype=torch.int64)
 
 
 def compiled_strip(
-    use: Product, sums: Sums, total: Tensor, tables: Sequence[Rows] = (), grams: GramSums | None = None
+    use: Product, sums: Sums, total: Tensor, rows: int, tables: Sequence[Rows] = (), grams: GramSums | None = None
 ) -> Strip | None:
     """How compiled loops form gradients, on several threads if there is enough to do.
 
@@ -64,6 +64,7 @@ def compiled_strip(
         use: A use of the whole parameter.
         sums: Where to add squares over examples, of the gradient as a matrix.
         total: A matrix of as many columns, and of the type of the sum of gradients.
+        rows: How many are formed at a time, at most.
         tables: Further uses.
         grams: Where to add Gram matrices of all rows.
 
@@ -76,7 +77,7 @@ def compiled_strip(
         return None
     n, m = sums.page.shape[0], total.shape[1]
     memory = total.new_empty(0) if grams is None else grams.memory
-    held = 2 * total.numel() + sums.page.length + memory.numel() + use.held
+    held = 2 * rows * m + sums.page.length + memory.numel() + use.held
     parts = min(parts_of(use.size, use.size * n * m), 1 + _SPARE // held)
     # Where there are far fewer examples than threads, these serve BLAS better.
     examples = cut(use.size, parts if 2 * use.size > team_size() else 1)

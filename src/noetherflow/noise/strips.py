@@ -85,7 +85,9 @@ def _form(
         grams: Gram matrices of all rows.
     """
     n, kept = sums.page.shape[0], total.shape[0] == sums.page.shape[0]
-    form = compiled_strip(use, sums, total, tables, grams) or _strip_of_tensors(use, sums, like, rows, tables, grams)
+    form = compiled_strip(use, sums, total, rows, tables, grams) or _strip_of_tensors(
+        use, sums, like, rows, tables, grams
+    )
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
         into = total[part] if kept else total[: part.stop - start]
