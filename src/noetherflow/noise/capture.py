@@ -5,7 +5,7 @@ times, slices of packed projections and parameters of hand-written layers are al
 the model.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum, auto
@@ -13,7 +13,6 @@ from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.func import vjp
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -24,6 +23,7 @@ from noetherflow.noise.collect import collect, stacked
 from noetherflow.noise.ledger import Contents, Ledger, Sums
 from noetherflow.noise.modes import CALMED, DROPOUT, aside, calmed, own_code
 from noetherflow.noise.passes import accumulator
+from noetherflow.noise.taps import Note, spread, tap
 from noetherflow.noise.tracked import (
     Layout,
     Source,
@@ -49,10 +49,6 @@ _FACTS = {
 _OWN_CODE: dict[Any, Any] = {
     one: own_code(one) for one in (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
 }
-
-
-# From what an operation was given and the gradient of what came out to what autograd hands on to its parameters.
-Note = Callable[[Tensor, Tensor], Iterable[Tensor | None]]
 
 
 @final
@@ -219,7 +215,7 @@ class Capture(TorchFunctionMode):
         Returns:
             The output, which now requires gradients.
         """
-        return _Tap.apply(output, source, note, *roots_of(*tracked))  # type: ignore[no-untyped-call]
+        return tap(output, source, note, roots_of(*tracked))
 
     def spread(self, tracked: Tracked, shape: tuple[int, ...]) -> Tensor:
         """A parameter once per example, as a tensor whose gradient is noted.
@@ -235,7 +231,7 @@ class Capture(TorchFunctionMode):
         def note(gradient: Tensor) -> Tensor | None:
             return tracked.note(Whole(tracked.views, gradient.reshape(self.size, *tracked.tensor.shape)))
 
-        return _Spread.apply(tracked.tensor, shape, note, tracked.root)  # type: ignore[no-untyped-call]
+        return spread(tracked.tensor, shape, note, tracked.root)
 
     @contextmanager
     def batch_second(self) -> Iterator[None]:
@@ -372,44 +368,6 @@ class Capture(TorchFunctionMode):
             for parent, one in zip(source.parents, each(pull, (stack,), (False,), randomness="same"), strict=True):
                 parent.note(Whole(parent.views, one, native=True))
         return stack.sum(0) if self._pass_on else None
-
-
-class _Tap(Function):
-    """A tensor as it is; its gradient is noted in passing."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, source: Tensor, note: Note, *roots: Tensor) -> Tensor:
-        ctx.note, ctx.count = note, len(roots)
-        ctx.save_for_backward(source)
-        ctx.mark_dirty(output)
-        ctx.set_materialize_grads(False)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        (gradient,) = gradients
-        if gradient is None:
-            return None, None, None, *(None,) * ctx.count
-        with aside():
-            return gradient, None, None, *ctx.note(ctx.saved_tensors[0], gradient)
-
-
-class _Spread(Function):
-    """A tensor expanded; the gradient of every copy is noted."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, tensor: Tensor, shape: tuple[int, ...], note: Callable[[Tensor], Tensor | None], root: Tensor
-    ) -> Tensor:
-        ctx.note = note
-        ctx.set_materialize_grads(False)
-        return tensor.expand(shape)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        (gradient,) = gradients
-        with aside():
-            return None, None, None, None if gradient is None else ctx.note(gradient)
 
 
 def _is_apart(func: Any) -> bool:

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional
 
-from noetherflow.noise.capture import Capture, Note, Rule
-from noetherflow.noise.modes import aside, own_code
+from noetherflow.noise import taps
+from noetherflow.noise.capture import Capture, Rule
+from noetherflow.noise.modes import own_code
 from noetherflow.noise.passes import affine_sums, channel_sums
 from noetherflow.noise.tracked import Tracked, roots_of
 from noetherflow.noise.uses import Convolution, Outer, Rows, Whole
@@ -72,28 +72,7 @@ def _linear(
         return found
 
     weight = weight.t() if transposed else weight
-    return _Linear.apply(x, weight, bias, note, *roots_of(w, b))  # type: ignore[no-untyped-call]
-
-
-class _Linear(Function):
-    """A linear map whose parameters' gradients are noted instead of computed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, note: Note, *roots: Tensor) -> Tensor:
-        ctx.note = note
-        ctx.save_for_backward(x, weight)
-        output = functional.linear(x, weight, bias)
-        # No view, so that what follows may work in place.
-        return output if output._base is None else torch.ops.aten._unsafe_view(output, output.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,) = gradients
-        x, weight = ctx.saved_tensors
-        with aside():
-            flat = gradient.reshape(-1, weight.shape[0])  # a copy, if it has to be one, serves both
-            back = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-            return back, None, None, None, *ctx.note(x, flat.view(gradient.shape))
+    return taps.linear(x, weight, bias, note, roots_of(w, b))
 
 
 @rule_for(torch.conv1d, torch.conv2d, torch.conv3d)

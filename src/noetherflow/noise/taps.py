@@ -1,0 +1,98 @@
+"""Operations whose backward pass notes the gradients of parameters."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional
+
+from noetherflow.noise.modes import aside
+
+# From what an operation was given and the gradient of what came out to what autograd hands on to its parameters.
+Note = Callable[[Tensor, Tensor], Iterable[Tensor | None]]
+
+
+def tap(output: Tensor, source: Tensor, note: Note, roots: Iterable[Tensor]) -> Tensor:
+    """A tensor as it is, written in place; its gradient is noted in passing.
+
+    Args:
+        output: What an operation returned: no view, and not saved for its own backward pass.
+        source: A tensor that the note will need again.
+        note: What to make of it and the gradient of the output.
+        roots: The tensors to which gradients go on.
+
+    Returns:
+        The output, which now requires gradients.
+    """
+    return _Tap.apply(output, source, note, *roots)  # type: ignore[no-untyped-call]
+
+
+def spread(tensor: Tensor, shape: tuple[int, ...], note: Callable[[Tensor], Tensor | None], root: Tensor) -> Tensor:
+    """A tensor expanded; the gradient of every copy is noted."""
+    return _Spread.apply(tensor, shape, note, root)  # type: ignore[no-untyped-call]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, note: Note, roots: Iterable[Tensor]) -> Tensor:
+    """A linear map whose parameters' gradients are noted instead of computed."""
+    return _Linear.apply(x, weight, bias, note, *roots)  # type: ignore[no-untyped-call]
+
+
+class _Tap(Function):
+    """What `tap` does."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, source: Tensor, note: Note, *roots: Tensor) -> Tensor:
+        ctx.note, ctx.count = note, len(roots)
+        ctx.save_for_backward(source)
+        ctx.mark_dirty(output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        (gradient,) = gradients
+        if gradient is None:
+            return None, None, None, *(None,) * ctx.count
+        with aside():
+            return gradient, None, None, *ctx.note(ctx.saved_tensors[0], gradient)
+
+
+class _Spread(Function):
+    """What `spread` does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: Tensor, shape: tuple[int, ...], note: Callable[[Tensor], Tensor | None], root: Tensor
+    ) -> Tensor:
+        ctx.note = note
+        ctx.set_materialize_grads(False)
+        return tensor.expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        (gradient,) = gradients
+        with aside():
+            return None, None, None, None if gradient is None else ctx.note(gradient)
+
+
+class _Linear(Function):
+    """What `linear` does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, note: Note, *roots: Tensor) -> Tensor:
+        ctx.note = note
+        ctx.save_for_backward(x, weight)
+        output = functional.linear(x, weight, bias)
+        # No view, so that what follows may work in place.
+        return output if output._base is None else torch.ops.aten._unsafe_view(output, output.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        with aside():
+            flat = gradient.reshape(-1, weight.shape[0])  # a copy, if it has to be one, serves both
+            back = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+            return back, None, None, None, *ctx.note(x, flat.view(gradient.shape))
