@@ -115,7 +115,7 @@ def _outer_loop(
     if not arrays:
         return None
     product, left, right, outputs = arrays
-    outer_products = compiled().outer_products  # here: what is compiled, is so in this thread
+    outer_products = compiled().outer_products  # here: other threads are to import nothing
     read, page, table = ids.numpy(), sums.page, np.array(heads, np.int64).reshape(-1, 4)
 
     def loop(some: slice, part: slice, strip: Tensor, share: _Share) -> None:
