@@ -104,7 +104,6 @@ class Capture(TorchFunctionMode):
         self.ledger = Ledger.blank(contents, next(iter(params.values())))
         self.gradients: dict[str, Tensor | None] = {}
         self._rules, self._fate, self._calm = rules, fate, calm
-        self._pass_on = fate is Fate.PASSED_ON
         # Strong references, so that no identity is used twice.
         self._data = {id(tensor): tensor for tensor in batch}
         self._tracked: dict[int, Tracked] = {}
@@ -242,6 +241,10 @@ class Capture(TorchFunctionMode):
                 yield
         finally:
             self.layout = before
+
+    @property
+    def _pass_on(self) -> bool:
+        return self._fate is Fate.PASSED_ON
 
     def _stand_in(self, leaf: Tensor) -> Tensor:
         return self._stand_ins.get(id(leaf), leaf)

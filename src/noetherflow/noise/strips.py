@@ -35,10 +35,10 @@ def in_strips(
     if n > m and n * m <= _STRIP and not tables:
         # A tall gradient is formed turned, as a wide one: products of few tokens are faster so.
         turned = sums.turned()
-        total = _at_once(Outer((), use.outputs, use.inputs), turned, like, (), wanted=True)
+        total = _at_once(Outer((), use.outputs, use.inputs), turned, like, (), wanted=wanted)
         if sums.entries is not None and turned.entries is not None:
             sums.entries.add_(turned.entries.mT)
-        return transposed(total) if wanted and total is not None else None
+        return None if total is None else transposed(total)
     rows = -(-n // max(1, -(-n * m // _STRIP)))
     # What nobody wants stays in the cache: every strip is written over the last one.
     total = like.new_empty(n if wanted else rows, m, dtype=accumulator(like))
