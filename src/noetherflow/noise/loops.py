@@ -18,6 +18,10 @@ _compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc
 _BLOCK = 256
 # Numbers that the cache reads at a time, if they are of float32.
 _LINE = 16
+# Terms of the entries of a product that are added up at a time.
+_DEPTH = 256
+# Rows of so many numbers, or a multiple of that, have to be moved apart: too few places in the cache serve them.
+_ALIKE = 256
 # What BLAS calls a matrix as it is, and one that is to be transposed.
 _AS_IS, _TURNED = ord("N"), ord("T")
 
@@ -48,6 +52,31 @@ def _routine(typing: Any, address: Any, arguments: Any) -> Any:
 
 
 _multiply: Any = intrinsic(_routine)
+
+
+def _kernel(typing: Any, address: Any, arguments: Any) -> Any:
+    """Call a product of matrices that takes its arguments as they are, addresses and truth values as whole numbers."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        where, given = values
+        passed = cgutils.unpack_tuple(builder, given)  # type: ignore[no-untyped-call]
+        assert all(one.type == ir.IntType(64) for one in passed)
+        kind = ir.FunctionType(ir.VoidType(), [one.type for one in passed])
+        builder.call(builder.inttoptr(where, kind.as_pointer()), passed)
+        return context.get_dummy_value()
+
+    return types.void(address, arguments), code
+
+
+_multiply_few: Any = intrinsic(_kernel)
+
+
+def padding(length: int) -> int:
+    """How many numbers to leave free after every row of so many."""
+    return _LINE if length > _ALIKE and length % _ALIKE == 0 else 0
+
+
+_padding: Any = njit(padding)
 
 
 @_compiled
@@ -161,10 +190,17 @@ def scan_outer(x: Any, g: Any, numbers: Any, rows: int, columns: int) -> None:
 
 @_compiled
 def turn(matrix: Any, out: Any) -> None:
-    """Write the transpose of a matrix (n, m) to another, in the order of the memory of that one."""
+    """Write the transpose of a matrix (n, m) to the first n columns of another, in squares that the cache holds."""
     n, m = matrix.shape
+    whole, full = n - n % _LINE, m - m % _LINE
+    for first in range(0, whole, _LINE):
+        for start in range(0, full, _LINE):
+            source, target = matrix[first:, start:], out[start:, first:]
+            for j in range(_LINE):
+                for i in range(_LINE):
+                    target[j, i] = source[i, j]
     for j in range(m):
-        for i in range(n):
+        for i in range(whole if j < full else 0, n):
             out[j, i] = matrix[i, j]
 
 
@@ -216,14 +252,34 @@ def scan_tables(ids: Any, outputs: Any, numbers: Any, rows: int, columns: int, t
 
 
 @_compiled
+def _turned_product(kernel: int, left: Any, right: Any, turned: Any, apart: Any, out: Any) -> None:
+    """Write left^T right, for left (T, n) and right (T, m), with memory for some rows of both."""
+    (tokens, k), (depth, wide) = left.shape, apart.shape
+    m, step = right.shape[1], turned.shape[1]
+    for first in range(0, tokens, step):
+        count = min(step, tokens - first)
+        turn(left[first : first + count], turned)
+        place, width = right[first:].ctypes.data, m
+        if depth:
+            place, width = apart.ctypes.data, wide
+            for t in range(count):
+                for j in range(m):
+                    apart[t, j] = right[first + t, j]
+        _multiply_few(
+            kernel, (k, m, count, step, width, m, int(first > 0), turned.ctypes.data, place, out.ctypes.data, 0)
+        )
+
+
+@_compiled
 def outer_products(
-    product: int, left: Any, right: Any, first: int, ids: Any, outputs: Any, heads: Any, grams: Any, strip: Any,
+    product: int, kernel: int, left: Any, right: Any, first: int, ids: Any, outputs: Any, heads: Any, grams: Any, strip: Any,
     numbers: Any, rows: int, columns: int, entries: Any, total: Any,
 ) -> None:  # fmt: skip
     """Form the products left^T right of matrices (B, T, n) and (B, T, m) one after the other, and scan each.
 
     Args:
         product: The address of BLAS' product.
+        kernel: That of a faster one for such matrices, or 0.
         left: With all columns, of which as many as the strip has rows are used.
         right: The other matrices.
         first: The first of these columns, and so the first row of the products that is formed.
@@ -242,11 +298,17 @@ def outer_products(
     k, m = strip.shape
     one, zero = strip.dtype.type(1), strip.dtype.type(0)
     into = strip.ctypes.data
+    depth, apart = min(tokens, _DEPTH), _padding(m)
+    turned = np.empty((k if kernel else 0, depth), strip.dtype)
+    spaced = np.empty((depth if kernel and apart else 0, m + apart), strip.dtype)
     for b in range(len(left)):
-        # BLAS takes columns for rows.
-        mine = left[b].ctypes.data + first * left.itemsize
-        matrices = (right[b].ctypes.data, m, mine, n, zero, into, m)
-        _multiply(product, (_AS_IS, _TURNED, m, k, tokens, one, *matrices))
+        if kernel:
+            _turned_product(kernel, left[b, :, first : first + k], right[b], turned, spaced, strip)
+        else:
+            # BLAS takes columns for rows.
+            mine = left[b].ctypes.data + first * left.itemsize
+            matrices = (right[b].ctypes.data, m, mine, n, zero, into, m)
+            _multiply(product, (_AS_IS, _TURNED, m, k, tokens, one, *matrices))
         if ids.shape[1]:
             read_rows(strip, first, ids[b], outputs[b])
         for h in range(len(heads)):
@@ -263,20 +325,21 @@ def outer_products(
 
 @_compiled
 def patch_products(
-    product: int, left: Any, images: Any, spots: Any, places: Any, moves: Any, image: Any, patches: Any, strip: Any,
+    product: int, kernel: int, left: Any, images: Any, spots: Any, places: Any, moves: Any, image: Any, patches: Any, strip: Any,
     numbers: Any, rows: int, columns: int, entries: Any, total: Any,
 ) -> None:  # fmt: skip
     """The same for products of matrices (B, n, P) and the patches of images, which are copied one after the other.
 
     Args:
         product: The address of BLAS' product.
+        kernel: That of a faster one for such matrices, or 0.
         left: The left matrices.
         images: Shape (B, channels, S).
         spots: Where in a padded image, whose channels come last, each of the S places begins.
         places: Where in it each patch begins, shape (P,).
         moves: How far from there each run of numbers of the patch is.
         image: Memory for a padded image; zeros.
-        patches: Memory for its patches, shape (P, m).
+        patches: Memory for its patches, shape (P, m) or wider.
         strip: Memory for a product, shape (n, m).
         numbers: Where to add squares, as in `scan`.
         rows: Where sums by row begin, or a negative number.
@@ -284,7 +347,7 @@ def patch_products(
         entries: Squares of single entries, or None.
         total: The sum of products; holds anything.
     """
-    n, m = strip.shape
+    (n, m), (count, wide) = strip.shape, patches.shape
     run = m // len(moves)
     one, zero = strip.dtype.type(1), strip.dtype.type(0)
     for b in range(len(left)):
@@ -301,8 +364,15 @@ def patch_products(
                 source, target = image[start : start + run], patches[i, j * run : (j + 1) * run]
                 for k in range(run):
                     target[k] = source[k]
-        matrices = (patches.ctypes.data, m, left[b].ctypes.data, len(places), zero, strip.ctypes.data, m)
-        _multiply(product, (_AS_IS, _AS_IS, m, n, len(places), one, *matrices))
+        mine, into = left[b].ctypes.data, strip.ctypes.data
+        if kernel:
+            for first in range(0, count, _DEPTH):
+                matrices = (left[b, :, first:].ctypes.data, patches[first:].ctypes.data, into)
+                sizes = (n, m, min(_DEPTH, count - first), count, wide, m)
+                _multiply_few(kernel, (*sizes, int(first > 0), *matrices, 0))
+        else:
+            matrices = (patches.ctypes.data, wide, mine, count, zero, into, m)
+            _multiply(product, (_AS_IS, _AS_IS, m, n, count, one, *matrices))
         scan(strip, numbers, rows, columns, entries, total, b == 0)
 
 

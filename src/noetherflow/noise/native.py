@@ -15,6 +15,10 @@ _TYPES: dict[torch.dtype, tuple[str, Any]] = {
     torch.float32: ("s", ctypes.c_float),
     torch.float64: ("d", ctypes.c_double),
 }
+# Processors for which there are kernels, by PyTorch's name, and how many shapes may have one: each takes 20 kB or so.
+_VECTORS = {"AVX2", "AVX512"}
+_MOST = 256
+_SHAPES: set[tuple[int, ...]] = set()
 
 
 @cache
@@ -29,6 +33,38 @@ def product_of(kind: torch.dtype) -> int:
     matrices = (number(1.0), left, 2, right, 1, number(0.0), out, 2)
     _call(function, b"N", b"N", 2, 2, 1, *matrices)
     return _address(function) if list(out) == [15.0, 20.0, 18.0, 24.0] else 0
+
+
+def kernel_of(kind: torch.dtype, *shape: int) -> int:
+    """The address of a faster product for small matrices of a type; 0 if there is none, or for one shape too many.
+
+    PyTorch has it for the code that its compiler writes, from oneDNN, which makes one for every shape and keeps it.
+
+    Args:
+        kind: The type.
+        shape: Of both matrices, as (n, k, m).
+    """
+    address = _kernel_of(kind)
+    if address and shape not in _SHAPES:
+        if len(_SHAPES) == _MOST:
+            return 0
+        _SHAPES.add(shape)
+    return address
+
+
+@cache
+def _kernel_of(kind: torch.dtype) -> int:
+    # at::native::cpublas::brgemm(n, m, k, three row lengths, whether to add, left, right, out, false)
+    function = _found("_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb")
+    # Elsewhere it is BLAS' product.
+    if kind is not torch.float32 or function is None or torch.backends.cpu.get_cpu_capability() not in _VECTORS:
+        return 0
+    number = ctypes.c_float
+    left, right, out = (number * 2)(3.0, 4.0), (number * 2)(5.0, 6.0), (number * 4)()
+    function.restype = None
+    sizes = map(ctypes.c_int64, (2, 2, 1, 1, 2, 2))
+    function(*sizes, ctypes.c_bool(False), left, right, out, ctypes.c_bool(False))
+    return _address(function) if list(out) == [15.0, 18.0, 20.0, 24.0] else 0
 
 
 def _call(function: Any, *arguments: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from noetherflow.noise.asked import Page
 from noetherflow.noise.ledger import EACH, Sums
-from noetherflow.noise.native import cut, in_parallel, product_of, team_size
+from noetherflow.noise.native import cut, in_parallel, kernel_of, product_of, team_size
 from noetherflow.noise.passes import arrays_of, compiled, parts_of
 from noetherflow.noise.squares import GramSums
 from noetherflow.noise.uses import Convolution, Outer, Product, Rows
@@ -119,8 +119,9 @@ def _outer_loop(
     read, page, table = ids.numpy(), sums.page, np.array(heads, np.int64).reshape(-1, 4)
 
     def loop(some: slice, part: slice, strip: Tensor, share: _Share) -> None:
+        kernel = kernel_of(strip.dtype, len(strip), left.shape[1], strip.shape[1])
         outer_products(
-            product, left[some], right[some], part.start, read[some], outputs[some], table, share.grams.numpy(),
+            product, kernel, left[some], right[some], part.start, read[some], outputs[some], table, share.grams.numpy(),
             *_given(strip, share, page, part.start),
         )  # fmt: skip
 
@@ -132,14 +133,16 @@ def _patch_loop(use: Convolution, sums: Sums, total: Tensor) -> _Loop | None:
     if not arrays:
         return None
     product, left, images = arrays
-    patch_products = compiled().patch_products
+    patch_products, padding = compiled().patch_products, compiled().padding
     lengths, steps = (use.inputs.shape[1:], use.outputs.shape[2:]), (use.kernel, use.stride, use.padding, use.dilation)
     length, spots, places, moves = _places_of(*map(tuple, (*lengths, *steps)))
 
     def loop(some: slice, part: slice, strip: Tensor, share: _Share) -> None:
-        image, patches = strip.new_zeros(length).numpy(), strip.new_empty(len(places), strip.shape[1]).numpy()
+        m = strip.shape[1]
+        kernel = kernel_of(strip.dtype, len(strip), len(places), m)
+        image, patches = strip.new_zeros(length).numpy(), strip.new_empty(len(places), m + padding(m)).numpy()
         patch_products(
-            product, left[some], images[some], spots, places, moves, image, patches,
+            product, kernel, left[some], images[some], spots, places, moves, image, patches,
             *_given(strip, share, sums.page, part.start),
         )  # fmt: skip
 
