@@ -10,7 +10,7 @@ from noetherflow.noise.asked import ABSENT, Asked, Page
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
 from noetherflow.noise.passes import accumulator, distinct_rows, gram, scan_outer, scan_tables, scanner, wide
 from noetherflow.noise.squares import GramSums, square, square_stack, square_vectors
-from noetherflow.noise.strips import in_strips
+from noetherflow.noise.strips import in_strips, sum_in_strips
 from noetherflow.noise.uses import Convolution, Outer, Product, Rows, Use, Whole
 from noetherflow.symmetry import Axis
 
@@ -104,7 +104,7 @@ def _summed(x: Tensor, g: Tensor, sums: Sums, *, wanted: bool) -> Tensor | None:
     if not wanted and _is_sum_cheaper_by_tokens(len(x), sums.page):
         _square_by_tokens(wide(x)[None], wide(g)[None], sums, WHOLE)
         return None
-    return _squared(g.mT @ x, sums)
+    return sum_in_strips(x, g, sums, wanted=wanted)
 
 
 def _outer_gram(axis: Axis, x: Tensor, g: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def _is_sum_cheaper_by_tokens(tokens: int, page: Page) -> bool:
     if asked.entries or asked.grams:
         return False
     sides = sum(_sides(asked))
-    products = tokens**2 * (m + n) * max(1, sides)
+    products = tokens**2 * (m + n) * (2 * sides or 1)  # inner products of tokens, and products of these with tokens
     return products + _PASS * tokens * (m + n) * (1 + sides) < m * n * (tokens + 2 * _PASS)
 
 

@@ -252,22 +252,40 @@ def scan_tables(ids: Any, outputs: Any, numbers: Any, rows: int, columns: int, t
 
 
 @_compiled
-def _turned_product(kernel: int, left: Any, right: Any, turned: Any, apart: Any, out: Any) -> None:
-    """Write left^T right, for left (T, n) and right (T, m), with memory for some rows of both."""
-    (tokens, k), (depth, wide) = left.shape, apart.shape
-    m, step = right.shape[1], turned.shape[1]
+def _turned_product(kernel: int, left: Any, right: Any, turned: Any, out: Any, more: bool) -> None:
+    """Write left^T right to out (k, m), or add it, for left (T, k) and the first m columns of right (T, ...).
+
+    Args:
+        kernel: The address of a product.
+        left: The left matrix.
+        right: The right one.
+        turned: Memory for some rows of the left one, turned.
+        out: Where to.
+        more: Whether to add.
+    """
+    tokens, (k, m) = len(left), out.shape
+    wide, step = right.shape[1], turned.shape[1]
     for first in range(0, tokens, step):
         count = min(step, tokens - first)
         turn(left[first : first + count], turned)
-        place, width = right[first:].ctypes.data, m
-        if depth:
-            place, width = apart.ctypes.data, wide
-            for t in range(count):
-                for j in range(m):
-                    apart[t, j] = right[first + t, j]
-        _multiply_few(
-            kernel, (k, m, count, step, width, m, int(first > 0), turned.ctypes.data, place, out.ctypes.data, 0)
-        )
+        matrices = (turned.ctypes.data, right[first:].ctypes.data, out.ctypes.data)
+        _multiply_few(kernel, (k, m, count, step, wide, m, int(more or first > 0), *matrices, 0))
+
+
+@_compiled
+def sum_products(kernel: int, left: Any, right: Any, first: int, out: Any) -> None:
+    """Write left^T right to out (k, m), for some columns of left (T, n) and the first ones of right (T, ...).
+
+    Args:
+        kernel: The address of a product.
+        left: The left matrix.
+        right: The right one.
+        first: The first of these columns.
+        out: Where to.
+    """
+    k = len(out)
+    turned = np.empty((k, min(len(left), _DEPTH)), out.dtype)
+    _turned_product(kernel, left[:, first : first + k], right, turned, out, False)
 
 
 @_compiled
@@ -302,8 +320,16 @@ def outer_products(
     turned = np.empty((k if kernel else 0, depth), strip.dtype)
     spaced = np.empty((depth if kernel and apart else 0, m + apart), strip.dtype)
     for b in range(len(left)):
-        if kernel:
-            _turned_product(kernel, left[b, :, first : first + k], right[b], turned, spaced, strip)
+        some = left[b, :, first : first + k]
+        if kernel and apart:
+            for start in range(0, tokens, depth):
+                count = min(depth, tokens - start)
+                for t in range(count):
+                    for j in range(m):
+                        spaced[t, j] = right[b, start + t, j]
+                _turned_product(kernel, some[start : start + count], spaced, turned, strip, start > 0)
+        elif kernel:
+            _turned_product(kernel, some, right[b], turned, strip, False)
         else:
             # BLAS takes columns for rows.
             mine = left[b].ctypes.data + first * left.itemsize
@@ -377,22 +403,34 @@ def patch_products(
 
 
 @_compiled
-def inner_products(product: int, x: Any, out: Any, rows: int) -> None:
+def inner_products(product: int, kernel: int, x: Any, out: Any, rows: int) -> None:
     """Write the inner products of the rows of matrices (B, n, m), shape (B, n, n): some rows with those before them.
 
     Args:
         product: The address of BLAS' product.
+        kernel: That of a faster one for such matrices, or 0.
         x: The matrices.
         out: Where to.
         rows: How many at a time: the fewer, the less is formed twice.
     """
     n, m = x.shape[1:]
     one, zero = x.dtype.type(1), x.dtype.type(0)
+    depth, wide = min(m, _DEPTH), n + _padding(n)
+    turned = np.empty((depth if kernel else 0, wide), x.dtype)
     for b in range(len(x)):
+        for start in range(0, m if kernel else 0, depth):
+            some = x[b, :, start : start + depth]
+            turn(some, turned)
+            for first in range(0, n, rows):
+                last = min(first + rows, n)
+                sizes = (last - first, last, some.shape[1], m, wide, n)
+                matrices = (some[first:].ctypes.data, turned.ctypes.data, out[b, first:].ctypes.data)
+                _multiply_few(kernel, (*sizes, int(start > 0), *matrices, 0))
         for first in range(0, n, rows):
             last = min(first + rows, n)
-            matrices = (x[b].ctypes.data, m, x[b, first:].ctypes.data, m, zero, out[b, first:].ctypes.data, n)
-            _multiply(product, (_TURNED, _AS_IS, last, last - first, m, one, *matrices))
+            if not kernel:
+                matrices = (x[b].ctypes.data, m, x[b, first:].ctypes.data, m, zero, out[b, first:].ctypes.data, n)
+                _multiply(product, (_TURNED, _AS_IS, last, last - first, m, one, *matrices))
             for i in range(first, last):
                 for j in range(first):
                     out[b, j, i] = out[b, i, j]

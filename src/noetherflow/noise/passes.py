@@ -11,7 +11,7 @@ from torch import Tensor
 
 from noetherflow.noise.asked import ABSENT
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
-from noetherflow.noise.native import cut, in_parallel, product_of, team_size
+from noetherflow.noise.native import cut, in_parallel, kernel_of, product_of, team_size
 
 # What the loops are compiled for.
 _LOOPED = (torch.float32, torch.float64, torch.int64)
@@ -132,8 +132,10 @@ def gram(x: Tensor) -> Tensor:
     product = product_of(x.dtype) if arrays else 0
     if not product:
         return x @ x.mT
-    found = x.new_empty(*x.shape[:2], x.shape[1])
-    compiled().inner_products(product, *arrays, found.numpy(), _FEW)
+    n, m = x.shape[1:]
+    found = x.new_empty(len(x), n, n)
+    rows = max(_FEW, n // 8)
+    compiled().inner_products(product, kernel_of(x.dtype, n, m, n), *arrays, found.numpy(), rows)
     return found
 
 

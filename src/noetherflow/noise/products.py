@@ -9,6 +9,7 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from noetherflow.noise.asked import Page
 from noetherflow.noise.ledger import EACH, Sums
@@ -49,6 +50,8 @@ class _Share:
 Strip = Callable[[slice, Tensor], None]
 # The same for some examples; memory for these rows, and where to add up.
 _Loop = Callable[[slice, slice, Tensor, _Share], None]
+# Multiplications that take as long as reading a number.
+_PRODUCTS = 32
 # Numbers that threads may hold together, beyond what one needs.
 _SPARE = 2**26
 # What tokens of an example read where there is no table.
@@ -90,6 +93,33 @@ def compiled_strip(
         in_parallel([partial(loop, *one) for one in each])
         for other in shares[1:]:
             whole.take(other)
+
+    return form
+
+
+def compiled_sum(x: Tensor, g: Tensor, total: Tensor) -> Callable[[slice, Tensor], None] | None:
+    """How compiled loops form some rows of the sum of outer products of vectors g (N, n) and x (N, m).
+
+    Args:
+        x: Vectors.
+        g: The others.
+        total: A matrix of as many columns, and of the type of the sum.
+
+    Returns:
+        None if there is no compiled loop for these.
+    """
+    size, m = x.shape
+    kernel, apart = kernel_of(total.dtype, len(total), size, m), compiled().padding(m)
+    arrays = _alike(total, g, functional.pad(x, (0, apart)) if apart else x) if kernel else []
+    if not arrays:
+        return None
+    _, left, right = arrays
+    sum_products = compiled().sum_products
+
+    def form(part: slice, into: Tensor) -> None:
+        slices = cut(len(into), parts_of(len(into), size * into.numel() // _PRODUCTS))
+        each = [(part.start + some.start, into[some].numpy()) for some in slices]
+        in_parallel([partial(sum_products, kernel, left, right, *one) for one in each])
 
     return form
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
 from noetherflow.noise.passes import accumulator, add_tokens, scanner, transposed
-from noetherflow.noise.products import Strip, compiled_strip
+from noetherflow.noise.products import Strip, compiled_strip, compiled_sum
 from noetherflow.noise.squares import GramSums, gradient_grams
 from noetherflow.noise.uses import Outer, Product, Rows, multiply
 
@@ -39,11 +39,44 @@ def in_strips(
         if sums.entries is not None and turned.entries is not None:
             sums.entries.add_(turned.entries.mT)
         return None if total is None else transposed(total)
-    rows = -(-n // max(1, -(-n * m // _STRIP)))
+    rows = _rows(n, m)
     # What nobody wants stays in the cache: every strip is written over the last one.
     total = like.new_empty(n if wanted else rows, m, dtype=accumulator(like))
     _form(use, sums, like, total, rows, tables)
     return total if wanted else None
+
+
+def sum_in_strips(x: Tensor, g: Tensor, sums: Sums, *, wanted: bool) -> Tensor | None:
+    """The sum of outer products of vectors g (N, n) and x (N, m), whose squares are added up while the cache holds them.
+
+    Args:
+        x: Vectors.
+        g: The others.
+        sums: Where to add squares of the whole.
+        wanted: Whether the sum is.
+
+    Returns:
+        The sum, or None.
+    """
+    n, m = sums.page.shape
+    rows = _rows(n, m)
+    kept = wanted or bool(sums.page.grams)
+    total = x.new_empty(n if kept else rows, m, dtype=accumulator(x))
+    form = compiled_sum(x, g, total) or (lambda part, into: multiply(g[:, part].mT, x, into))
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        into = total[part] if kept else total[: part.stop - start]
+        form(part, into)
+        scanner(into, sums, WHOLE, start)(False)
+    if not kept:
+        return None
+    sums.add_grams(WHOLE, gradient_grams(sums.page.asked, total))
+    return total
+
+
+def _rows(n: int, m: int) -> int:
+    """How many rows of a gradient are formed at a time."""
+    return -(-n // max(1, -(-n * m // _STRIP)))
 
 
 def _at_once(use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows], *, wanted: bool) -> Tensor | None:
