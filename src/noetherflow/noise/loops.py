@@ -18,8 +18,9 @@ _compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc
 _BLOCK = 256
 # Numbers that the cache reads at a time, if they are of float32.
 _LINE = 16
-# Terms of the entries of a product that are added up at a time.
+# Terms of the entries of a product that are added up at a time, and as many more as give so many numbers.
 _DEPTH = 256
+_DEEP = 2**15
 # Rows of so many numbers, or a multiple of that, have to be moved apart: too few places in the cache serve them.
 _ALIKE = 256
 # What BLAS calls a matrix as it is, and one that is to be transposed.
@@ -77,6 +78,12 @@ def padding(length: int) -> int:
 
 
 _padding: Any = njit(padding)
+
+
+@njit
+def _depth(terms: int, m: int) -> int:
+    """How many terms of the entries of a product (n, m) are added up at a time."""
+    return min(terms, max(_DEPTH, _DEEP // m))
 
 
 @_compiled
@@ -284,13 +291,13 @@ def sum_products(kernel: int, left: Any, right: Any, first: int, out: Any) -> No
         out: Where to.
     """
     k = len(out)
-    turned = np.empty((k, min(len(left), _DEPTH)), out.dtype)
+    turned = np.empty((k, _depth(len(left), out.shape[1])), out.dtype)
     _turned_product(kernel, left[:, first : first + k], right, turned, out, False)
 
 
 @_compiled
 def outer_products(
-    product: int, kernel: int, left: Any, right: Any, first: int, ids: Any, outputs: Any, heads: Any, grams: Any, strip: Any,
+    product: int, kernel: int, left: Any, right: Any, first: int, ids: Any, outputs: Any, heads: Any, grams: Any,
     numbers: Any, rows: int, columns: int, entries: Any, total: Any,
 ) -> None:  # fmt: skip
     """Form the products left^T right of matrices (B, T, n) and (B, T, m) one after the other, and scan each.
@@ -298,14 +305,13 @@ def outer_products(
     Args:
         product: The address of BLAS' product.
         kernel: That of a faster one for such matrices, or 0.
-        left: With all columns, of which as many as the strip has rows are used.
+        left: With all columns, of which as many as the total has rows are used.
         right: The other matrices.
         first: The first of these columns, and so the first row of the products that is formed.
         ids: Rows of the products to which outputs are added (B, T'), or of no token.
         outputs: Shape (B, T', m).
         heads: Of each Gram matrix that is wanted: the dimension, first row and number of rows, and where it begins.
         grams: Where these are added up.
-        strip: Memory for some rows of a product.
         numbers: Where to add squares, as in `scan`.
         rows: Where sums by row begin, or a negative number.
         columns: The same by column.
@@ -313,10 +319,11 @@ def outer_products(
         total: The sum of products; holds anything.
     """
     tokens, n = left.shape[1:]
+    strip = np.empty_like(total)
     k, m = strip.shape
     one, zero = strip.dtype.type(1), strip.dtype.type(0)
     into = strip.ctypes.data
-    depth, apart = min(tokens, _DEPTH), _padding(m)
+    depth, apart = _depth(tokens, m), _padding(m)
     turned = np.empty((k if kernel else 0, depth), strip.dtype)
     spaced = np.empty((depth if kernel and apart else 0, m + apart), strip.dtype)
     for b in range(len(left)):
@@ -351,7 +358,7 @@ def outer_products(
 
 @_compiled
 def patch_products(
-    product: int, kernel: int, left: Any, images: Any, spots: Any, places: Any, moves: Any, image: Any, patches: Any, strip: Any,
+    product: int, kernel: int, left: Any, images: Any, spots: Any, places: Any, moves: Any, image: Any,
     numbers: Any, rows: int, columns: int, entries: Any, total: Any,
 ) -> None:  # fmt: skip
     """The same for products of matrices (B, n, P) and the patches of images, which are copied one after the other.
@@ -365,17 +372,16 @@ def patch_products(
         places: Where in it each patch begins, shape (P,).
         moves: How far from there each run of numbers of the patch is.
         image: Memory for a padded image; zeros.
-        patches: Memory for its patches, shape (P, m) or wider.
-        strip: Memory for a product, shape (n, m).
         numbers: Where to add squares, as in `scan`.
         rows: Where sums by row begin, or a negative number.
         columns: The same by column.
         entries: Squares of single entries, or None.
-        total: The sum of products; holds anything.
+        total: The sum of products (n, m); holds anything.
     """
-    (n, m), (count, wide) = strip.shape, patches.shape
-    run = m // len(moves)
-    one, zero = strip.dtype.type(1), strip.dtype.type(0)
+    (n, m), count = total.shape, len(places)
+    run, depth, wide = m // len(moves), _depth(count, m), m + _padding(m)
+    patches, strip = np.empty((count, wide), total.dtype), np.empty_like(total)
+    one, zero = total.dtype.type(1), total.dtype.type(0)
     for b in range(len(left)):
         # Slices, so that the inner loops need not look whether an index is negative.
         for first in range(0, len(spots), _LINE):
@@ -384,20 +390,19 @@ def patch_products(
                 source, target = images[b, c, first : first + _LINE], image[c:]
                 for s in range(len(into)):
                     target[into[s]] = source[s]
-        for i in range(len(places)):
+        for i in range(count):
             for j in range(len(moves)):
                 start = places[i] + moves[j]
                 source, target = image[start : start + run], patches[i, j * run : (j + 1) * run]
                 for k in range(run):
                     target[k] = source[k]
-        mine, into = left[b].ctypes.data, strip.ctypes.data
         if kernel:
-            for first in range(0, count, _DEPTH):
-                matrices = (left[b, :, first:].ctypes.data, patches[first:].ctypes.data, into)
-                sizes = (n, m, min(_DEPTH, count - first), count, wide, m)
+            for first in range(0, count, depth):
+                matrices = (left[b, :, first:].ctypes.data, patches[first:].ctypes.data, strip.ctypes.data)
+                sizes = (n, m, min(depth, count - first), count, wide, m)
                 _multiply_few(kernel, (*sizes, int(first > 0), *matrices, 0))
         else:
-            matrices = (patches.ctypes.data, wide, mine, count, zero, into, m)
+            matrices = (patches.ctypes.data, wide, left[b].ctypes.data, count, zero, strip.ctypes.data, m)
             _multiply(product, (_AS_IS, _AS_IS, m, n, count, one, *matrices))
         scan(strip, numbers, rows, columns, entries, total, b == 0)
 
@@ -415,7 +420,7 @@ def inner_products(product: int, kernel: int, x: Any, out: Any, rows: int) -> No
     """
     n, m = x.shape[1:]
     one, zero = x.dtype.type(1), x.dtype.type(0)
-    depth, wide = min(m, _DEPTH), n + _padding(n)
+    depth, wide = _depth(m, n), n + _padding(n)
     turned = np.empty((depth if kernel else 0, wide), x.dtype)
     for b in range(len(x)):
         for start in range(0, m if kernel else 0, depth):
@@ -446,6 +451,45 @@ def channels(x: Any, g: Any, products: Any, sums: Any) -> None:
             product += x[i, j] * g[i, j]
             total += g[i, j]
         products[i], sums[i] = product, total
+
+
+@_compiled
+def group_norm_back(
+    x: Any, g: Any, weight: Any, mean: Any, scale: Any, back: Any, gains: Any, biases: Any
+) -> None:
+    """From the gradient g of what comes out of a normalisation over groups of channels to all others, in one pass.
+
+    Args:
+        x: What was normalised, shape (B, channels, S).
+        g: The same shape.
+        weight: Shape (channels,).
+        mean: Of each group, shape (B, groups).
+        scale: What each was multiplied by.
+        back: The gradient of x.
+        gains: What the weight gets from every example, shape (B, channels).
+        biases: The same of the bias.
+    """
+    (size, channels, places), groups = x.shape, mean.shape[1]
+    count = channels // groups
+    for b in range(size):
+        for group in range(groups):
+            centre, factor = mean[b, group], scale[b, group]
+            tilt = shift = x.dtype.type(0)
+            for c in range(group * count, (group + 1) * count):
+                product = total = x.dtype.type(0)
+                for s in range(places):
+                    product += x[b, c, s] * g[b, c, s]
+                    total += g[b, c, s]
+                gains[b, c], biases[b, c] = (product - centre * total) * factor, total
+                tilt -= weight[c] * gains[b, c]
+                shift -= weight[c] * total
+            # A gradient has no component along what the normalisation takes away: the mean, and the scale.
+            tilt *= factor * factor / x.dtype.type(count * places)
+            shift = shift * factor / x.dtype.type(count * places) - tilt * centre
+            for c in range(group * count, (group + 1) * count):
+                slope = factor * weight[c]
+                for s in range(places):
+                    back[b, c, s] = slope * g[b, c, s] + (tilt * x[b, c, s] + shift)
 
 
 @_compiled

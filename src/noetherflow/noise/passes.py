@@ -216,6 +216,41 @@ def channel_sums(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return products.view(shape), sums.view(shape)
 
 
+def group_norm_back(
+    x: Tensor, g: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of a normalisation over groups of channels.
+
+    Args:
+        x: What was normalised, shape (B, channels, ...).
+        g: The gradient of what came out.
+        weight: Shape (channels,), or None.
+        mean: Of each group, shape (B, groups).
+        scale: What each was multiplied by.
+
+    Returns:
+        The gradient of x, and what weight and bias get from every example, shape (B, channels).
+    """
+    size, channels, groups = *x.shape[:2], mean.shape[1]
+    x, g = x.contiguous(), g.contiguous()
+    back, gains, biases = torch.empty_like(x), x.new_empty(size, channels), x.new_empty(size, channels)
+    full = x.new_ones(channels) if weight is None else weight.contiguous()
+    arrays = arrays_of(x.flatten(2), g.flatten(2), full, mean, scale, back.flatten(2), gains, biases)
+    if arrays:
+
+        def some(part: slice, _: Any) -> None:
+            x, g, weight, *rest = arrays
+            compiled().group_norm_back(x[part], g[part], weight, *(one[part] for one in rest))
+
+        _shared(size, x.numel(), some)
+        return back, gains, biases
+    sizes = (size, channels, x[0, 0].numel(), groups)
+    back = torch.ops.aten.native_group_norm_backward(g, x, mean, scale, weight, *sizes, [True, False, False])[0]
+    products, sums = channel_sums(x, g)
+    m, r = (one.repeat_interleave(channels // groups, 1) for one in (mean, scale))
+    return back, (products - m * sums) * r, sums
+
+
 def affine_sums(x: Tensor, g: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """What gain and bias after a normalisation get from every example.
 

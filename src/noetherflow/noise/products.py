@@ -48,8 +48,8 @@ class _Share:
 
 # Form some rows of every example's gradient: add up their squares, and write the sum over examples.
 Strip = Callable[[slice, Tensor], None]
-# The same for some examples; memory for these rows, and where to add up.
-_Loop = Callable[[slice, slice, Tensor, _Share], None]
+# The same for some examples, and where to add up.
+_Loop = Callable[[slice, slice, _Share], None]
 # Multiplications that take as long as reading a number.
 _PRODUCTS = 32
 # Numbers that threads may hold together, beyond what one needs.
@@ -81,7 +81,8 @@ def compiled_strip(
     n, m = sums.page.shape[0], total.shape[1]
     memory = total.new_empty(0) if grams is None else grams.memory
     held = 2 * rows * m + sums.page.length + memory.numel() + use.held
-    parts = min(parts_of(use.size, use.size * n * m), 1 + _SPARE // held)
+    load = use.size * n * m * (1 + use.terms // _PRODUCTS)
+    parts = min(parts_of(use.size, load), 1 + _SPARE // held)
     # Where there are far fewer examples than threads, these serve BLAS better.
     examples = cut(use.size, parts if 2 * use.size > team_size() else 1)
 
@@ -89,8 +90,7 @@ def compiled_strip(
         entries = None if sums.entries is None else sums.entries[EACH].view(n, m)[part]
         whole = _Share(sums.numbers[EACH], entries, total, memory)
         shares = [whole, *(whole.another() for _ in examples[1:])]
-        each = [(some, part, torch.empty_like(total), share) for some, share in zip(examples, shares, strict=True)]
-        in_parallel([partial(loop, *one) for one in each])
+        in_parallel([partial(loop, some, part, share) for some, share in zip(examples, shares, strict=True)])
         for other in shares[1:]:
             whole.take(other)
 
@@ -117,7 +117,7 @@ def compiled_sum(x: Tensor, g: Tensor, total: Tensor) -> Callable[[slice, Tensor
     sum_products = compiled().sum_products
 
     def form(part: slice, into: Tensor) -> None:
-        slices = cut(len(into), parts_of(len(into), size * into.numel() // _PRODUCTS))
+        slices = cut(len(into), parts_of(len(into), into.numel() * (1 + size // _PRODUCTS)))
         each = [(part.start + some.start, into[some].numpy()) for some in slices]
         in_parallel([partial(sum_products, kernel, left, right, *one) for one in each])
 
@@ -148,11 +148,11 @@ def _outer_loop(
     outer_products = compiled().outer_products  # here: other threads are to import nothing
     read, page, table = ids.numpy(), sums.page, np.array(heads, np.int64).reshape(-1, 4)
 
-    def loop(some: slice, part: slice, strip: Tensor, share: _Share) -> None:
-        kernel = kernel_of(strip.dtype, len(strip), left.shape[1], strip.shape[1])
+    def loop(some: slice, part: slice, share: _Share) -> None:
+        kernel = kernel_of(total.dtype, len(share.total), use.terms, total.shape[1])
         outer_products(
             product, kernel, left[some], right[some], part.start, read[some], outputs[some], table, share.grams.numpy(),
-            *_given(strip, share, page, part.start),
+            *_given(share, page, part.start),
         )  # fmt: skip
 
     return loop
@@ -163,17 +163,16 @@ def _patch_loop(use: Convolution, sums: Sums, total: Tensor) -> _Loop | None:
     if not arrays:
         return None
     product, left, images = arrays
-    patch_products, padding = compiled().patch_products, compiled().padding
+    patch_products = compiled().patch_products
     lengths, steps = (use.inputs.shape[1:], use.outputs.shape[2:]), (use.kernel, use.stride, use.padding, use.dilation)
     length, spots, places, moves = _places_of(*map(tuple, (*lengths, *steps)))
+    kernel = kernel_of(total.dtype, len(total), len(places), total.shape[1])
 
-    def loop(some: slice, part: slice, strip: Tensor, share: _Share) -> None:
-        m = strip.shape[1]
-        kernel = kernel_of(strip.dtype, len(strip), len(places), m)
-        image, patches = strip.new_zeros(length).numpy(), strip.new_empty(len(places), m + padding(m)).numpy()
+    def loop(some: slice, part: slice, share: _Share) -> None:
+        image = total.new_zeros(length).numpy()
         patch_products(
-            product, kernel, left[some], images[some], spots, places, moves, image, patches,
-            *_given(strip, share, sums.page, part.start),
+            product, kernel, left[some], images[some], spots, places, moves, image,
+            *_given(share, sums.page, part.start),
         )  # fmt: skip
 
     return loop
@@ -186,10 +185,10 @@ def _alike(total: Tensor, *tensors: Tensor) -> list[Any]:
     return [product, *arrays[1:]] if product else []
 
 
-def _given(strip: Tensor, share: _Share, page: Page, start: int) -> tuple[Any, ...]:
-    """What the loops share: memory for some rows, and where to add up."""
+def _given(share: _Share, page: Page, start: int) -> tuple[Any, ...]:
+    """What the loops share: where to add up."""
     entries = None if share.entries is None else share.entries.numpy()
-    return strip.numpy(), share.numbers.numpy(), page.rows_from(start), page.columns, entries, share.total.numpy()
+    return share.numbers.numpy(), page.rows_from(start), page.columns, entries, share.total.numpy()
 
 
 @lru_cache(64)

@@ -1,6 +1,7 @@
 """What each function of PyTorch does with parameters: how to compute it, and what to note of their gradients."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,18 +157,8 @@ def group_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
     if capture.tracked(x) or x.shape[0] != capture.size or not _are_known(capture, weight, bias):
         return NotImplemented
     w, b = capture.tracked(weight), capture.tracked(bias)
-    fixed = [None if one is None else one.detach() for one in (weight, bias)]
-    size, channels = x.shape[:2]
-    x = x.contiguous()
-    places, eps = x[0, 0].numel(), 1e-5 if eps is None else eps
-    output, mean, deviation = torch.native_group_norm(x, fixed[0], fixed[1], size, channels, places, groups, eps)
-
-    def note(inputs: Tensor, outputs: Tensor) -> list[Tensor | None]:
-        products, sums = channel_sums(inputs, outputs)
-        m, r = (one.detach().repeat_interleave(channels // groups, 1) for one in (mean, deviation))
-        return _note_affine(w, b, (products - m * sums) * r, sums)
-
-    return capture.tap(output, x, note, *_present(w, b))
+    roots, eps = roots_of(w, b), 1e-5 if eps is None else eps
+    return taps.group_norm(x.contiguous(), weight, bias, groups, eps, partial(_note_affine, w, b), roots)
 
 
 @rule_for(functional.batch_norm)

@@ -9,6 +9,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from noetherflow.noise.modes import aside
+from noetherflow.noise.passes import group_norm_back
 
 # From what an operation was given and the gradient of what came out to what autograd hands on to its parameters.
 Note = Callable[[Tensor, Tensor], Iterable[Tensor | None]]
@@ -37,6 +38,13 @@ def spread(tensor: Tensor, shape: tuple[int, ...], note: Callable[[Tensor], Tens
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, note: Note, roots: Iterable[Tensor]) -> Tensor:
     """A linear map whose parameters' gradients are noted instead of computed."""
     return _Linear.apply(x, weight, bias, note, *roots)  # type: ignore[no-untyped-call]
+
+
+def group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, note: Note, roots: Iterable[Tensor]
+) -> Tensor:
+    """A normalisation over groups of channels; the note is of what weight and bias get from every example."""
+    return _GroupNorm.apply(x, weight, bias, groups, eps, note, *roots)  # type: ignore[no-untyped-call]
 
 
 class _Tap(Function):
@@ -96,3 +104,24 @@ class _Linear(Function):
             flat = gradient.reshape(-1, weight.shape[0])  # a copy, if it has to be one, serves both
             back = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
             return back, None, None, None, *ctx.note(x, flat.view(gradient.shape))
+
+
+class _GroupNorm(Function):
+    """What `group_norm` does: its own backward pass would go over memory once for this one's sums and once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, note: Note, *roots: Tensor
+    ) -> Tensor:  # fmt: skip
+        sizes = (*x.shape[:2], x[0, 0].numel(), groups, eps)
+        output, mean, scale = torch.native_group_norm(x, weight, bias, *sizes)
+        ctx.note = note
+        ctx.save_for_backward(x, weight, mean, scale)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, weight, mean, scale = ctx.saved_tensors
+        with aside():
+            back, *sums = group_norm_back(x, gradients[0], weight, mean, scale)
+            return back, None, None, None, None, None, *ctx.note(*sums)

@@ -51,6 +51,11 @@ class Product(Use):
 
     @property
     @abstractmethod
+    def terms(self) -> int:
+        """How many products are summed for an entry of an example's gradient."""
+
+    @property
+    @abstractmethod
     def held(self) -> int:
         """How many numbers have to be made for the product of an example."""
 
@@ -80,6 +85,11 @@ class Outer(Product):
     def size(self) -> int:
         """Number of examples."""
         return self.outputs.shape[0]
+
+    @property
+    def terms(self) -> int:
+        """Tokens."""
+        return self.outputs.shape[1]
 
     @property
     def held(self) -> int:
@@ -185,9 +195,14 @@ class Convolution(Product):
         return self.outputs.shape[0]
 
     @property
+    def terms(self) -> int:
+        """Places."""
+        return self.outputs[0, 0].numel()
+
+    @property
     def held(self) -> int:
         """The patches of its image."""
-        return self.inputs.shape[1] * math.prod(self.kernel) * self.outputs[0, 0].numel()
+        return self.inputs.shape[1] * math.prod(self.kernel) * self.terms
 
     def add_to(self, part: Tensor, index: int) -> None:
         """Add the gradient of one example."""
