@@ -77,17 +77,26 @@ def normalised(dtype: torch.dtype) -> tuple[Tensor, ...]:
     return passes.affine_sums(x, g, draw(3, 4, 1, 1, dtype=dtype), draw(3, 4, 1, 1, dtype=dtype))
 
 
+def grouped(dtype: torch.dtype, weight: Tensor | None) -> tuple[Tensor, ...]:
+    x, g = draw(3, 6, 4, 5, dtype=dtype), draw(360, dtype=dtype).view(3, 6, 4, 5) + 1
+    _, mean, scale = torch.native_group_norm(x, weight, None, 3, 6, 20, 2, 1e-5)
+    return passes.group_norm_back(x, g, weight, mean, scale)
+
+
 PASSES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
     "scanner": scanned,
     "scan_stack": stacked,
     "scan_vectors": vectors,
     "scan_outer": outer,
     "scan_tables": tables,
-    "transposed": lambda dtype: (passes.transposed(draw(40, 30, dtype=dtype)),),
     "gram": lambda dtype: (passes.gram(draw(2, 150, 7, dtype=dtype)),),
+    "gram of long vectors": lambda dtype: (passes.gram(draw(2, 70, 600, dtype=dtype) / 25),),
+    "gram of many vectors": lambda dtype: (passes.gram(draw(1, 512, 300, dtype=dtype) / 20),),
     "add_tokens": read,
     "channel_sums": lambda dtype: passes.channel_sums(draw(3, 4, 5, 6, dtype=dtype), draw(3, 4, 5, 6, dtype=dtype)),
     "affine_sums": normalised,
+    "group_norm_back": lambda dtype: grouped(dtype, draw(6, dtype=dtype)),
+    "group_norm_back without a weight": lambda dtype: grouped(dtype, None),
 }
 
 

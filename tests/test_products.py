@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from noetherflow.noise.asked import Asked, Page
 from noetherflow.noise.collect import stacked
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
 from noetherflow.noise.squares import square, square_stack
-from noetherflow.noise.strips import in_strips
+from noetherflow.noise.strips import in_strips, sum_in_strips
 from noetherflow.noise.uses import Convolution, Outer, Product, Rows
 
 # Elsewhere tensors' own functions do the same.
@@ -54,6 +54,17 @@ def convolution(dims: int, *steps: tuple[int, ...]) -> tuple[Convolution, tuple[
     return Convolution((), x, outputs, *steps, 1, weight.shape[2:]), tuple(weight.shape)
 
 
+def long(tokens: int, n: int, m: int) -> tuple[Outer, tuple[int, ...]]:
+    """More tokens than are added up at a time, or rows that have to be moved apart."""
+    return Outer((), draw(3, tokens, m), draw(3, tokens, n)), (n, m)
+
+
+def wide(channels: int, length: int) -> tuple[Convolution, tuple[int, ...]]:
+    """The same of patches."""
+    x, outputs = draw(3, channels, length + 1), draw(3, 4, length)
+    return Convolution((), x, outputs, [1], [0], [1], 1, torch.Size([2])), (4, channels, 2)
+
+
 def tables() -> list[Rows]:
     generator = torch.Generator().manual_seed(0)
     return [Rows((), torch.randint(12, (5, count), generator=generator), draw(5, count, 6)) for count in (3, 4)]
@@ -67,6 +78,11 @@ CASES: dict[str, tuple[Product, tuple[int, ...], Asked, list[Rows]]] = {
     "linear, heads and a table": (*linear(), Asked(grams=HEADS[:2]), tables()[:1]),
     "linear, a table": (*linear(), Asked(True, True), tables()[:1]),
     "linear, two tables": (*linear(), Asked(True, True), tables()),
+    "linear, many tokens": (*long(700, 20, 130), Asked(True, True), []),
+    "linear, rows apart": (*long(40, 6, 512), Asked(True, True), []),
+    "linear, many tokens and rows apart": (*long(300, 6, 512), Asked(True, True), []),
+    "convolution, many places": (*wide(50, 700), Asked(True, True), []),
+    "convolution, rows apart": (*wide(256, 9), Asked(True, True), []),
 } | {
     f"convolution {dims}, {steps}": (*convolution(dims, *steps), asked, [])
     for dims in (1, 2, 3)
@@ -103,15 +119,31 @@ def regions(*places: Any) -> Iterator[list[int]]:
         yield seen
 
 
+@contextmanager
+def only_blas() -> Iterator[None]:
+    """No kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_kernel_of", lambda kind: 0)
+        yield
+
+
+KINDS = {
+    "float64": (torch.float64, 1e-12, nullcontext),
+    "float32": (torch.float32, 1e-5, nullcontext),
+    "float32, BLAS": (torch.float32, 1e-5, only_blas),
+}
+
+
 @linux
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wanted", [True, False], ids=["with the sum", "without"])
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("strip", [2**18, 30])
 @pytest.mark.parametrize("name", CASES)
 def test_they_are_those_of_tensors(
-    name: str, strip: int, count: int, wanted: bool, dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+    name: str, strip: int, count: int, wanted: bool, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    dtype, bound, products_of = KINDS[kind]
     monkeypatch.setattr(strips, "_STRIP", strip)
     monkeypatch.setattr(passes, "_LOAD", 1)
     use, shape, asked, others = CASES[name]
@@ -119,17 +151,45 @@ def test_they_are_those_of_tensors(
     like, page = draw(1).to(dtype), Page.of(torch.Size(shape), asked)
     found = Sums.blank(page, like)
     monkeypatch.setattr(strips, "_strip_of_tensors", lambda *_: pytest.fail("no loop was found"))
-    with threads(count), regions(products) as seen:
+    with threads(count), regions(products) as seen, products_of():
         total = in_strips(use, found, like, others, wanted=wanted)
-    # One strip, or several; five examples for seven threads are better left to BLAS.
-    assert set(seen) == {count if count < 5 else 5}
-    assert (total is None) == (not wanted and not asked.grams)
+    # One strip, or several; three examples for seven threads are better left to BLAS.
+    assert set(seen) == {min(count, use.size) if 2 * use.size > count else 1}
+    assert (total is None) == (not wanted and isinstance(use, Outer) and not asked.grams)
     monkeypatch.setattr(passes, "arrays_of", lambda *_, **__: [])
     truth = Sums.blank(page, like)
     whole = square_stack(stacked([use, *others], torch.Size(shape), like), truth)
     square(whole, truth, WHOLE)
     pairs = [(found.numbers, truth.numbers), (found.entries, truth.entries), (total, whole)]
     for one, other in pairs:
+        if one is not None and other is not None:
+            size = float(other.abs().max())
+            torch.testing.assert_close(one, other, rtol=bound, atol=bound * size)
+            with pytest.raises(AssertionError):
+                torch.testing.assert_close(one, 1.001 * other, rtol=bound, atol=bound * size)
+
+
+@linux
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wanted", [True, False], ids=["with the sum", "without"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("asked", [Asked(True, True), Asked(entries=True), Asked(grams=HEADS[:2])])
+@pytest.mark.parametrize(("size", "n", "m"), [(7, 40, 6), (300, 40, 200), (5, 40, 512)])
+def test_sums_are_those_of_tensors(
+    size: int, n: int, m: int, asked: Asked, count: int, wanted: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype, bound, products_of = KINDS[kind]
+    monkeypatch.setattr(strips, "_STRIP", 13 * m)
+    monkeypatch.setattr(passes, "_LOAD", 1)
+    x, g = draw(size, m).to(dtype), draw(size, n).to(dtype)
+    page = Page.of(torch.Size((n, m)), asked)
+    found, truth, whole = Sums.blank(page, x), Sums.blank(page, x), g.mT @ x
+    with threads(count), regions(products) as seen, products_of():
+        total = sum_in_strips(x, g, found, wanted=wanted)
+    assert set(seen) == ({count} if native.kernel_of(dtype) and products_of is nullcontext else set())
+    assert (total is None) == (not wanted and not asked.grams)
+    square(whole, truth, WHOLE)
+    for one, other in ((found.numbers, truth.numbers), (found.entries, truth.entries), (total, whole)):
         if one is not None and other is not None:
             size = float(other.abs().max())
             torch.testing.assert_close(one, other, rtol=bound, atol=bound * size)
@@ -175,7 +235,7 @@ def test_threads_are_left_alone_where_they_cost_more(monkeypatch: pytest.MonkeyP
     assert tasks(2) == {1}
 
 
-@pytest.mark.parametrize("name", ["scan", "fresh", "outer", "channels", "affine"])
+@pytest.mark.parametrize("name", ["scan", "fresh", "outer", "channels", "groups", "affine"])
 def test_passes_over_much_are_shared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "_LOAD", 10)
     x, g = draw(40, 6), draw(40, 5)
@@ -197,6 +257,9 @@ def test_passes_over_much_are_shared(name: str, monkeypatch: pytest.MonkeyPatch)
             return (sums.numbers,)
         if name == "channels":
             return passes.channel_sums(images, gradients)
+        if name == "groups":
+            mean, scale = draw(6, 2), draw(6, 2) + 3.0
+            return passes.group_norm_back(images, gradients, draw(4), mean, scale)
         return passes.affine_sums(images, gradients, images[..., :1].contiguous(), images[..., 1:2].contiguous())
 
     with threads(1):
@@ -245,6 +308,26 @@ def test_products_and_threads_are_there(dtype: torch.dtype) -> None:
     assert native.product_of(dtype)
     with threads(2):
         assert native.team_size() == 2
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in native._VECTORS, reason="a processor without one")
+def test_a_kernel_is_there() -> None:
+    assert native.kernel_of(torch.float32, 1, 2, 3)
+    assert not native.kernel_of(torch.float64, 1, 2, 3)
+
+
+def test_no_more_kernels_than_may_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_kernel_of", lambda kind: 7)
+    monkeypatch.setattr(native, "_SHAPES", set())
+    monkeypatch.setattr(native, "_MOST", 2)
+    assert [native.kernel_of(torch.float32, 1, 1, m) for m in (1, 2, 3, 1, 2, 3)] == [7, 7, 0, 7, 7, 0]
+
+
+@pytest.mark.parametrize("found", [None, lambda *_: None], ids=["nothing", "something else of that name"])
+def test_a_kernel_that_is_not_there_or_wrong_is_not_used(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = None if found is None else ctypes.CFUNCTYPE(None)(found)
+    monkeypatch.setattr(native, "_found", lambda name: function)
+    assert native._kernel_of.__wrapped__(torch.float32) == 0
 
 
 @pytest.mark.parametrize("found", [None, lambda *_: None], ids=["nothing", "something else of that name"])

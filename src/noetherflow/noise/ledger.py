@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, final
 
@@ -58,50 +59,37 @@ class Sums:
         """Of the sum of all gradients."""
         return Squares(self.page, self.numbers[WHOLE], None if self.entries is None else self.entries[WHOLE])
 
-    def turned(self) -> "Sums":
-        """The same for the transposed matrix; entries are others, zero, and there are no Gram matrices."""
-        page, asked = self.page, self.page.asked
-        turned = replace(
-            page,
-            shape=page.shape[::-1],
-            asked=Asked(asked.columns, asked.rows, asked.entries),
-            rows=page.columns,
-            columns=page.rows,
-            grams={},
-        )
-        entries = None if self.entries is None else self.entries.new_zeros(2, *turned.shape)
-        return replace(self, page=turned, entries=entries)
-
     def flat(self, like: Tensor) -> "Sums":
         """Others, zero, for a matrix that holds the parameter's entries in some order of columns."""
-        page = Page.of(like.shape, replace(self.page.asked, grams=()))
-        return Sums.blank(page, like if self.entries is None else self.entries)
+        return Sums.blank(_flat_page(like.shape, self.page.asked), like if self.entries is None else self.entries)
 
     def take(self, flat: "Sums", folded: Callable[[Tensor], Tensor]) -> None:
-        """Add such others.
+        """Add the sums over examples of such others.
 
         Args:
             flat: The others.
             folded: From some rows of the matrix to some of the parameter.
         """
-        mine, theirs = self.page, flat.page
-        self.numbers[:, 0] += flat.numbers[:, 0]
-        if mine.rows != ABSENT:
-            n = theirs.shape[0]
-            self.numbers[:, mine.rows : mine.rows + n] += flat.numbers[:, theirs.rows : theirs.rows + n]
-        if mine.columns != ABSENT:
-            m = theirs.shape[1]
-            columns = folded(flat.numbers[:, theirs.columns : theirs.columns + m])
-            self.numbers[:, mine.columns : mine.columns + m] += columns.reshape(2, m)
+        mine, theirs = self.numbers[EACH], flat.numbers[EACH]
+        # Up to there, both pages hold the same in the same order.
+        start, m = self.page.columns, flat.page.shape[1]
+        head = len(theirs) if start == ABSENT else start
+        mine[:head].add_(theirs[:head])
+        if start != ABSENT:
+            mine[start : start + m].add_(folded(theirs[None, start : start + m]).reshape(m))
         if self.entries is not None and flat.entries is not None:
-            for row, one in zip(self.entries, flat.entries, strict=True):
-                row += folded(one)
+            self.entries[EACH].add_(folded(flat.entries[EACH]))
 
     def add_grams(self, row: int, grams: Mapping[Axis, Tensor]) -> None:
         """Add Gram matrices to one of the two rows."""
         for axis, gram in grams.items():
             start = self.page.grams[axis]
             self.numbers[row, start : start + gram.numel()] += gram.reshape(-1)
+
+
+@lru_cache(256)
+def _flat_page(shape: torch.Size, asked: Asked) -> Page:
+    return Page.of(shape, replace(asked, grams=()))
 
 
 @final

@@ -72,15 +72,13 @@ def _kernel(typing: Any, address: Any, arguments: Any) -> Any:
 _multiply_few: Any = intrinsic(_kernel)
 
 
+@_compiled
 def padding(length: int) -> int:
     """How many numbers to leave free after every row of so many."""
     return _LINE if length > _ALIKE and length % _ALIKE == 0 else 0
 
 
-_padding: Any = njit(padding)
-
-
-@njit
+@_compiled
 def _depth(terms: int, m: int) -> int:
     """How many terms of the entries of a product (n, m) are added up at a time."""
     return min(terms, max(_DEPTH, _DEEP // m))
@@ -323,7 +321,7 @@ def outer_products(
     k, m = strip.shape
     one, zero = strip.dtype.type(1), strip.dtype.type(0)
     into = strip.ctypes.data
-    depth, apart = _depth(tokens, m), _padding(m)
+    depth, apart = _depth(tokens, m), padding(m)
     turned = np.empty((k if kernel else 0, depth), strip.dtype)
     spaced = np.empty((depth if kernel and apart else 0, m + apart), strip.dtype)
     for b in range(len(left)):
@@ -379,7 +377,7 @@ def patch_products(
         total: The sum of products (n, m); holds anything.
     """
     (n, m), count = total.shape, len(places)
-    run, depth, wide = m // len(moves), _depth(count, m), m + _padding(m)
+    run, depth, wide = m // len(moves), _depth(count, m), m + padding(m)
     patches, strip = np.empty((count, wide), total.dtype), np.empty_like(total)
     one, zero = total.dtype.type(1), total.dtype.type(0)
     for b in range(len(left)):
@@ -398,9 +396,9 @@ def patch_products(
                     target[k] = source[k]
         if kernel:
             for first in range(0, count, depth):
-                matrices = (left[b, :, first:].ctypes.data, patches[first:].ctypes.data, strip.ctypes.data)
                 sizes = (n, m, min(depth, count - first), count, wide, m)
-                _multiply_few(kernel, (*sizes, int(first > 0), *matrices, 0))
+                starts = (left[b, :, first:].ctypes.data, patches[first:].ctypes.data, strip.ctypes.data)
+                _multiply_few(kernel, (*sizes, int(first > 0), *starts, 0))
         else:
             matrices = (patches.ctypes.data, wide, left[b].ctypes.data, count, zero, strip.ctypes.data, m)
             _multiply(product, (_AS_IS, _AS_IS, m, n, count, one, *matrices))
@@ -420,7 +418,7 @@ def inner_products(product: int, kernel: int, x: Any, out: Any, rows: int) -> No
     """
     n, m = x.shape[1:]
     one, zero = x.dtype.type(1), x.dtype.type(0)
-    depth, wide = _depth(m, n), n + _padding(n)
+    depth, wide = _depth(m, n), n + padding(n)
     turned = np.empty((depth if kernel else 0, wide), x.dtype)
     for b in range(len(x)):
         for start in range(0, m if kernel else 0, depth):
@@ -429,8 +427,8 @@ def inner_products(product: int, kernel: int, x: Any, out: Any, rows: int) -> No
             for first in range(0, n, rows):
                 last = min(first + rows, n)
                 sizes = (last - first, last, some.shape[1], m, wide, n)
-                matrices = (some[first:].ctypes.data, turned.ctypes.data, out[b, first:].ctypes.data)
-                _multiply_few(kernel, (*sizes, int(start > 0), *matrices, 0))
+                places = (some[first:].ctypes.data, turned.ctypes.data, out[b, first:].ctypes.data)
+                _multiply_few(kernel, (*sizes, int(start > 0), *places, 0))
         for first in range(0, n, rows):
             last = min(first + rows, n)
             if not kernel:
@@ -454,9 +452,7 @@ def channels(x: Any, g: Any, products: Any, sums: Any) -> None:
 
 
 @_compiled
-def group_norm_back(
-    x: Any, g: Any, weight: Any, mean: Any, scale: Any, back: Any, gains: Any, biases: Any
-) -> None:
+def group_norm_back(x: Any, g: Any, weight: Any, mean: Any, scale: Any, back: Any, gains: Any, biases: Any) -> None:
     """From the gradient g of what comes out of a normalisation over groups of channels to all others, in one pass.
 
     Args:

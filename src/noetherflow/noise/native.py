@@ -36,13 +36,17 @@ def product_of(kind: torch.dtype) -> int:
 
 
 def kernel_of(kind: torch.dtype, *shape: int) -> int:
-    """The address of a faster product for small matrices of a type; 0 if there is none, or for one shape too many.
+    """The address of a faster product of matrices that a cache holds.
 
     PyTorch has it for the code that its compiler writes, from oneDNN, which makes one for every shape and keeps it.
+    BLAS would copy both matrices first, and on some processors works with half the width of their vectors.
 
     Args:
         kind: The type.
         shape: Of both matrices, as (n, k, m).
+
+    Returns:
+        0 if there is none, or for one shape too many.
     """
     address = _kernel_of(kind)
     if address and shape not in _SHAPES:

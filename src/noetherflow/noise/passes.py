@@ -139,16 +139,6 @@ def gram(x: Tensor) -> Tensor:
     return found
 
 
-def transposed(matrix: Tensor) -> Tensor:
-    """The transpose of a matrix, contiguous."""
-    found = matrix.new_empty(matrix.shape[::-1])
-    arrays = arrays_of(matrix, found)
-    if not arrays:
-        return matrix.mT.contiguous()
-    compiled().turn(*arrays)
-    return found
-
-
 def add_tokens(part: Tensor, first: int, ids: Tensor, outputs: Tensor) -> None:
     """Add what every token (T,) of an example puts out (T, m) to the row that it reads of a table.
 

@@ -1,13 +1,13 @@
 """Gradients that are products of two matrices, formed example by example and some rows at a time, for the cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
-from noetherflow.noise.passes import accumulator, add_tokens, scanner, transposed
+from noetherflow.noise.passes import accumulator, add_tokens, scanner
 from noetherflow.noise.products import Strip, compiled_strip, compiled_sum
-from noetherflow.noise.squares import GramSums, gradient_grams
+from noetherflow.noise.squares import GramSums, gradient_grams, square
 from noetherflow.noise.uses import Outer, Product, Rows, multiply
 
 # Numbers of a gradient that are formed at a time.
@@ -27,27 +27,15 @@ def in_strips(
         wanted: Whether the sum of the gradients is.
 
     Returns:
-        That sum, or None.
+        That sum; None if it is not wanted and was not kept.
     """
     if not isinstance(use, Outer) or sums.page.asked.grams:
-        return _at_once(use, sums, like, tables, wanted=wanted)
-    n, m = sums.page.shape
-    if n > m and n * m <= _STRIP and not tables:
-        # A tall gradient is formed turned, as a wide one: products of few tokens are faster so.
-        turned = sums.turned()
-        total = _at_once(Outer((), use.outputs, use.inputs), turned, like, (), wanted=wanted)
-        if sums.entries is not None and turned.entries is not None:
-            sums.entries.add_(turned.entries.mT)
-        return None if total is None else transposed(total)
-    rows = _rows(n, m)
-    # What nobody wants stays in the cache: every strip is written over the last one.
-    total = like.new_empty(n if wanted else rows, m, dtype=accumulator(like))
-    _form(use, sums, like, total, rows, tables)
-    return total if wanted else None
+        return _at_once(use, sums, like, tables)
+    return _one_after_the_other(lambda rows, total: _former(use, sums, like, total, rows, tables), sums, like, wanted)
 
 
 def sum_in_strips(x: Tensor, g: Tensor, sums: Sums, *, wanted: bool) -> Tensor | None:
-    """The sum of outer products of vectors g (N, n) and x (N, m), whose squares are added up while the cache holds them.
+    """The sum of outer products of vectors g (N, n) and x (N, m), and its squares.
 
     Args:
         x: Vectors.
@@ -56,48 +44,53 @@ def sum_in_strips(x: Tensor, g: Tensor, sums: Sums, *, wanted: bool) -> Tensor |
         wanted: Whether the sum is.
 
     Returns:
-        The sum, or None.
+        The sum; None if it is not wanted and was not kept.
     """
-    n, m = sums.page.shape
-    rows = _rows(n, m)
-    kept = wanted or bool(sums.page.grams)
-    total = x.new_empty(n if kept else rows, m, dtype=accumulator(x))
-    form = compiled_sum(x, g, total) or (lambda part, into: multiply(g[:, part].mT, x, into))
-    for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
-        into = total[part] if kept else total[: part.stop - start]
-        form(part, into)
-        scanner(into, sums, WHOLE, start)(False)
-    if not kept:
-        return None
-    sums.add_grams(WHOLE, gradient_grams(sums.page.asked, total))
+
+    def former(_: int, total: Tensor) -> Strip:
+        return compiled_sum(x, g, total) or (lambda part, into: multiply(g[:, part].mT, x, into))
+
+    asked = sums.page.asked
+    total = _one_after_the_other(former, sums, x, wanted or bool(asked.grams))
+    if total is not None:
+        sums.add_grams(WHOLE, gradient_grams(asked, total))
     return total
 
 
-def _rows(n: int, m: int) -> int:
-    """How many rows of a gradient are formed at a time."""
-    return -(-n // max(1, -(-n * m // _STRIP)))
+def _one_after_the_other(
+    former: Callable[[int, Tensor], Strip], sums: Sums, like: Tensor, wanted: bool
+) -> Tensor | None:
+    """Form a gradient some rows at a time, and add up its squares while the cache holds them."""
+    n, m = sums.page.shape
+    rows = -(-n // max(1, -(-n * m // _STRIP)))
+    # What nobody wants stays in the cache: every strip is written over the last one.
+    total = like.new_empty(n if wanted else rows, m, dtype=accumulator(like))
+    form = former(rows, total)
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        into = total[part] if wanted else total[: part.stop - start]
+        form(part, into)
+        scanner(into, sums, WHOLE, start)(False)
+    return total if wanted else None
 
 
-def _at_once(use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows], *, wanted: bool) -> Tensor | None:
+def _at_once(use: Product, sums: Sums, like: Tensor, tables: Sequence[Rows]) -> Tensor:
     """All rows in one strip: Gram matrices need them, and patches of images are made once per example."""
     shape, asked = sums.page.shape, sums.page.asked
     total = like.new_empty(shape[0], shape[1:].numel(), dtype=accumulator(like))
     flat = sums if isinstance(use, Outer) else sums.flat(total)
     grams = GramSums(asked.grams, use.folded(total, shape)) if asked.grams else None
-    _form(use, flat, like, total, shape[0], tables, grams)
+    _former(use, flat, like, total, shape[0], tables, grams)(slice(0, shape[0]), total)
     if flat is not sums:
         sums.take(flat, lambda matrix: use.folded(matrix, shape))
-    if not wanted and grams is None:
-        return None
-    gradient = use.folded(total, shape).contiguous()
     if grams is not None:
         sums.add_grams(EACH, grams.found())
-        sums.add_grams(WHOLE, gradient_grams(asked, gradient))
+    gradient = use.folded(total, shape).contiguous()
+    square(gradient, sums, WHOLE)
     return gradient
 
 
-def _form(
+def _former(
     use: Product,
     sums: Sums,
     like: Tensor,
@@ -105,27 +98,23 @@ def _form(
     rows: int,
     tables: Sequence[Rows],
     grams: GramSums | None = None,
-) -> None:
-    """Add up the squares of a gradient and the gradient itself, some rows after the other.
+) -> Strip:
+    """How to form some rows of every example's gradient.
 
     Args:
         use: A use of the whole parameter.
         sums: Where to add up squares, of the gradient as a matrix.
         like: A tensor of the dtype and device of the gradients.
-        total: Where to write the sum over examples: shape (n, m), or (rows, m) for one strip after the other.
-        rows: How many are formed at a time.
+        total: A matrix of as many columns, and of the type of the sum of gradients.
+        rows: How many are formed at a time, at most.
         tables: Further uses.
-        grams: Gram matrices of all rows.
+        grams: Where to add Gram matrices of all rows.
+
+    Returns:
+        The function.
     """
-    n, kept = sums.page.shape[0], total.shape[0] == sums.page.shape[0]
-    form = compiled_strip(use, sums, total, rows, tables, grams) or _strip_of_tensors(
-        use, sums, like, rows, tables, grams
-    )
-    for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
-        into = total[part] if kept else total[: part.stop - start]
-        form(part, into)
-        scanner(into, sums, WHOLE, start)(False)
+    compiled = compiled_strip(use, sums, total, rows, tables, grams)
+    return compiled or _strip_of_tensors(use, sums, like, rows, tables, grams)
 
 
 def _strip_of_tensors(

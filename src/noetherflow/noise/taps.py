@@ -111,8 +111,15 @@ class _GroupNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, note: Note, *roots: Tensor
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        eps: float,
+        note: Note,
+        *roots: Tensor,
+    ) -> Tensor:
         sizes = (*x.shape[:2], x[0, 0].numel(), groups, eps)
         output, mean, scale = torch.native_group_norm(x, weight, bias, *sizes)
         ctx.note = note
