@@ -22,7 +22,7 @@ import torch
 from noetherflow.noise import passes as single
 from noetherflow.noise.asked import Asked, Page
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
-from noetherflow.noise.strips import in_strips
+from noetherflow.noise.strips import in_strips, sum_in_strips
 from noetherflow.noise.uses import Convolution, Outer
 
 from .models import SWEEP, Built, build, in_examples_of, one_by_one
@@ -217,6 +217,7 @@ def load_loops() -> None:
         sums, vector, kernel = (Sums.blank(Page.of(torch.Size(shape), asked), matrix) for shape in shapes)
         in_strips(outer, sums, matrix)
         in_strips(patches, kernel, matrix)
+        sum_in_strips(matrix, matrix, sums, wanted=True)
         single.scanner(matrix, sums, EACH, total=torch.ones(2, 2))(True)
         single.scanner(matrix, sums, WHOLE)(False)
         single.scan_stack(stack, sums)
@@ -226,7 +227,7 @@ def load_loops() -> None:
     single.add_tokens(matrix, 0, ids[0], matrix)
     single.channel_sums(stack, stack)
     single.affine_sums(stack, stack, image, image)
-    single.transposed(matrix)
+    single.group_norm_back(stack, stack, None, matrix, matrix)
     single.gram(torch.ones(1, 100, 2))
 
 
