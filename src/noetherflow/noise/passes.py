@@ -54,7 +54,7 @@ def scanner(
     arrays = arrays_of(matrix, entries, total, into=sums)
     if arrays:
         array, entries, total = arrays
-        scan, numbers, columns = compiled().scan, sums.arrays[row], page.columns
+        scan, numbers, columns = compiled_products().scan, sums.arrays[row], page.columns
         if parts_of(n, matrix.numel()) == 1:
             return lambda fresh: scan(array, numbers, rows, columns, entries, total, fresh)
 
@@ -82,7 +82,7 @@ def scan_stack(stack: Tensor, sums: Sums) -> Tensor:
     entries = None if sums.entries is None else sums.entries[EACH].view(total.shape)
     arrays = arrays_of(stack, entries, total, into=sums)
     if arrays:
-        compiled().scan_stack(arrays[0], sums.arrays[EACH], page.rows, page.columns, *arrays[1:])
+        compiled_products().scan_stack(arrays[0], sums.arrays[EACH], page.rows, page.columns, *arrays[1:])
         return total
     squares = wide(stack).square().sum(0)
     _add(sums.numbers[EACH], squares.sum(1), page.rows, squares.sum(0), page.columns)
@@ -135,7 +135,7 @@ def gram(x: Tensor) -> Tensor:
     n, m = x.shape[1:]
     found = x.new_empty(len(x), n, n)
     rows = max(_FEW, n // 8)
-    compiled().inner_products(product, kernel_of(x.dtype, n, m, n), *arrays, found.numpy(), rows)
+    compiled_products().inner_products(product, kernel_of(x.dtype, n, m, n), *arrays, found.numpy(), rows)
     return found
 
 
@@ -151,7 +151,7 @@ def add_tokens(part: Tensor, first: int, ids: Tensor, outputs: Tensor) -> None:
     arrays = arrays_of(part, ids, outputs)
     if arrays:
         table, *rest = arrays
-        compiled().read_rows(table, first, *rest)
+        compiled_products().read_rows(table, first, *rest)
         return
     inside = (ids >= first) & (ids < first + len(part))
     part.index_add_(0, torch.where(inside, ids - first, 0), torch.where(inside[:, None], outputs, 0.0))
@@ -316,3 +316,11 @@ def compiled() -> ModuleType:
     from noetherflow.noise import loops
 
     return loops
+
+
+@cache
+def compiled_products() -> ModuleType:
+    """The same of those that multiply."""
+    from noetherflow.noise import product_loops
+
+    return product_loops

@@ -1,4 +1,4 @@
-"""Gradients that are products of two matrices, formed by compiled loops that call BLAS themselves, on every thread."""
+"""Gradients that are products of two matrices, formed by compiled loops that multiply these, on every thread."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from torch.nn import functional
 from noetherflow.noise.asked import Page
 from noetherflow.noise.ledger import EACH, Sums
 from noetherflow.noise.native import cut, in_parallel, kernel_of, product_of, team_size
-from noetherflow.noise.passes import arrays_of, compiled, parts_of
+from noetherflow.noise.passes import arrays_of, compiled_products, parts_of
 from noetherflow.noise.squares import GramSums
 from noetherflow.noise.uses import Convolution, Outer, Product, Rows
 
@@ -109,12 +109,12 @@ def compiled_sum(x: Tensor, g: Tensor, total: Tensor) -> Callable[[slice, Tensor
         None if there is no compiled loop for these.
     """
     size, m = x.shape
-    kernel, apart = kernel_of(total.dtype, len(total), size, m), compiled().padding(m)
+    kernel, apart = kernel_of(total.dtype, len(total), size, m), compiled_products().padding(m)
     arrays = _alike(total, g, functional.pad(x, (0, apart)) if apart else x) if kernel else []
     if not arrays:
         return None
     _, left, right = arrays
-    sum_products = compiled().sum_products
+    sum_products = compiled_products().sum_products
 
     def form(part: slice, into: Tensor) -> None:
         slices = cut(len(into), parts_of(len(into), into.numel() * (1 + size // _PRODUCTS)))
@@ -145,7 +145,7 @@ def _outer_loop(
     if not arrays:
         return None
     product, left, right, outputs = arrays
-    outer_products = compiled().outer_products  # here: other threads are to import nothing
+    outer_products = compiled_products().outer_products  # here: other threads are to import nothing
     read, page, table = ids.numpy(), sums.page, np.array(heads, np.int64).reshape(-1, 4)
 
     def loop(some: slice, part: slice, share: _Share) -> None:
@@ -163,7 +163,7 @@ def _patch_loop(use: Convolution, sums: Sums, total: Tensor) -> _Loop | None:
     if not arrays:
         return None
     product, left, images = arrays
-    patch_products = compiled().patch_products
+    patch_products = compiled_products().patch_products
     lengths, steps = (use.inputs.shape[1:], use.outputs.shape[2:]), (use.kernel, use.stride, use.padding, use.dilation)
     length, spots, places, moves = _places_of(*map(tuple, (*lengths, *steps)))
     kernel = kernel_of(total.dtype, len(total), len(places), total.shape[1])
