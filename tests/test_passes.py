@@ -217,7 +217,7 @@ def test_what_batches_say_is_summed_up(count: int, monkeypatch: pytest.MonkeyPat
         ledger, held = ledger_of(index)
         sizes.append(3 + index % 5)
         noise.add(sizes[-1], ledger, sizes[-1] - 1)
-        assert len(noise._recent) < batches._TOGETHER
+        assert len(noise._sizes) < batches._TOGETHER
         plus, minus = (held[side] / (sizes[-1] - 1) for side in ("rows", "columns"))
         values.append(torch.stack([plus, minus, plus - minus]))
         if index == count // 2:

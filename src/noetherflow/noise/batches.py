@@ -60,7 +60,8 @@ class BatchNoise:
 
     def __init__(self, symmetries: Mapping[str, AxisSymmetry], params: Params) -> None:
         self._symmetries, self._params = symmetries, params
-        self._recent: list[tuple[int, Tensor]] = []
+        self._sizes: list[int] = []
+        self._recent: Tensor | None = None
         self._diagonals: tuple[Contents, Tensor | slice] | None = None
         self._number = self._seen = self.count = 0
         self._mean: dict[str, Tensor] = {}
@@ -85,8 +86,12 @@ class BatchNoise:
             found = self._values(Ledger(contents, numbers, scatter.entries))
             self._take([size], {name: one[None] / freedom for name, one in found.items()})
             return
-        self._recent.append((size, numbers / freedom))
-        if len(self._recent) >= min(_TOGETHER, _HELD // len(numbers)):
+        if self._recent is None:
+            # Once: what is kept of every step would take a little of the memory that large tensors come back to.
+            self._recent = numbers.new_empty(max(1, min(_TOGETHER, _HELD // len(numbers))), len(numbers))
+        torch.div(numbers, freedom, out=self._recent[len(self._sizes)])
+        self._sizes.append(size)
+        if len(self._sizes) == len(self._recent):
             self._settle()
 
     def spreads(self) -> dict[str, Spread]:
@@ -105,12 +110,12 @@ class BatchNoise:
         return found
 
     def _settle(self) -> None:
-        if not self._recent or self._diagonals is None:
+        if not self._sizes or self._recent is None or self._diagonals is None:
             return
-        sizes, numbers = zip(*self._recent, strict=True)
-        self._recent = []
+        sizes, self._sizes = self._sizes, []
         contents, _ = self._diagonals
-        self._take(list(sizes), vmap(lambda one: self._values(Ledger(contents, one, {})))(torch.stack(numbers)))
+        numbers = self._recent[: len(sizes)]
+        self._take(sizes, vmap(lambda one: self._values(Ledger(contents, one, {})))(numbers))
 
     def _values(self, diagonals: Ledger) -> dict[str, Tensor]:
         """Both sides of every charge and their difference, shape (3, ...): of matrices, the diagonals."""

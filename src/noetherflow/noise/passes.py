@@ -307,7 +307,7 @@ def arrays_of(*tensors: Tensor | None, into: Sums | None = None) -> list[Any]:
     for one in tensors:
         if one is not None and not (one.dtype in _LOOPED and one.is_cpu and one.is_contiguous()):
             return []
-    return [None if one is None else one.detach().numpy() for one in tensors]
+    return [None if one is None else (one.detach() if one.requires_grad else one).numpy() for one in tensors]
 
 
 @cache
