@@ -160,13 +160,7 @@ def test_they_are_those_of_tensors(
     truth = Sums.blank(page, like)
     whole = square_stack(stacked([use, *others], torch.Size(shape), like), truth)
     square(whole, truth, WHOLE)
-    pairs = [(found.numbers, truth.numbers), (found.entries, truth.entries), (total, whole)]
-    for one, other in pairs:
-        if one is not None and other is not None:
-            size = float(other.abs().max())
-            torch.testing.assert_close(one, other, rtol=bound, atol=bound * size)
-            with pytest.raises(AssertionError):
-                torch.testing.assert_close(one, 1.001 * other, rtol=bound, atol=bound * size)
+    require_same(found, truth, total, whole, bound)
 
 
 @linux
@@ -189,6 +183,11 @@ def test_sums_are_those_of_tensors(
     assert set(seen) == ({count} if native.kernel_of(dtype) and products_of is nullcontext else set())
     assert (total is None) == (not wanted and not asked.grams)
     square(whole, truth, WHOLE)
+    require_same(found, truth, total, whole, bound)
+
+
+def require_same(found: Sums, truth: Sums, total: Tensor | None, whole: Tensor, bound: float) -> None:
+    """What was added up, and the total if there is one, are the truth: and would not be if they were off."""
     for one, other in ((found.numbers, truth.numbers), (found.entries, truth.entries), (total, whole)):
         if one is not None and other is not None:
             size = float(other.abs().max())

@@ -15,8 +15,9 @@ _TYPES: dict[torch.dtype, tuple[str, Any]] = {
     torch.float32: ("s", ctypes.c_float),
     torch.float64: ("d", ctypes.c_double),
 }
-# Processors for which there are kernels, by PyTorch's name, and how many shapes may have one: each takes 20 kB or so.
+# Processors for which there are kernels, by PyTorch's name.
 _VECTORS = {"AVX2", "AVX512"}
+# How many shapes may have them: on every thread 20 kB or so for each part that a product is cut into.
 _MOST = 256
 _SHAPES: set[tuple[int, ...]] = set()
 

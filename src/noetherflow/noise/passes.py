@@ -134,7 +134,7 @@ def gram(x: Tensor) -> Tensor:
         return x @ x.mT
     n, m = x.shape[1:]
     found = x.new_empty(len(x), n, n)
-    rows = max(_FEW, n // 8)
+    rows = max(_FEW, n // 8)  # every part has a kernel of its own
     compiled_products().inner_products(product, kernel_of(x.dtype, n, m, n), *arrays, found.numpy(), rows)
     return found
 

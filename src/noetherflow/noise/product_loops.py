@@ -148,24 +148,29 @@ def read_rows(table: Any, first: int, ids: Any, outputs: Any) -> None:
 
 
 @compiled_loop
-def _turned_product(kernel: int, left: Any, right: Any, turned: Any, out: Any, more: bool) -> None:
-    """Write left^T right to out (k, m), or add it, for left (T, k) and the first m columns of right (T, ...).
+def _turned_product(kernel: int, left: Any, right: Any, turned: Any, spaced: Any, out: Any) -> None:
+    """Write left^T right to out (k, m), for left (T, k) and the first m columns of right (T, ...).
 
     Args:
         kernel: The address of a product.
         left: The left matrix.
         right: The right one.
         turned: Memory for some rows of the left one, turned.
+        spaced: Memory for as many of the right one, moved apart; of no row if they need not be.
         out: Where to.
-        more: Whether to add.
     """
     tokens, (k, m) = len(left), out.shape
-    wide, step = right.shape[1], turned.shape[1]
+    step, apart = turned.shape[1], len(spaced) > 0
+    wide = spaced.shape[1] if apart else right.shape[1]
     for first in range(0, tokens, step):
         count = min(step, tokens - first)
         turn(left[first : first + count], turned)
-        matrices = (turned.ctypes.data, right[first:].ctypes.data, out.ctypes.data)
-        _multiply_few(kernel, (k, m, count, step, wide, m, int(more or first > 0), *matrices, 0))
+        for t in range(count if apart else 0):
+            for j in range(m):
+                spaced[t, j] = right[first + t, j]
+        rows = spaced if apart else right[first:]
+        matrices = (turned.ctypes.data, rows.ctypes.data, out.ctypes.data)
+        _multiply_few(kernel, (k, m, count, step, wide, m, int(first > 0), *matrices, 0))
 
 
 @compiled_loop
@@ -175,13 +180,13 @@ def sum_products(kernel: int, left: Any, right: Any, first: int, out: Any) -> No
     Args:
         kernel: The address of a product.
         left: The left matrix.
-        right: The right one.
+        right: The right one, its rows apart where they have to be.
         first: The first of these columns.
         out: Where to.
     """
-    k = len(out)
-    turned = np.empty((k, _depth(len(left), out.shape[1])), out.dtype)
-    _turned_product(kernel, left[:, first : first + k], right, turned, out, False)
+    k, m = out.shape
+    turned, spaced = np.empty((k, _depth(len(left), m)), out.dtype), np.empty((0, m), out.dtype)
+    _turned_product(kernel, left[:, first : first + k], right, turned, spaced, out)
 
 
 @compiled_loop
@@ -216,16 +221,8 @@ def outer_products(
     turned = np.empty((k if kernel else 0, depth), strip.dtype)
     spaced = np.empty((depth if kernel and apart else 0, m + apart), strip.dtype)
     for b in range(len(left)):
-        some = left[b, :, first : first + k]
-        if kernel and apart:
-            for start in range(0, tokens, depth):
-                count = min(depth, tokens - start)
-                for t in range(count):
-                    for j in range(m):
-                        spaced[t, j] = right[b, start + t, j]
-                _turned_product(kernel, some[start : start + count], spaced, turned, strip, start > 0)
-        elif kernel:
-            _turned_product(kernel, some, right[b], turned, strip, False)
+        if kernel:
+            _turned_product(kernel, left[b, :, first : first + k], right[b], turned, spaced, strip)
         else:
             # BLAS takes columns for rows.
             mine = left[b].ctypes.data + first * left.itemsize
