@@ -69,6 +69,48 @@ def _kernel(typing: Any, address: Any, arguments: Any) -> Any:
 _multiply_few: Any = intrinsic(_kernel)
 
 
+def _square(typing: Any, matrix: Any, first: Any, start: Any, out: Any, places: Any) -> Any:
+    """Write the columns of a square of a matrix, from some row and column on, as `turn` does."""
+
+    # Transposed in registers: left to itself the compiler moves one number at a time.
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        (matrix, out, places), (row, column) = (
+            [context.make_array(signature.args[i])(context, builder, values[i]) for i in (0, 3, 4)], values[1:3]
+        )  # fmt: skip
+        number, kind = ir.IntType(64), context.get_data_type(signature.args[0].dtype)
+        size, line = context.get_abi_sizeof(kind), ir.VectorType(kind, _LINE)
+
+        def at(data: Any, offset: Any) -> Any:
+            return builder.inttoptr(builder.add(builder.ptrtoint(data, number), offset), line.as_pointer())
+
+        across = builder.extract_value(matrix.strides, 0)
+        lines = []
+        for i in range(_LINE):
+            offset = builder.mul(builder.add(row, number(i)), across)
+            place = at(matrix.data, builder.add(offset, builder.mul(column, number(size))))
+            lines.append(builder.load(place, align=size))
+        # Swap the two halves off the diagonal of the square, of its quarters, and so on.
+        half = _LINE // 2
+        while half:
+            upper = [j if not j & half else j - half + _LINE for j in range(_LINE)]
+            lower = [j + half if not j & half else j + _LINE for j in range(_LINE)]
+            masks = [ir.Constant(ir.VectorType(ir.IntType(32), _LINE), one) for one in (upper, lower)]
+            for i in range(_LINE):
+                if not i & half:
+                    pair = lines[i], lines[i + half]
+                    lines[i], lines[i + half] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+            half //= 2
+        for j in range(_LINE):
+            place = builder.load(builder.gep(places.data, [builder.add(column, number(j))]))
+            builder.store(lines[j], at(out.data, builder.mul(builder.add(place, row), number(size))), align=size)
+        return context.get_dummy_value()
+
+    return types.void(matrix, first, start, out, places), code
+
+
+_turn_square: Any = intrinsic(_square)
+
+
 @compiled_loop
 def padding(length: int) -> int:
     """How many numbers to leave free after every row of so many."""
@@ -121,19 +163,16 @@ def scan_stack(stack: Any, numbers: Any, rows: int, columns: int, entries: Any, 
 
 
 @compiled_loop
-def turn(matrix: Any, out: Any) -> None:
-    """Write the transpose of a matrix (n, m) to the first n columns of another, in squares that the cache holds."""
+def turn(matrix: Any, out: Any, places: Any) -> None:
+    """Write the columns of a matrix (n, m) to memory, each from its own place on."""
     n, m = matrix.shape
     whole, full = n - n % _LINE, m - m % _LINE
-    for first in range(0, whole, _LINE):
-        for start in range(0, full, _LINE):
-            source, target = matrix[first:, start:], out[start:, first:]
-            for j in range(_LINE):
-                for i in range(_LINE):
-                    target[j, i] = source[i, j]
-    for j in range(m):
-        for i in range(whole if j < full else 0, n):
-            out[j, i] = matrix[i, j]
+    for start in range(0, full, _LINE):
+        for first in range(0, whole, _LINE):
+            _turn_square(matrix, first, start, out, places)
+    for i in range(n):
+        for j in range(full if i < whole else 0, m):
+            out[places[j] + i] = matrix[i, j]
 
 
 @compiled_loop
@@ -148,7 +187,7 @@ def read_rows(table: Any, first: int, ids: Any, outputs: Any) -> None:
 
 
 @compiled_loop
-def _turned_product(kernel: int, left: Any, right: Any, turned: Any, spaced: Any, out: Any) -> None:
+def _turned_product(kernel: int, left: Any, right: Any, turned: Any, places: Any, spaced: Any, out: Any) -> None:
     """Write left^T right to out (k, m), for left (T, k) and the first m columns of right (T, ...).
 
     Args:
@@ -156,15 +195,16 @@ def _turned_product(kernel: int, left: Any, right: Any, turned: Any, spaced: Any
         left: The left matrix.
         right: The right one.
         turned: Memory for some rows of the left one, turned.
+        places: Where in it each column of these goes, shape (k,).
         spaced: Memory for as many of the right one, moved apart; of no row if they need not be.
         out: Where to.
     """
     tokens, (k, m) = len(left), out.shape
-    step, apart = turned.shape[1], len(spaced) > 0
+    step, apart = len(turned) // k, len(spaced) > 0
     wide = spaced.shape[1] if apart else right.shape[1]
     for first in range(0, tokens, step):
         count = min(step, tokens - first)
-        turn(left[first : first + count], turned)
+        turn(left[first : first + count], turned, places)
         for t in range(count if apart else 0):
             for j in range(m):
                 spaced[t, j] = right[first + t, j]
@@ -185,8 +225,9 @@ def sum_products(kernel: int, left: Any, right: Any, first: int, out: Any) -> No
         out: Where to.
     """
     k, m = out.shape
-    turned, spaced = np.empty((k, _depth(len(left), m)), out.dtype), np.empty((0, m), out.dtype)
-    _turned_product(kernel, left[:, first : first + k], right, turned, spaced, out)
+    depth, spaced = _depth(len(left), m), np.empty((0, m), out.dtype)
+    turned, places = np.empty(k * depth, out.dtype), depth * np.arange(k)
+    _turned_product(kernel, left[:, first : first + k], right, turned, places, spaced, out)
 
 
 @compiled_loop
@@ -218,11 +259,11 @@ def outer_products(
     one, zero = strip.dtype.type(1), strip.dtype.type(0)
     into = strip.ctypes.data
     depth, apart = _depth(tokens, m), padding(m)
-    turned = np.empty((k if kernel else 0, depth), strip.dtype)
+    turned, places = np.empty(k * depth if kernel else 0, strip.dtype), depth * np.arange(k)
     spaced = np.empty((depth if kernel and apart else 0, m + apart), strip.dtype)
     for b in range(len(left)):
         if kernel:
-            _turned_product(kernel, left[b, :, first : first + k], right[b], turned, spaced, strip)
+            _turned_product(kernel, left[b, :, first : first + k], right[b], turned, places, spaced, strip)
         else:
             # BLAS takes columns for rows.
             mine = left[b].ctypes.data + first * left.itemsize
@@ -269,16 +310,11 @@ def patch_products(
     patches, strip = np.empty((count, wide), total.dtype), np.empty_like(total)
     one, zero = total.dtype.type(1), total.dtype.type(0)
     for b in range(len(left)):
-        # Slices, so that the inner loops need not look whether an index is negative.
-        for first in range(0, len(spots), _LINE):
-            into = spots[first : first + _LINE]
-            for c in range(images.shape[1]):
-                source, target = images[b, c, first : first + _LINE], image[c:]
-                for s in range(len(into)):
-                    target[into[s]] = source[s]
+        turn(images[b], image, spots)
         for i in range(count):
             for j in range(len(moves)):
                 start = places[i] + moves[j]
+                # Slices, so that the inner loop need not look whether an index is negative.
                 source, target = image[start : start + run], patches[i, j * run : (j + 1) * run]
                 for k in range(run):
                     target[k] = source[k]
@@ -307,16 +343,16 @@ def inner_products(product: int, kernel: int, x: Any, out: Any, rows: int) -> No
     n, m = x.shape[1:]
     one, zero = x.dtype.type(1), x.dtype.type(0)
     depth, wide = _depth(m, n), n + padding(n)
-    turned = np.empty((depth if kernel else 0, wide), x.dtype)
+    turned, places = np.empty(depth * wide if kernel else 0, x.dtype), wide * np.arange(depth)
     for b in range(len(x)):
         for start in range(0, m if kernel else 0, depth):
             some = x[b, :, start : start + depth]
-            turn(some, turned)
+            turn(some, turned, places)
             for first in range(0, n, rows):
                 last = min(first + rows, n)
                 sizes = (last - first, last, some.shape[1], m, wide, n)
-                places = (some[first:].ctypes.data, turned.ctypes.data, out[b, first:].ctypes.data)
-                _multiply_few(kernel, (*sizes, int(start > 0), *places, 0))
+                starts = (some[first:].ctypes.data, turned.ctypes.data, out[b, first:].ctypes.data)
+                _multiply_few(kernel, (*sizes, int(start > 0), *starts, 0))
         for first in range(0, n, rows):
             last = min(first + rows, n)
             if not kernel:
