@@ -1,8 +1,7 @@
 """The squares of all parameters in one vector, so that what is done with them takes few operations however many."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, final
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from noetherflow._types import Params
-from noetherflow.noise.asked import ABSENT, Asked, Page, Squares
+from noetherflow.noise.asked import Asked, Page, Squares
 from noetherflow.symmetry import Axis
 
 # Rows of a blank ledger: sums over examples, and squares of the sum of all examples' gradients.
@@ -59,37 +58,11 @@ class Sums:
         """Of the sum of all gradients."""
         return Squares(self.page, self.numbers[WHOLE], None if self.entries is None else self.entries[WHOLE])
 
-    def flat(self, like: Tensor) -> "Sums":
-        """Others, zero, for a matrix that holds the parameter's entries in some order of columns."""
-        return Sums.blank(_flat_page(like.shape, self.page.asked), like if self.entries is None else self.entries)
-
-    def take(self, flat: "Sums", folded: Callable[[Tensor], Tensor]) -> None:
-        """Add the sums over examples of such others.
-
-        Args:
-            flat: The others.
-            folded: From some rows of the matrix to some of the parameter.
-        """
-        mine, theirs = self.numbers[EACH], flat.numbers[EACH]
-        # Up to there, both pages hold the same in the same order.
-        start, m = self.page.columns, flat.page.shape[1]
-        head = len(theirs) if start == ABSENT else start
-        mine[:head].add_(theirs[:head])
-        if start != ABSENT:
-            mine[start : start + m].add_(folded(theirs[None, start : start + m]).reshape(m))
-        if self.entries is not None and flat.entries is not None:
-            self.entries[EACH].add_(folded(flat.entries[EACH]))
-
     def add_grams(self, row: int, grams: Mapping[Axis, Tensor]) -> None:
         """Add Gram matrices to one of the two rows."""
         for axis, gram in grams.items():
             start = self.page.grams[axis]
             self.numbers[row, start : start + gram.numel()] += gram.reshape(-1)
-
-
-@lru_cache(256)
-def _flat_page(shape: torch.Size, asked: Asked) -> Page:
-    return Page.of(shape, replace(asked, grams=()))
 
 
 @final

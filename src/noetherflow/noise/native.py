@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+# What a thread does: best a compiled loop and all it is given, for what is Python waits for other threads.
+Task = Callable[[], object]
 # What a team of threads runs.
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 # BLAS' letter for a type, and the type in C.
@@ -91,7 +93,7 @@ def cut(length: int, parts: int) -> list[slice]:
     return [slice(first, last) for first, last in pairwise(ends)]
 
 
-def in_parallel(tasks: Sequence[Callable[[], object]]) -> None:
+def in_parallel(tasks: Sequence[Task]) -> None:
     """Run tasks on the threads of PyTorch: others would have to share processors with these, which wait by looping.
 
     Args:

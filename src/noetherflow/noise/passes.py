@@ -11,7 +11,7 @@ from torch import Tensor
 
 from noetherflow.noise.asked import ABSENT
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
-from noetherflow.noise.native import cut, in_parallel, kernel_of, product_of, team_size
+from noetherflow.noise.native import Task, cut, in_parallel, kernel_of, product_of, team_size
 
 # What the loops are compiled for.
 _LOOPED = (torch.float32, torch.float64, torch.int64)
@@ -58,9 +58,9 @@ def scanner(
         if parts_of(n, matrix.numel()) == 1:
             return lambda fresh: scan(array, numbers, rows, columns, entries, total, fresh)
 
-        def some(part: slice, numbers: Any, fresh: bool) -> None:
+        def some(part: slice, numbers: Any, fresh: bool) -> Task:
             mine = (None if one is None else one[part] for one in (entries, total))
-            scan(array[part], numbers, page.rows_from(first + part.start), columns, *mine, fresh)
+            return partial(scan, array[part], numbers, page.rows_from(first + part.start), columns, *mine, fresh)
 
         return lambda fresh: _shared(n, matrix.numel(), partial(some, fresh=fresh), numbers)
 
@@ -117,7 +117,7 @@ def scan_outer(x: Tensor, g: Tensor, sums: Sums) -> None:
         _shared(
             len(x),
             x.numel() + g.numel(),
-            lambda part, numbers: scan(*(one[part] for one in arrays), numbers, page.rows, page.columns),
+            lambda part, numbers: partial(scan, *(one[part] for one in arrays), numbers, page.rows, page.columns),
             sums.arrays[EACH],
         )
         return
@@ -202,7 +202,7 @@ def channel_sums(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     if not arrays:
         products, sums = (x * g).sum(1), g.sum(1)
     else:
-        _shared(len(x), x.numel(), lambda part, _: compiled().channels(*(one[part] for one in arrays)))
+        _shared(len(x), x.numel(), lambda part, _: partial(compiled().channels, *(one[part] for one in arrays)))
     return products.view(shape), sums.view(shape)
 
 
@@ -228,9 +228,9 @@ def group_norm_back(
     arrays = arrays_of(x.flatten(2), g.flatten(2), full, mean, scale, back.flatten(2), gains, biases)
     if arrays:
 
-        def some(part: slice, _: Any) -> None:
+        def some(part: slice, _: Any) -> Task:
             x, g, weight, *rest = arrays
-            compiled().group_norm_back(x[part], g[part], weight, *(one[part] for one in rest))
+            return partial(compiled().group_norm_back, x[part], g[part], weight, *(one[part] for one in rest))
 
         _shared(size, x.numel(), some)
         return back, gains, biases
@@ -259,7 +259,7 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tens
         return (g * ((x - mean) * scale)).sum(1), g.sum(1)
     gains, biases = (x.new_zeros(len(x), *x.shape[2:]) for _ in range(2))
     arrays += [one.view(len(x), -1).numpy() for one in (gains, biases)]
-    _shared(len(x), x.numel(), lambda part, _: compiled().normalised(*(one[part] for one in arrays)))
+    _shared(len(x), x.numel(), lambda part, _: partial(compiled().normalised, *(one[part] for one in arrays)))
     return gains, biases
 
 
@@ -276,18 +276,18 @@ def parts_of(length: int, load: int) -> int:
     return max(1, min(team_size(), length, load // _LOAD))
 
 
-def _shared(length: int, load: int, work: Callable[[slice, Any], object], numbers: Any = None) -> None:
+def _shared(length: int, load: int, work: Callable[[slice, Any], Task], numbers: Any = None) -> None:
     """Run a loop over so many indices, on several threads if there is enough to do.
 
     Args:
         length: Number of indices.
         load: Number of numbers that are read.
-        work: The loop over some indices, and where it adds up.
+        work: From some indices, and where to add up, to the loop over these.
         numbers: Where all of it is to be added; every thread but the first has zeros of its own.
     """
     slices = cut(length, parts_of(length, load))
     own = [numbers, *(None if numbers is None else np.zeros_like(numbers) for _ in slices[1:])]
-    in_parallel([partial(work, part, one) for part, one in zip(slices, own, strict=True)])
+    in_parallel([work(part, one) for part, one in zip(slices, own, strict=True)])
     if numbers is not None:
         numbers += sum(own[1:])
 

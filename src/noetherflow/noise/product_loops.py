@@ -285,7 +285,7 @@ def outer_products(
 
 @compiled_loop
 def patch_products(
-    product: int, kernel: int, left: Any, images: Any, spots: Any, places: Any, moves: Any, image: Any,
+    product: int, kernel: int, left: Any, images: Any, length: int, spots: Any, places: Any, moves: Any,
     numbers: Any, rows: int, columns: int, entries: Any, total: Any,
 ) -> None:  # fmt: skip
     """The same for products of matrices (B, n, P) and the patches of images, which are copied one after the other.
@@ -295,19 +295,21 @@ def patch_products(
         kernel: That of a faster one for such matrices, or 0.
         left: The left matrices.
         images: Shape (B, channels, S).
-        spots: Where in a padded image, whose channels come last, each of the S places begins.
-        places: Where in it each patch begins, shape (P,).
+        length: How long a padded image is, whose channels come last.
+        spots: Where in it each of the S places begins.
+        places: Where each patch begins, shape (P,).
         moves: How far from there each run of numbers of the patch is.
-        image: Memory for a padded image; zeros.
         numbers: Where to add squares, as in `scan`.
         rows: Where sums by row begin, or a negative number.
         columns: The same by column.
         entries: Squares of single entries, or None.
-        total: The sum of products (n, m); holds anything.
+        total: The sum of products (n, m), whose channels come first; holds anything.
     """
-    (n, m), count = total.shape, len(places)
+    (n, m), count, channels = total.shape, len(places), images.shape[1]
     run, depth, wide = m // len(moves), _depth(count, m), m + padding(m)
-    patches, strip = np.empty((count, wide), total.dtype), np.empty_like(total)
+    image, patches = np.zeros(length, total.dtype), np.empty((count, wide), total.dtype)
+    strip, whole, found = np.empty_like(total), np.empty_like(total), np.zeros_like(numbers)
+    squares: Any = None if entries is None else np.zeros_like(entries)
     one, zero = total.dtype.type(1), total.dtype.type(0)
     for b in range(len(left)):
         turn(images[b], image, spots)
@@ -326,7 +328,20 @@ def patch_products(
         else:
             matrices = (patches.ctypes.data, wide, left[b].ctypes.data, count, zero, strip.ctypes.data, m)
             _multiply(product, (_AS_IS, _AS_IS, m, n, count, one, *matrices))
-        scan(strip, numbers, rows, columns, entries, total, b == 0)
+        scan(strip, found, rows, columns, squares, whole, b == 0)
+    # Channels came last, as they do in memory where patches are copied: back to their place.
+    channel = m // channels * np.arange(channels)
+    if columns >= 0:
+        by_column = found[columns : columns + m].copy()
+        turn(by_column.reshape(-1, channels), found[columns:], channel)
+    for j in range(len(found)):
+        numbers[j] += found[j]
+    for i in range(n):
+        turn(whole[i].reshape(-1, channels), total[i], channel)
+        if entries is not None:
+            turn(squares[i].reshape(-1, channels), strip[i], channel)
+            for j in range(m):
+                entries[i, j] += strip[i, j]
 
 
 @compiled_loop

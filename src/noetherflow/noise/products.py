@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from noetherflow.noise.asked import Page
 from noetherflow.noise.ledger import EACH, Sums
-from noetherflow.noise.native import cut, in_parallel, kernel_of, product_of, team_size
+from noetherflow.noise.native import Task, cut, in_parallel, kernel_of, product_of, team_size
 from noetherflow.noise.passes import arrays_of, compiled_products, parts_of
 from noetherflow.noise.squares import GramSums
 from noetherflow.noise.uses import Convolution, Outer, Product, Rows
@@ -48,8 +48,8 @@ class _Share:
 
 # Form some rows of every example's gradient: add up their squares, and write the sum over examples.
 Strip = Callable[[slice, Tensor], None]
-# The same for some examples, and where to add up.
-_Loop = Callable[[slice, slice, _Share], None]
+# What forms some rows for some examples, and adds up somewhere.
+_Loop = Callable[[slice, slice, _Share], Task]
 # Multiplications that take as long as reading a number.
 _PRODUCTS = 32
 # Numbers that threads may hold together, beyond what one needs.
@@ -90,7 +90,7 @@ def compiled_strip(
         entries = None if sums.entries is None else sums.entries[EACH].view(n, m)[part]
         whole = _Share(sums.numbers[EACH], entries, total, memory)
         shares = [whole, *(whole.another() for _ in examples[1:])]
-        in_parallel([partial(loop, some, part, share) for some, share in zip(examples, shares, strict=True)])
+        in_parallel([loop(some, part, share) for some, share in zip(examples, shares, strict=True)])
         for other in shares[1:]:
             whole.take(other)
 
@@ -145,12 +145,13 @@ def _outer_loop(
     if not arrays:
         return None
     product, left, right, outputs = arrays
-    outer_products = compiled_products().outer_products  # here: other threads are to import nothing
+    outer_products = compiled_products().outer_products
     read, page, table = ids.numpy(), sums.page, np.array(heads, np.int64).reshape(-1, 4)
 
-    def loop(some: slice, part: slice, share: _Share) -> None:
+    def loop(some: slice, part: slice, share: _Share) -> Task:
         kernel = kernel_of(total.dtype, len(share.total), use.terms, total.shape[1])
-        outer_products(
+        return partial(
+            outer_products,
             product, kernel, left[some], right[some], part.start, read[some], outputs[some], table, share.grams.numpy(),
             *_given(share, page, part.start),
         )  # fmt: skip
@@ -168,10 +169,10 @@ def _patch_loop(use: Convolution, sums: Sums, total: Tensor) -> _Loop | None:
     length, spots, places, moves = _places_of(*map(tuple, (*lengths, *steps)))
     kernel = kernel_of(total.dtype, len(total), len(places), total.shape[1])
 
-    def loop(some: slice, part: slice, share: _Share) -> None:
-        image = total.new_zeros(length).numpy()
-        patch_products(
-            product, kernel, left[some], images[some], spots, places, moves, image,
+    def loop(some: slice, part: slice, share: _Share) -> Task:
+        return partial(
+            patch_products,
+            product, kernel, left[some], images[some], length, spots, places, moves,
             *_given(share, sums.page, part.start),
         )  # fmt: skip
 

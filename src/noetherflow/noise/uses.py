@@ -63,10 +63,6 @@ class Product(Use):
     def factors(self, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each example: some rows of the left one, and the right one."""
 
-    @abstractmethod
-    def folded(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """Some rows of such a matrix as a part of a parameter of that shape; a view."""
-
 
 @final
 @dataclass(eq=False)
@@ -111,10 +107,6 @@ class Outer(Product):
     def factors(self, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each example: output gradients and inputs."""
         return zip(self.outputs[:, :, part].mT.unbind(), self.inputs.unbind(), strict=True)
-
-    def folded(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """The matrix is the parameter."""
-        return matrix
 
 
 @final
@@ -187,7 +179,6 @@ class Convolution(Product):
     dilation: Sequence[int]
     groups: int
     kernel: Sequence[int]
-    _patches: list[Tensor] = field(default_factory=list, init=False)
 
     @property
     def size(self) -> int:
@@ -201,8 +192,8 @@ class Convolution(Product):
 
     @property
     def held(self) -> int:
-        """The patches of its image."""
-        return self.inputs.shape[1] * math.prod(self.kernel) * self.terms
+        """The patches of its image, and the sum of all gradients in another order."""
+        return self.inputs.shape[1] * math.prod(self.kernel) * (self.terms + self.outputs.shape[1])
 
     def add_to(self, part: Tensor, index: int) -> None:
         """Add the gradient of one example."""
@@ -213,39 +204,32 @@ class Convolution(Product):
         self._product(part, index, part)
 
     def factors(self, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each example: output gradients and patches, which are copied along channels, the longest run of memory."""
-        channels, places, kernel = self.inputs.shape[1], self.outputs.shape[2:], self.kernel
-        inputs = self._padded.movedim(1, -1).contiguous()
-        steps = inputs.stride()[1:-1]
-        moves = [distance * step for distance, step in zip(self.dilation, steps, strict=True)]
-        jumps = [distance * step for distance, step in zip(self.stride, steps, strict=True)]
-        shape, strides = (*places, *kernel, channels), (*jumps, *moves, 1)
-        copied = inputs.new_empty(shape)
-        for one, gradient in zip(inputs, self.outputs.flatten(2)[:, part], strict=True):
-            copied.copy_(one.as_strided(shape, strides, one.storage_offset()))
-            yield gradient, copied.view(places.numel(), -1)
-
-    def folded(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """Channels come last in the matrix, and second in the parameter."""
-        return matrix.view(len(matrix), *shape[2:], shape[1]).movedim(-1, 1)
+        """Of each example: output gradients and patches."""
+        for index, gradient in enumerate(self.outputs.flatten(2)[:, part]):
+            yield gradient, self._patches_of(index).mT
 
     @cached_property
     def _padded(self) -> Tensor:
         widths = [width for one in reversed(self.padding) for width in (one, one)]
         return functional.pad(self.inputs, widths) if any(widths) else self.inputs
 
-    def _product(self, part: Tensor, index: int, out: Tensor) -> Tensor:
-        one, gradient = self._padded[index], self.outputs[index]
-        kernel, places = part.shape[2:], gradient.shape[1:]
+    @cached_property
+    def _patches(self) -> Tensor:
+        """Memory for the patches of an image."""
+        return self.inputs.new_empty(self.inputs.shape[1], *self.kernel, *self.outputs.shape[2:])
+
+    def _patches_of(self, index: int) -> Tensor:
+        """Those of one image, shape (channels * kernel, places)."""
+        one, memory = self._padded[index], self._patches
         moves = [distance * step for distance, step in zip(self.dilation, one.stride()[1:], strict=True)]
         jumps = [distance * step for distance, step in zip(self.stride, one.stride()[1:], strict=True)]
-        patches = one.as_strided((len(one), *kernel, *places), (one.stride(0), *moves, *jumps), one.storage_offset())
-        if not self._patches:
-            self._patches.append(torch.empty_like(patches, memory_format=torch.contiguous_format))
-        copied = self._patches[0].copy_(patches).view(self.groups, -1, places.numel())
-        multiply(
-            gradient.reshape(self.groups, -1, places.numel()), copied.mT, out.view(self.groups, -1, copied.shape[1])
-        )
+        memory.copy_(one.as_strided(memory.shape, (one.stride(0), *moves, *jumps), one.storage_offset()))
+        return memory.view(-1, self.terms)
+
+    def _product(self, part: Tensor, index: int, out: Tensor) -> Tensor:
+        patches, gradient = self._patches_of(index), self.outputs[index]
+        left, right = (one.reshape(self.groups, -1, self.terms) for one in (gradient, patches))
+        multiply(left, right.mT, out.view(self.groups, -1, right.shape[1]))
         return out
 
 
