@@ -149,7 +149,7 @@ def test_they_are_those_of_tensors(
     use, shape, asked, others = CASES[name]
     use, others = narrowed(use, dtype), [narrowed(one, dtype) for one in others]
     like, page = draw(1).to(dtype), Page.of(torch.Size(shape), asked)
-    found = Sums.blank(page, like)
+    found = begun(page, like)
     monkeypatch.setattr(strips, "_strip_of_tensors", lambda *_: pytest.fail("no loop was found"))
     with threads(count), regions(products) as seen, products_of():
         total = in_strips(use, found, like, others, wanted=wanted)
@@ -157,7 +157,7 @@ def test_they_are_those_of_tensors(
     assert set(seen) == {min(count, use.size) if 2 * use.size > count else 1}
     assert (total is None) == (not wanted and isinstance(use, Outer) and not asked.grams)
     monkeypatch.setattr(passes, "arrays_of", lambda *_, **__: [])
-    truth = Sums.blank(page, like)
+    truth = begun(page, like)
     whole = square_stack(stacked([use, *others], torch.Size(shape), like), truth)
     square(whole, truth, WHOLE)
     require_same(found, truth, total, whole, bound)
@@ -177,13 +177,22 @@ def test_sums_are_those_of_tensors(
     monkeypatch.setattr(passes, "_LOAD", 1)
     x, g = draw(size, m).to(dtype), draw(size, n).to(dtype)
     page = Page.of(torch.Size((n, m)), asked)
-    found, truth, whole = Sums.blank(page, x), Sums.blank(page, x), g.mT @ x
+    found, truth, whole = begun(page, x), begun(page, x), g.mT @ x
     with threads(count), regions(products) as seen, products_of():
         total = sum_in_strips(x, g, found, wanted=wanted)
     assert set(seen) == ({count} if native.kernel_of(dtype) and products_of is nullcontext else set())
     assert (total is None) == (not wanted and not asked.grams)
     square(whole, truth, WHOLE)
     require_same(found, truth, total, whole, bound)
+
+
+def begun(page: Page, like: Tensor) -> Sums:
+    """Sums to which something was added before."""
+    sums = Sums.blank(page, like)
+    for one in (sums.numbers, sums.entries):
+        if one is not None:
+            one += 1.0
+    return sums
 
 
 def require_same(found: Sums, truth: Sums, total: Tensor | None, whole: Tensor, bound: float) -> None:
