@@ -320,9 +320,12 @@ def long_run(out: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     children = Path("/proc/self/task")
     if not children.is_dir():
         pytest.skip("children of a process are looked up in /proc, which is not here")
+    # What is ignored stays ignored in a new process, and shells do so for what they run in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         command("f1", "f2", "--jobs", 2, "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGINT, before)
     try:
         workers: list[int] = []
         until = time.monotonic() + 30
