@@ -216,10 +216,10 @@ def run_simulate(setting: Setting, replicas: int, steps: int, tape: Tape | None 
             return examples[0][index], examples[1][index]
 
     found = nf.simulate(
-        nf.SGD(LR, BATCH),
         setting.net(),
         squared_error,
         sample,
+        nf.SGD(LR, BATCH),
         steps=steps,
         start=setting.start(replicas),
         dtype=setting.dtype,

@@ -67,12 +67,12 @@ def step_matches_torch(case: Case, batch_size: int, weight_decay: float, *, repl
     sgd = nf.SGD(0.1, batch_size, weight_decay, replacement=replacement, dataset_size=None if replacement else count)
     noise = nf.estimate_noise(case.model, case.loss, [tuple(t[:count] for t in case.batch)], case.symmetries)
     measured = mean_move(case, sgd, count, replacement=replacement)
-    expected = nf.expected_step(case.symmetries, case.model, noise, sgd)
-    rates = nf.drift(case.symmetries, case.model, noise, sgd)
-    for name, symmetry in case.symmetries.items():
+    expected = nf.expected_step(noise, sgd, case.model)
+    rates = nf.drift(noise, sgd, case.model)
+    for name in case.symmetries:
         torch.testing.assert_close(measured[name], expected[name], rtol=1e-9, atol=1e-13)
         # What a step of finite size adds to lr * drift: the mean gradient's own charge, and weight decay twice over.
-        resolved = noise.require({name: symmetry})[name]
+        resolved = noise.symmetries[name]
         theta = case.params
         extra = sgd.lr**2 * (resolved.charge(noise.mean) + sgd.weight_decay**2 * resolved.charge(theta))
         torch.testing.assert_close(measured[name], sgd.lr * rates[name] + extra, rtol=1e-9, atol=1e-13)
@@ -85,10 +85,10 @@ def momentum_walk_matches_theory() -> None:
     net = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
     length = {"length": nf.ScalarSymmetry(plus=nf.Axis("weight", 0))}
     trajectory = nf.simulate(
-        slow,
         net,
         lambda model, z: model(z).squeeze(1),
         lambda count, generator: torch.randn(count, 3, generator=generator, dtype=torch.float64),
+        slow,
         steps=steps,
         start={"weight": torch.zeros(4096, 1, 3, dtype=torch.float64)},
         symmetries=length,
@@ -134,7 +134,7 @@ def potential_matches_definition(case: Case, weight_decay: float) -> None:
             weights = scale * torch.randn(len(basis), generator=generator, dtype=torch.float64)
             x[name] = sum(w * b for w, b in zip(weights, basis, strict=True))
         expected = potential_by_definition(case, x, 0.1, 5, weight_decay)
-        found = nf.potential(case.symmetries, case.model, noise, sgd, x)
+        found = nf.potential(noise, sgd, case.model, x)
         torch.testing.assert_close(found.item(), expected, rtol=1e-9, atol=0)
 
 
@@ -142,7 +142,7 @@ def equilibrium_matches_scipy(case: Case, weight_decay: float) -> None:
     """`solve_equilibrium` against brute-force minimisation of the potential by scipy."""
     lr, size = 0.1, 5
     noise = noise_of(case)
-    equilibrium = nf.solve_equilibrium(case.symmetries, case.model, noise, nf.SGD(lr, size, weight_decay))
+    equilibrium = nf.solve_equilibrium(noise, nf.SGD(lr, size, weight_decay), case.model)
     assert equilibrium.status is nf.Status.CONVERGED, equilibrium.message
     params = {name: p.detach() for name, p in case.model.named_parameters()}
     theta = oracles.flat(params)
@@ -177,11 +177,11 @@ def equilibrium_matches_scipy(case: Case, weight_decay: float) -> None:
 def no_drift_after_rebalance(case: Case, weight_decay: float) -> None:
     """Every drift, measured anew after the move, is gone; and no example's loss has changed."""
     sgd, noise = nf.SGD(0.1, 5, weight_decay), noise_of(case)
-    before = nf.drift(case.symmetries, case.model, noise, sgd)
+    before = nf.drift(noise, sgd, case.model)
     losses = case.loss(case.model, case.batch).detach()
-    equilibrium = nf.solve_equilibrium(case.symmetries, case.model, noise, sgd, throw=True)
-    nf.rebalance_(case.model, equilibrium)
-    after = nf.drift(case.symmetries, case.model, noise_of(case), sgd)
+    equilibrium = nf.solve_equilibrium(noise, sgd, case.model, throw=True)
+    nf.rebalance_(case.model, equilibrium, case.loss, case.batch)
+    after = nf.drift(noise_of(case), sgd, case.model)
     for name in case.symmetries:
         assert after[name].abs().max() <= 1e-9 * before[name].abs().max()
     torch.testing.assert_close(case.loss(case.model, case.batch).detach(), losses, rtol=1e-11, atol=1e-12)
@@ -190,7 +190,7 @@ def no_drift_after_rebalance(case: Case, weight_decay: float) -> None:
 def symmetry_holds(case: Case) -> None:
     """Every declared symmetry leaves only rounding."""
     for name, symmetry in case.symmetries.items():
-        residual = nf.verify_symmetry(symmetry, case.model, case.loss, case.batch)
+        residual = nf.verify_symmetry(case.model, case.loss, case.batch, symmetry)
         assert residual < 1e-11, (name, residual)
 
 

@@ -37,7 +37,7 @@ def test_a_parameter_that_is_not_finite_is_named() -> None:
     with refused(nf.NonFiniteError, "parameter '2.weight'", "1 non-finite"):
         measure(one)
     with refused(nf.NonFiniteError, "'2.weight'"):
-        nf.verify_symmetry(one.symmetries["hidden"], one.model, one.loss, one.batch)
+        nf.verify_symmetry(one.model, one.loss, one.batch, one.symmetries["hidden"])
 
 
 def test_a_gradient_that_is_not_finite_names_batch_and_tensor() -> None:
@@ -74,7 +74,7 @@ def test_a_wrong_name_is_listed_with_the_right_ones() -> None:
     wrong = {"hidden": nf.DiagonalSymmetry(nf.Axis("0.wieght", 0), nf.Axis("2.weight", 1))}
     for call in (
         lambda: measure(one, symmetries=wrong),
-        lambda: nf.verify_symmetry(wrong["hidden"], one.model, one.loss, one.batch),
+        lambda: nf.verify_symmetry(one.model, one.loss, one.batch, wrong["hidden"]),
     ):
         with refused(nf.ParameterNameError, "'0.wieght'", "0.weight", "2.weight"):
             call()
@@ -187,8 +187,8 @@ def test_verify_and_rebalance_want_one_loss_per_example_too() -> None:
         return squared_error(model, batch).mean()
 
     with refused(nf.LossError, "verify_symmetry", "shape (B,)"):
-        nf.verify_symmetry(one.symmetries["hidden"], one.model, mean, one.batch)
-    equilibrium = nf.solve_equilibrium(one.symmetries, one.model, measure(one), nf.SGD(0.1, 5))
+        nf.verify_symmetry(one.model, mean, one.batch, one.symmetries["hidden"])
+    equilibrium = nf.solve_equilibrium(measure(one), nf.SGD(0.1, 5), one.model)
     with refused(nf.LossError, "rebalance_", "shape (B,)"):
         nf.rebalance_(one.model, equilibrium, mean, one.batch)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import noetherflow as nf
-from noetherflow.cli import app
+from noetherflow._cli import app
 
 BUILD = """
 import torch
@@ -70,7 +70,7 @@ def test_analyze_prints_a_table_and_writes_json_picture_and_weights(file: Path, 
     before = loss(net, data[0]).detach()
     net.load_state_dict(moved)
     torch.testing.assert_close(loss(net, data[0]).detach(), before, rtol=1e-11, atol=1e-12)
-    rates = nf.drift(symmetries, net, nf.estimate_noise(net, loss, data, symmetries), sgd)
+    rates = nf.drift(nf.estimate_noise(net, loss, data, symmetries), sgd, net)
     assert rates["hidden"].abs().max() < 1e-12
 
 

@@ -25,7 +25,7 @@ def test_mean_move_of_one_step_without_replacement(name: str, batch_size: int, w
 def test_without_the_finite_population_factor_the_mean_move_is_wrong() -> None:
     one = case("diagonal")
     noise = nf.estimate_noise(one.model, one.loss, [tuple(t[:5] for t in one.batch)], one.symmetries)
-    ignorant = nf.expected_step(one.symmetries, one.model, noise, nf.SGD(0.1, 3))
+    ignorant = nf.expected_step(noise, nf.SGD(0.1, 3), one.model)
     measured = checks.mean_move(one, nf.SGD(0.1, 3), 5, replacement=False)
     gap = (ignorant["hidden"] - measured["hidden"]).abs().max()
     assert gap > 0.1 * measured["hidden"].abs().max()
@@ -35,9 +35,9 @@ def test_a_full_batch_without_replacement_leaves_only_the_finite_step_of_gradien
     one = case("diagonal")
     sgd = nf.SGD(0.1, 5, replacement=False, dataset_size=5)
     noise = nf.estimate_noise(one.model, one.loss, [tuple(t[:5] for t in one.batch)], one.symmetries)
-    step = nf.expected_step(one.symmetries, one.model, noise, sgd)["hidden"]
+    step = nf.expected_step(noise, sgd, one.model)["hidden"]
     torch.testing.assert_close(step, 0.01 * one.symmetries["hidden"].charge(noise.mean))
-    assert not nf.drift(one.symmetries, one.model, noise, sgd)["hidden"].any()
+    assert not nf.drift(noise, sgd, one.model)["hidden"].any()
 
 
 def test_the_settings_in_numbers() -> None:

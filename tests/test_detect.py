@@ -42,9 +42,9 @@ def test_each_is_a_symmetry_on_its_own(animal: Animal) -> None:
     model, loss, batch = animal.build()
     for name, symmetry in nf.find_symmetries(model, loss, batch).items():
         if animal.name not in CASTING:
-            wide = nf.verify_symmetry(symmetry, model, loss, in_double(batch), dtype=torch.float64)
+            wide = nf.verify_symmetry(model, loss, in_double(batch), symmetry, dtype=torch.float64)
             assert wide < 1e-12, (name, wide)
-        narrow = nf.verify_symmetry(symmetry, model, loss, batch, dtype=torch.float32)
+        narrow = nf.verify_symmetry(model, loss, batch, symmetry, dtype=torch.float32)
         assert narrow < 5e-6, (name, narrow)
 
 
@@ -71,8 +71,8 @@ def test_what_is_forgotten_breaks_it(build: Any, part: str, parameter: str) -> N
     plus, minus = ([axis for axis in axes if axis.name != parameter] for axes in (symmetry.plus, symmetry.minus))
     assert len(plus) + len(minus) < len(symmetry.plus) + len(symmetry.minus), name
     broken = type(symmetry)(plus, minus)
-    assert nf.verify_symmetry(symmetry, model, loss, batch) < 1e-12
-    assert nf.verify_symmetry(broken, model, loss, batch) > 1e-3
+    assert nf.verify_symmetry(model, loss, batch, symmetry) < 1e-12
+    assert nf.verify_symmetry(model, loss, batch, broken) > 1e-3
 
 
 def test_a_head_of_a_group_that_is_forgotten_breaks_it() -> None:
@@ -80,7 +80,7 @@ def test_a_head_of_a_group_that_is_forgotten_breaks_it() -> None:
     found = nf.find_symmetries(model, loss, batch)
     symmetry = next(one for name, one in found.items() if "V-O" in name)
     assert len(symmetry.minus) == 2
-    assert nf.verify_symmetry(type(symmetry)(symmetry.plus, symmetry.minus[:1]), model, loss, batch) > 1e-3
+    assert nf.verify_symmetry(model, loss, batch, type(symmetry)(symmetry.plus, symmetry.minus[:1])) > 1e-3
 
 
 def test_llama_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,10 +95,10 @@ def test_llama_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
         for one in model.parameters():
             one.mul_(10)  # far from the point where nothing matters
     for name, symmetry in nf.find_symmetries(model, loss, batch).items():
-        residual = nf.verify_symmetry(symmetry, model, loss, batch)
+        residual = nf.verify_symmetry(model, loss, batch, symmetry)
         assert residual < 1e-12, (name, residual)
         # The twin: with one side alone the loss does change, so that the check above is not vacuous.
-        assert nf.verify_symmetry(type(symmetry)(symmetry.plus), model, loss, batch) > 1e-3, name
+        assert nf.verify_symmetry(model, loss, batch, type(symmetry)(symmetry.plus)) > 1e-3, name
 
 
 def test_the_residual_stream_of_a_net_with_norms_first_scales_up_to_eps() -> None:
@@ -201,7 +201,7 @@ def test_a_model_that_cannot_be_exported_says_so_and_takes_declared_symmetries()
     with pytest.raises(nf.TraceError, match=r"cannot be written down.*by hand"):
         nf.find_symmetries(model, loss, batch)
     hidden = nf.DiagonalSymmetry([nf.Axis("inner.weight", 0), nf.Axis("inner.bias", 0)], [nf.Axis("outer.weight", 1)])
-    assert nf.verify_symmetry(hidden, model, loss, batch) < 1e-12
+    assert nf.verify_symmetry(model, loss, batch, hidden) < 1e-12
 
 
 def test_a_candidate_that_the_numbers_refute_is_reported_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def check(tree: Any, seed: int, *, training: bool) -> None:
         warnings.simplefilter("error")  # a candidate that is rejected is a rule that is wrong
         found = nf.find_symmetries(model, loss, batch)
     for name, symmetry in found.items():
-        residual = nf.verify_symmetry(symmetry, model, loss, batch, draws=1)
+        residual = nf.verify_symmetry(model, loss, batch, symmetry, draws=1)
         assert residual < 1e-9, (name, residual)
 
 

@@ -154,7 +154,7 @@ def test_charges_may_depend_on_each_other() -> None:
     found = nf.discover_generators(model, loss, batch)
     assert (len(found.symmetric), len(found.antisymmetric), found.charges) == (15, 10, 14)
     for symmetry in found.symmetries[:3]:
-        assert nf.verify_symmetry(symmetry, model, loss, batch) < 1e-9
+        assert nf.verify_symmetry(model, loss, batch, symmetry) < 1e-9
 
 
 def test_dead_directions_are_no_news() -> None:

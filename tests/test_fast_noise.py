@@ -349,7 +349,7 @@ def test_the_quick_way_is_taken_by_itself_and_over_batches_of_any_size() -> None
         assert 0.5 < ratio < 2
     short = nf.estimate_noise(model, classify, batches, symmetries, variances=False)
     with pytest.raises(nf.SettingsError, match="variances"):
-        nf.solve_equilibrium(symmetries, model, short, nf.SGD(0.1, 8))
+        nf.solve_equilibrium(short, nf.SGD(0.1, 8), model)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)

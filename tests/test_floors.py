@@ -9,18 +9,19 @@ SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = "noetherflow"
 # What lies directly in src/noetherflow, file or folder, from the ground up. docs/design.md says what each floor is for.
 FLOORS = [
-    {"_types", "_errors", "_sgd", "_spd", "_progress", "_batch", "_files", "_versions"},
+    {"_types", "_errors", "_optimizers", "_spd", "_progress", "_batch", "_files", "_versions"},
     {"_params", "_per_example"},
     {"symmetry"},
-    {"verify", "noise"},
+    {"_verify"},
     {"detect"},
-    {"discover"},
-    {"drift", "linear"},
+    {"noise", "discover"},
+    {"_drift", "linear"},
     {"equilibrium"},
-    {"rebalance", "simulate"},
+    {"_rebalance", "simulation"},
+    {"_analyze"},
     {"report"},
     {"paper"},
-    {"cli"},
+    {"_cli"},
     {"__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -78,21 +79,21 @@ def test_every_file_imports_only_from_below_or_from_its_own_folder() -> None:
 @pytest.mark.parametrize(
     ("module", "code"),
     [
-        ("drift", "from noetherflow.equilibrium import solve_equilibrium"),
-        ("symmetry.axis", "import noetherflow.cli"),
-        ("symmetry.axis", "import noetherflow.cli as cli"),
-        ("symmetry.axis", "from .. import drift"),
+        ("_drift", "from noetherflow.equilibrium import solve_equilibrium"),
+        ("symmetry.axis", "import noetherflow._cli"),
+        ("symmetry.axis", "import noetherflow._cli as cli"),
+        ("symmetry.axis", "from .. import _drift"),
         ("symmetry.axis", "from ..noise.moments import NoiseMoments"),
-        ("symmetry.axis", "def late():\n    from noetherflow.verify import verify_symmetry"),
+        ("symmetry.axis", "def late():\n    from noetherflow._verify import verify_symmetry"),
         ("_params", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from noetherflow import symmetry"),
-        ("cli", "import noetherflow as nf"),
-        ("cli", "from noetherflow import SGD"),
-        ("cli", "from . import SGD"),
-        ("verify", "from noetherflow.noise import estimate_noise"),
+        ("_cli", "import noetherflow as nf"),
+        ("_cli", "from noetherflow import SGD"),
+        ("_cli", "from . import SGD"),
+        ("_verify", "from noetherflow.noise import estimate_noise"),
         ("_types", "from noetherflow._errors import LossError"),
-        ("_spd", "from noetherflow._sgd import SGD"),
+        ("_spd", "from noetherflow._optimizers import SGD"),
         ("attic", "import torch"),
-        ("cli", "from noetherflow.attic import old"),
+        ("_cli", "from noetherflow.attic import old"),
     ],
 )
 def test_an_import_that_leads_up_is_found(module: str, code: str) -> None:
@@ -102,10 +103,10 @@ def test_an_import_that_leads_up_is_found(module: str, code: str) -> None:
 @pytest.mark.parametrize(
     ("module", "code"),
     [
-        ("_sgd", "from noetherflow._errors import SettingsError"),
+        ("_optimizers", "from noetherflow._errors import SettingsError"),
         ("symmetry.scalar", "from noetherflow.symmetry.axis import Axis"),
         ("symmetry.scalar", "from .axis import Axis\nfrom .._spd import expm\nfrom .. import _params"),
-        ("cli", "import torch\nfrom noetherflow import drift, report"),
+        ("_cli", "import torch\nfrom noetherflow import _drift, report"),
     ],
 )
 def test_an_import_that_leads_down_or_stays_in_its_folder_is_allowed(module: str, code: str) -> None:
@@ -114,4 +115,4 @@ def test_an_import_that_leads_down_or_stays_in_its_folder_is_allowed(module: str
 
 def test_a_relative_import_in_a_folder_init_starts_from_that_folder() -> None:
     assert not violations("from .axis import Axis", ("symmetry",), is_init=True)
-    assert violations("from ..drift import drift", ("symmetry",), is_init=True)
+    assert violations("from .._drift import drift", ("symmetry",), is_init=True)

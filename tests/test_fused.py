@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from noetherflow.simulate.fused import Fused
-from noetherflow.simulate.graph import Recording, condense
+from noetherflow.simulation.fused import Fused
+from noetherflow.simulation.graph import Recording, condense
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -114,7 +114,7 @@ def test_a_condensed_graph_with_other_numbers_is_not_used(monkeypatch: pytest.Mo
         return whole, lambda *tensors: tuple(1.001 * result for result in rest(*tensors))
 
     # By its name in sys.modules: as an attribute of the package, `simulate` is the function.
-    monkeypatch.setattr(sys.modules["noetherflow.simulate.fused"], "condense", wrong)
+    monkeypatch.setattr(sys.modules["noetherflow.simulation.fused"], "condense", wrong)
     fused = Fused(products)
     fused(*case(0))
     torch.testing.assert_close(fused.rest(*case(1)), products(*case(1))[1:])

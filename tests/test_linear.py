@@ -72,7 +72,7 @@ def test_the_closed_form_is_what_the_general_solver_finds() -> None:
         spreads={},
         symmetries=rotation,
     )
-    found = nf.solve_equilibrium(rotation, params, noise, nf.SGD(0.1, 4)).params
+    found = nf.solve_equilibrium(noise, nf.SGD(0.1, 4), params).params
     closed = two_layer_equilibrium(target, cov_x, cov_e, HIDDEN)
     torch.testing.assert_close(found["0.weight"].mT @ found["0.weight"], closed.w.mT @ closed.w)
     torch.testing.assert_close(found["1.weight"] @ found["1.weight"].mT, closed.u @ closed.u.mT)
@@ -90,7 +90,7 @@ def test_measured_noise_leads_to_the_same_place() -> None:
     noise = torch.randn(40_000, OUTPUTS, generator=generator, dtype=torch.float64) @ torch.linalg.cholesky(cov_e).mT
     rotation = {"hidden": nf.MatrixSymmetry(nf.Axis("0.weight", 0), nf.Axis("1.weight", 1))}
     moments = nf.estimate_noise(net, squared_error, [(x, x @ target.mT + noise)], rotation)
-    found = nf.solve_equilibrium(rotation, net, moments, nf.SGD(0.1, 4)).params["0.weight"]
+    found = nf.solve_equilibrium(moments, nf.SGD(0.1, 4), net).params["0.weight"]
     closed = two_layer_equilibrium(target, cov_x, cov_e, HIDDEN).w
     gap = torch.linalg.norm(found.mT @ found - closed.mT @ closed) / torch.linalg.norm(closed.mT @ closed)
     assert gap < 0.03
@@ -141,7 +141,7 @@ def test_relaxation_is_that_of_the_general_solver_and_of_one_unit() -> None:
     sgd = nf.SGD(0.1, 4, momentum=0.5)
     weights = two_layer_equilibrium(target, cov_x, cov_e, HIDDEN)
     params, noise = moments_of(weights, cov_x, cov_e)
-    general = nf.solve_equilibrium(noise.symmetries, params, noise, sgd).relaxation_steps["hidden"]
+    general = nf.solve_equilibrium(noise, sgd, params).relaxation_steps["hidden"]
     torch.testing.assert_close(two_layer_relaxation(weights, noise_factors(cov_x, cov_e), sgd), general)
     single = two_layer_equilibrium(target[:, :1] @ torch.ones(1, INPUTS).double(), cov_x, cov_e, 1)
     factors = noise_factors(cov_x, cov_e)

@@ -108,7 +108,7 @@ def test_steps_are_centred_by_themselves_and_pooled() -> None:
     assert_measured(meter.noise, parts)
     assert meter.noise.count == 42
     assert all(torch.isfinite(one.net).all() for one in meter.noise.standard_errors.values())
-    assert nf.solve_equilibrium(symmetries, model, meter.noise, nf.SGD(0.5, 16, 1e-3)).trace_after > 0
+    assert nf.solve_equilibrium(meter.noise, nf.SGD(0.5, 16, 1e-3), model).trace_after > 0
     meter.reset()
     with pytest.raises(nf.EmptyDataError, match="nothing was measured"):
         assert meter.noise
@@ -139,7 +139,7 @@ def test_equilibria_need_variances() -> None:
     with meter.step(batch):
         classify(model, batch).mean().backward()
     with pytest.raises(nf.SettingsError, match="variances=True"):
-        nf.solve_equilibrium(symmetries, model, meter.noise, nf.SGD(0.5, 16, 1e-3))
+        nf.solve_equilibrium(meter.noise, nf.SGD(0.5, 16, 1e-3), model)
 
 
 def test_nothing_is_left_behind_whatever_is_raised() -> None:

@@ -111,14 +111,31 @@ def test_moments_of_other_symmetries_are_not_merged() -> None:
         mine.merge(other)
 
 
-def test_noise_for_another_symmetry_of_the_same_name_is_refused() -> None:
+def test_selected_symmetries_are_those_that_were_measured_in_the_order_given() -> None:
+    one = case("scalar and diagonal on shared tensors")
+    noise = checks.noise_of(one)
+    part = noise.select("second", "ends")
+    assert list(part.symmetries) == list(part.grams) == list(part.standard_errors) == ["second", "ends"]
+    assert part.count == noise.count
+    torch.testing.assert_close(part.trace, noise.trace, rtol=0, atol=0)
+    sgd = nf.SGD(0.1, 5)
+    rates, all_rates = nf.drift(part, sgd, one.model), nf.drift(noise, sgd, one.model)
+    assert list(rates) == ["second", "ends"]
+    for name, rate in rates.items():
+        torch.testing.assert_close(rate, all_rates[name], rtol=0, atol=0)
+    with pytest.raises(nf.ParameterNameError, match=r"no noise was measured for \['first layer'\]"):
+        noise.select("first layer")
+
+
+def test_without_symmetries_the_finder_is_asked() -> None:
     one = case("diagonal")
-    axes = one.symmetries["hidden"]
-    swapped = {"hidden": nf.DiagonalSymmetry(plus=axes.minus, minus=axes.plus)}
-    with pytest.raises(nf.ParameterNameError, match="another symmetry"):
-        nf.drift(swapped, one.model, checks.noise_of(one), nf.SGD(0.1, 1))
-    with pytest.raises(nf.ParameterNameError, match="no noise was measured"):
-        nf.drift({"other": axes}, one.model, checks.noise_of(one), nf.SGD(0.1, 1))
+    found = nf.find_symmetries(one.model, one.loss, one.batch)
+    for loader in (one.loader(), iter(one.loader())):  # an iterator cannot be gone through again: no batch is lost
+        noise = nf.estimate_noise(one.model, one.loss, loader)
+        assert noise.symmetries == found
+        assert noise.count == 24
+        given = nf.estimate_noise(one.model, one.loss, one.loader(), found)
+        torch.testing.assert_close(noise.grams, given.grams, rtol=0, atol=0)
 
 
 def test_swapping_plus_and_minus_turns_the_sign_of_everything() -> None:
@@ -126,8 +143,8 @@ def test_swapping_plus_and_minus_turns_the_sign_of_everything() -> None:
     axes = one.symmetries["hidden"]
     swapped = {"hidden": nf.DiagonalSymmetry(plus=axes.minus, minus=axes.plus)}
     sgd = nf.SGD(0.1, 2, weight_decay=0.1)
-    there = nf.drift(swapped, one.model, checks.noise_of(one, swapped), sgd)["hidden"]
-    here = nf.drift(one.symmetries, one.model, checks.noise_of(one), sgd)["hidden"]
+    there = nf.drift(checks.noise_of(one, swapped), sgd, one.model)["hidden"]
+    here = nf.drift(checks.noise_of(one), sgd, one.model)["hidden"]
     torch.testing.assert_close(there, -here)
 
 
@@ -249,13 +266,6 @@ def test_a_loss_that_is_a_module_and_has_weights_of_its_own() -> None:
     one = case("diagonal")
     noise = nf.estimate_noise(one.model, Weighted(), one.loader(), one.symmetries)
     torch.testing.assert_close(noise.trace, 4 * checks.noise_of(one).trace)
-
-
-def test_the_witness_is_the_first_batch() -> None:
-    one = case("diagonal")
-    noise = checks.noise_of(one)
-    assert noise.witness.loss is one.loss
-    assert torch.equal(noise.witness.batch[0], one.loader()[0][0])
 
 
 def test_a_rescaling_named_by_an_alias_is_measured_once() -> None:

@@ -1,6 +1,7 @@
 """What `import noetherflow` promises: documented names, and nothing loaded that is not needed."""
 
 import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -69,7 +70,9 @@ def test_a_missing_docstring_or_example_is_found() -> None:
 
 def test_all_is_sorted_and_is_what_the_package_binds() -> None:
     bound = {
-        name for name, thing in vars(noetherflow).items() if not (name.startswith("_") or isinstance(thing, ModuleType))
+        name
+        for name, thing in vars(noetherflow).items()
+        if not name.startswith("_") and (name == "linear" or not isinstance(thing, ModuleType))
     }
     assert noetherflow.__all__ == sorted(set(noetherflow.__all__))
     assert {name for name in noetherflow.__all__ if not name.startswith("_")} == bound
@@ -78,6 +81,64 @@ def test_all_is_sorted_and_is_what_the_package_binds() -> None:
 def test_the_reference_lists_each_public_name_once() -> None:
     listed = re.findall(r"^::: noetherflow\.(?:\w+\.)*(\w+)$", REFERENCE.read_text("utf-8"), flags=re.MULTILINE)
     assert sorted(listed) == [name for name in noetherflow.__all__ if not name.startswith("_")]
+
+
+# Other programs call these. One order everywhere: model, loss, data, symmetries, settings, then options by keyword.
+CONTRACT = {
+    "estimate_noise": "model, loss, loader, symmetries=None",
+    "drift": "noise, sgd, params",
+    "expected_step": "noise, sgd, params",
+    "potential": "noise, sgd, params, coordinates=None",
+    "solve_equilibrium": "noise, sgd, params",
+    "rebalance_": "model, equilibrium, loss, batch",
+    "analyze": "model, loss, loader, sgd, symmetries=None",
+    "find_symmetries": "model, loss, batch",
+    "explain": "model, loss, batch",
+    "verify_symmetry": "model, loss, batch, symmetry",
+    "check_completeness": "model, loss, batch",
+    "discover_generators": "model, loss, batch",
+    "discover_rescalings": "model, loss, batch",
+    "discover_blocks": "model, loss, batch, axes",
+    "simulate": "model, loss, data, dynamics",
+    "NoiseMeter": "model, symmetries",
+    "MicrobatchMeter": "model, symmetries",
+}
+
+
+def signature(function: object) -> str:
+    """What may be given by position, with defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    positional = [one for one in parameters if one.kind is not one.KEYWORD_ONLY]
+    return ", ".join(one.name + ("" if one.default is one.empty else f"={one.default}") for one in positional)
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_arguments_stand_in_the_order_that_other_programs_rely_on(name: str) -> None:
+    assert signature(getattr(noetherflow, name)) == CONTRACT[name]
+
+
+def test_every_public_function_is_in_the_contract() -> None:
+    functions = {name for name in noetherflow.__all__ if inspect.isfunction(getattr(noetherflow, name))}
+    assert functions <= set(CONTRACT)
+    assert "optimizer" in inspect.signature(noetherflow.rebalance_).parameters
+
+
+def test_another_order_is_noticed() -> None:
+    def swapped(params: object, noise: object, sgd: object, *, throw: bool = False) -> None: ...
+
+    assert signature(swapped) == "params, noise, sgd" != CONTRACT["drift"]
+
+
+def modules() -> list[str]:
+    """Every file and folder directly in the package."""
+    return [module.name for module in pkgutil.iter_modules(noetherflow.__path__)]
+
+
+def test_no_public_function_shadows_a_module_and_files_are_private() -> None:
+    functions = {name for name in noetherflow.__all__ if callable(getattr(noetherflow, name))}
+    assert not functions & set(modules())
+    folders = {module.name for module in pkgutil.iter_modules(noetherflow.__path__) if module.ispkg}
+    assert {name for name in modules() if not name.startswith("_")} - folders == {"linear"}
 
 
 def test_importing_the_package_leaves_what_it_does_not_need_alone() -> None:

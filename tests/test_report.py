@@ -13,8 +13,8 @@ from rich.console import Console
 import checks
 import noetherflow as nf
 from cases import case, cases
+from noetherflow._analyze import rebalanced_copy
 from noetherflow.report import figure, table
-from noetherflow.report.analysis import rebalanced_copy
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits_mlp.py"
 
@@ -44,17 +44,17 @@ def test_the_digits_classifier_comes_to_rest(example: ModuleType) -> None:
     accuracy = (model(everything[0]).argmax(1) == everything[1]).double().mean()
     assert accuracy > 0.9  # it has learnt something
     noise = nf.estimate_noise(model, loss, loader, symmetries)
-    rates = nf.drift(symmetries, model, noise, sgd)
-    equilibrium = nf.solve_equilibrium(symmetries, model, noise, sgd)
+    rates = nf.drift(noise, sgd, model)
+    equilibrium = nf.solve_equilibrium(noise, sgd, model)
     assert equilibrium.status is nf.Status.CONVERGED
     assert equilibrium.iterations <= 15
     assert equilibrium.trace_after < equilibrium.trace_before
-    nf.rebalance_(model, equilibrium)
+    nf.rebalance_(model, equilibrium, loss, everything)
     after = loss(model, everything).detach()
     assert (after - before).abs().max() <= 1e-12
     anew = nf.estimate_noise(model, loss, loader, symmetries)
     torch.testing.assert_close(anew.trace.item(), equilibrium.trace_after, rtol=1e-9, atol=0)
-    for name, rate in nf.drift(symmetries, model, anew, sgd).items():
+    for name, rate in nf.drift(anew, sgd, model).items():
         assert torch.linalg.norm(rate) < 1e-9 * torch.linalg.norm(rates[name])
         assert (rate.abs() < 1e-9 * rates[name].abs().clamp_min(1e-3 * rates[name].abs().max())).all()
 
@@ -64,7 +64,7 @@ def test_reports_hold_what_the_verbs_give(one: object) -> None:
     sgd = nf.SGD(0.1, 5, 0.02)
     analysis = nf.analyze(one.model, one.loss, one.loader(), sgd, one.symmetries)
     noise = checks.noise_of(one)
-    rates = nf.drift(one.symmetries, one.model, noise, sgd)
+    rates = nf.drift(noise, sgd, one.model)
     for report in analysis.reports:
         symmetry = analysis.equilibrium.symmetries[report.name]
         total = symmetry.charge(one.params)
@@ -127,7 +127,7 @@ def test_a_rebalanced_copy_leaves_the_model_where_it_is() -> None:
     loader = [tuple(tensor.float() for tensor in batch) for batch in one.loader()]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     analysis = nf.analyze(model, one.loss, loader, nf.SGD(0.1, 5, 0.02), one.symmetries)
-    moved = rebalanced_copy(model, analysis)
+    moved = rebalanced_copy(model, analysis, one.loss, loader[0])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     for name, parameter in moved.named_parameters():
         assert parameter.dtype == torch.float32

@@ -47,7 +47,7 @@ def train(one: Case, sgd: nf.SGD, steps: int, factor: Any = lambda step: 1.0) ->
 def test_sgd_is_that_of_torch(one: Case) -> None:
     sgd = nf.SGD(0.002, 3, weight_decay=1.0)
     losses, model = train(one, sgd, 25)
-    trajectory = nf.simulate(sgd, one.model, one.loss, tape(one), steps=25, symmetries=one.symmetries)
+    trajectory = nf.simulate(one.model, one.loss, tape(one), sgd, steps=25, symmetries=one.symmetries)
     torch.testing.assert_close(
         trajectory.loss[:-1, 0], torch.tensor(losses, dtype=torch.float64), rtol=1e-9, atol=1e-12
     )
@@ -63,7 +63,7 @@ def test_momentum_and_schedules_are_those_of_torch(momentum: float) -> None:
     one, sgd = case("diagonal, coupled layers"), nf.SGD(0.05, 2, 0.05, momentum)
     warmup = [min(1.0, (step + 1) / 10) for step in range(20)]
     _, model = train(one, sgd, 20, lambda step: warmup[step])
-    trajectory = nf.simulate(sgd, one.model, one.loss, tape(one), steps=20, schedule=lambda step: warmup[step])
+    trajectory = nf.simulate(one.model, one.loss, tape(one), sgd, steps=20, schedule=lambda step: warmup[step])
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(trajectory.params[name][0], parameter.detach(), rtol=1e-9, atol=1e-12)
 
@@ -71,7 +71,7 @@ def test_momentum_and_schedules_are_those_of_torch(momentum: float) -> None:
 def test_gradient_descent_is_that_of_torch_on_the_whole_data_set() -> None:
     one = case("diagonal, coupled layers")
     _, model = train(one, nf.SGD(0.1, len(one.batch[0]), 0.02, 0.5), 30)
-    trajectory = nf.simulate(nf.GradientDescent(0.1, 0.02, 0.5), one.model, one.loss, one.batch, steps=30)
+    trajectory = nf.simulate(one.model, one.loss, one.batch, nf.GradientDescent(0.1, 0.02, 0.5), steps=30)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(trajectory.params[name][0], parameter.detach(), rtol=1e-9, atol=1e-12)
 
@@ -88,16 +88,16 @@ def test_gradient_flow_is_what_scipy_integrates() -> None:
 
     start = oracles.flat(one.params).numpy()
     exact = scipy.integrate.solve_ivp(slope, (0, 2), start, rtol=1e-11, atol=1e-12).y[:, -1]
-    found = nf.simulate(nf.GradientFlow(dt=0.01, weight_decay=decay), one.model, one.loss, one.batch, steps=200)
+    found = nf.simulate(one.model, one.loss, one.batch, nf.GradientFlow(dt=0.01, weight_decay=decay), steps=200)
     moved = oracles.flat({name: found.params[name][0] for name in one.params})
     torch.testing.assert_close(moved, torch.from_numpy(exact), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("one", cases(), ids=str)
 def test_gradient_flow_conserves_every_charge_and_descent_does_not(one: Case) -> None:
-    flow = nf.simulate(nf.GradientFlow(dt=2e-4), one.model, one.loss, one.batch, steps=100, symmetries=one.symmetries)
+    flow = nf.simulate(one.model, one.loss, one.batch, nf.GradientFlow(dt=2e-4), steps=100, symmetries=one.symmetries)
     descent = nf.simulate(
-        nf.GradientDescent(lr=2e-4), one.model, one.loss, one.batch, steps=100, symmetries=one.symmetries
+        one.model, one.loss, one.batch, nf.GradientDescent(lr=2e-4), steps=100, symmetries=one.symmetries
     )
     for name in one.symmetries:
         kept, moved = ((run.charges[name][-1] - run.charges[name][0]).abs().max() for run in (flow, descent))
@@ -110,7 +110,7 @@ def test_gradient_flow_conserves_every_charge_and_descent_does_not(one: Case) ->
 def test_langevin_steps_have_the_mean_and_covariance_of_the_diffusion() -> None:
     one = case("scalar, two sides")
     sgd, dt, replicas = nf.SGD(0.2, 3, 0.1), 0.05, 40_000
-    found = nf.simulate(nf.Langevin(sgd, dt=dt), one.model, one.loss, one.batch, steps=1, replicas=replicas, record=1)
+    found = nf.simulate(one.model, one.loss, one.batch, nf.Langevin(sgd, dt=dt), steps=1, replicas=replicas, record=1)
     moves = torch.cat([found.params[name].flatten(1) - one.params[name].reshape(1, -1) for name in one.params], 1)
     mean, sigma = oracles.covariance(one.model, one.loss, one.batch)
     expected = -dt * (mean + 0.1 * oracles.flat(one.params))
@@ -138,28 +138,28 @@ def test_the_noether_flow_ends_at_the_equilibrium(name: str, weight_decay: float
     """Two independent roads to the same point: integrating the drift, and solving for its zero."""
     one, sgd = case(name), nf.SGD(0.1, 5, weight_decay)
     noise = checks.noise_of(one)
-    equilibrium = nf.solve_equilibrium(one.symmetries, one.model, noise, sgd)
+    equilibrium = nf.solve_equilibrium(noise, sgd, one.model)
     slowest = max(times.max().item() for times in equilibrium.relaxation_steps.values())
     fastest = min(times.min().item() for times in equilibrium.relaxation_steps.values())
     dt = min(0.1 * slowest, fastest / 3)
     flow = nf.NoetherFlow(sgd, dt=dt * sgd.lr)
     steps = int(20 * slowest / dt)
-    found = nf.simulate(flow, one.model, one.loss, one.batch, steps=steps, symmetries=one.symmetries).params
+    found = nf.simulate(one.model, one.loss, one.batch, flow, steps=steps, symmetries=one.symmetries).params
     found = {key: stack[0] for key, stack in found.items()}
     expected = dict(equilibrium.params)
     if name == "matrix":
         # Reached up to a rotation of the hidden units, which this product does not see.
         found, expected = ({"W'W": v["0.weight"].mT @ v["0.weight"]} for v in (found, expected))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    flow = nf.simulate(flow, one.model, one.loss, one.batch, steps=3, symmetries=one.symmetries)
+    flow = nf.simulate(one.model, one.loss, one.batch, flow, steps=3, symmetries=one.symmetries)
     torch.testing.assert_close(flow.loss[-1], one.loss(one.model, one.batch).mean().detach().reshape(1))
 
 
 def test_the_noether_flow_starts_at_the_drift() -> None:
     one, sgd = case("diagonal, coupled layers"), nf.SGD(0.1, 5, 0.01)
-    rates = nf.drift(one.symmetries, one.model, checks.noise_of(one), sgd)
+    rates = nf.drift(checks.noise_of(one), sgd, one.model)
     dt = 1e-5
-    flow = nf.simulate(nf.NoetherFlow(sgd, dt=dt), one.model, one.loss, one.batch, steps=1, symmetries=one.symmetries)
+    flow = nf.simulate(one.model, one.loss, one.batch, nf.NoetherFlow(sgd, dt=dt), steps=1, symmetries=one.symmetries)
     for name, rate in rates.items():
         torch.testing.assert_close(
             (flow.charges[name][1, 0] - flow.charges[name][0, 0]) / dt, rate, rtol=1e-3, atol=1e-9
@@ -169,9 +169,9 @@ def test_the_noether_flow_starts_at_the_drift() -> None:
 def test_sgd_moves_the_mean_charge_as_predicted() -> None:
     """From one point, many replicas of a step on a finite data set: the mean is that of `expected_step`."""
     one, sgd = case("diagonal"), nf.SGD(0.1, 4, 0.05)
-    step = nf.expected_step(one.symmetries, one.model, checks.noise_of(one), sgd)["hidden"]
+    step = nf.expected_step(checks.noise_of(one), sgd, one.model)["hidden"]
     found = nf.simulate(
-        sgd, one.model, one.loss, one.batch, steps=1, replicas=20_000, symmetries=one.symmetries, record=1
+        one.model, one.loss, one.batch, sgd, steps=1, replicas=20_000, symmetries=one.symmetries, record=1
     ).charges["hidden"]
     moves = found[1] - found[0]
     error = moves.std(0) / len(moves) ** 0.5
@@ -189,13 +189,13 @@ def test_epochs_without_replacement_see_every_example_once() -> None:
 
     data = torch.arange(12)
     one_epoch = nf.simulate(
-        nf.SGD(1.0, 3, replacement=False, dataset_size=12), Counter(), loss, data, steps=4, replicas=5, record=1
+        Counter(), loss, data, nf.SGD(1.0, 3, replacement=False, dataset_size=12), steps=4, replicas=5, record=1
     )
     torch.testing.assert_close(one_epoch.params["seen"], torch.full((5, 12), 1 / 3).double())
-    independent = nf.simulate(nf.SGD(1.0, 3), Counter(), loss, data, steps=4, replicas=5)
+    independent = nf.simulate(Counter(), loss, data, nf.SGD(1.0, 3), steps=4, replicas=5)
     assert not torch.allclose(independent.params["seen"], torch.full((5, 12), 1 / 3).double())
     two = nf.simulate(
-        nf.SGD(1.0, 5, replacement=False, dataset_size=12), Counter(), loss, data, steps=2, replicas=3, record=1
+        Counter(), loss, data, nf.SGD(1.0, 5, replacement=False, dataset_size=12), steps=2, replicas=3, record=1
     )
     # Two batches of five, then the incomplete rest is dropped: ten examples, each once.
     assert (two.params["seen"] > 0).sum(1).tolist() == [10, 10, 10]
@@ -207,7 +207,7 @@ def test_replicas_draw_their_own_examples_from_one_seed() -> None:
     def run(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return nf.simulate(
-            nf.SGD(0.1, 2), one.model, one.loss, one.batch, steps=20, replicas=3, generator=generator
+            one.model, one.loss, one.batch, nf.SGD(0.1, 2), steps=20, replicas=3, generator=generator
         ).loss
 
     losses = run(0)
@@ -221,37 +221,37 @@ def test_one_replica_of_many_is_that_replica_alone() -> None:
     one = case("diagonal, coupled layers")
     generator = torch.Generator().manual_seed(5)
     start = {n: torch.randn(3, *t.shape, generator=generator, dtype=torch.float64) for n, t in one.params.items()}
-    together = nf.simulate(nf.GradientDescent(0.05), one.model, one.loss, one.batch, steps=20, start=start)
+    together = nf.simulate(one.model, one.loss, one.batch, nf.GradientDescent(0.05), steps=20, start=start)
     for k in range(3):
         own = {name: stack[k : k + 1] for name, stack in start.items()}
-        alone = nf.simulate(nf.GradientDescent(0.05), one.model, one.loss, one.batch, steps=20, start=own)
+        alone = nf.simulate(one.model, one.loss, one.batch, nf.GradientDescent(0.05), steps=20, start=own)
         torch.testing.assert_close(together.loss[:, k], alone.loss[:, 0])
 
 
 def test_a_replica_that_diverges_disturbs_no_other() -> None:
     one = case("matrix")
     start = {name: torch.stack([tensor, 1e3 * tensor]) for name, tensor in one.params.items()}
-    found = nf.simulate(nf.GradientDescent(0.02), one.model, one.loss, one.batch, steps=60, start=start)
+    found = nf.simulate(one.model, one.loss, one.batch, nf.GradientDescent(0.02), steps=60, start=start)
     assert found.diverged.tolist() == [False, True]
-    alone = nf.simulate(nf.GradientDescent(0.02), one.model, one.loss, one.batch, steps=60)
+    alone = nf.simulate(one.model, one.loss, one.batch, nf.GradientDescent(0.02), steps=60)
     torch.testing.assert_close(found.loss[:, 0], alone.loss[:, 0])
 
 
 def test_records_are_taken_when_asked() -> None:
     one = case("diagonal")
     run = {"model": one.model, "loss": one.loss, "data": one.batch, "symmetries": one.symmetries}
-    assert nf.simulate(nf.SGD(0.1, 2), steps=7, record=3, **run).steps.tolist() == [0, 3, 6, 7]
-    assert nf.simulate(nf.SGD(0.1, 2), steps=7, record=[2, 5], **run).steps.tolist() == [0, 2, 5, 7]
-    assert len(nf.simulate(nf.SGD(0.1, 2), steps=1000, **run).steps) == 201
+    assert nf.simulate(dynamics=nf.SGD(0.1, 2), steps=7, record=3, **run).steps.tolist() == [0, 3, 6, 7]
+    assert nf.simulate(dynamics=nf.SGD(0.1, 2), steps=7, record=[2, 5], **run).steps.tolist() == [0, 2, 5, 7]
+    assert len(nf.simulate(dynamics=nf.SGD(0.1, 2), steps=1000, **run).steps) == 201
 
 
 def test_observables_that_cannot_be_vectorised_are_evaluated_one_by_one() -> None:
     one = case("diagonal")
     found = nf.simulate(
-        nf.SGD(0.1, 2),
         one.model,
         one.loss,
         one.batch,
+        nf.SGD(0.1, 2),
         steps=3,
         replicas=4,
         observables={
@@ -266,11 +266,11 @@ def test_observables_that_cannot_be_vectorised_are_evaluated_one_by_one() -> Non
 def test_frozen_parameters_stay() -> None:
     one = case("diagonal")
     one.model[2].bias.requires_grad_(False)
-    found = nf.simulate(nf.SGD(0.1, 2), one.model, one.loss, one.batch, steps=5, replicas=2)
+    found = nf.simulate(one.model, one.loss, one.batch, nf.SGD(0.1, 2), steps=5, replicas=2)
     assert "2.bias" not in found.params
     start = {"2.bias": torch.zeros(2, 3).double()}
     with pytest.raises(nf.FrozenParameterError, match=r"2\.bias"):
-        nf.simulate(nf.SGD(0.1, 2), one.model, one.loss, one.batch, steps=5, start=start)
+        nf.simulate(one.model, one.loss, one.batch, nf.SGD(0.1, 2), steps=5, start=start)
 
 
 def test_a_model_with_a_branch_on_values_is_simulated_all_the_same() -> None:
@@ -281,7 +281,7 @@ def test_a_model_with_a_branch_on_values_is_simulated_all_the_same() -> None:
         values = squared_error(model, batch)
         return torch.where(values > 1, 2 * values - 1, values)
 
-    found = nf.simulate(nf.SGD(0.05, 2), one.model, loss, tape(one), steps=20)
+    found = nf.simulate(one.model, loss, tape(one), nf.SGD(0.05, 2), steps=20)
     changed = Case(one.name, one.model, loss, one.batch, one.symmetries)
     _, model = train(changed, nf.SGD(0.05, 2), 20)
     torch.testing.assert_close(found.params["0.weight"][0], model[0].weight.detach())
@@ -292,10 +292,10 @@ def test_dropout_is_drawn_anew_at_every_step_and_for_every_replica() -> None:
     net = nn.Sequential(nn.Dropout(0.5), nn.Linear(200, 1, bias=False)).double()
     nn.init.zeros_(net[1].weight)
     found = nf.simulate(
-        nf.SGD(1.0, 1),
         net,
         lambda model, x: model(x).squeeze(1),
         torch.ones(1, 200).double(),
+        nf.SGD(1.0, 1),
         steps=2,
         replicas=2,
         observables={"weight": lambda params: params["1.weight"][0]},
@@ -309,7 +309,7 @@ def test_dropout_is_drawn_anew_at_every_step_and_for_every_replica() -> None:
 
 def test_float32_is_float32() -> None:
     one = case("diagonal")
-    found = nf.simulate(nf.SGD(0.1, 2), one.model, one.loss, one.batch, steps=5, dtype=torch.float32)
+    found = nf.simulate(one.model, one.loss, one.batch, nf.SGD(0.1, 2), steps=5, dtype=torch.float32)
     assert found.loss.dtype == found.params["0.weight"].dtype == torch.float32
 
 
@@ -317,7 +317,7 @@ def test_the_model_is_left_alone() -> None:
     one = case("diagonal")
     before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
     state = torch.get_rng_state()
-    nf.simulate(nf.SGD(0.1, 2), one.model, one.loss, one.batch, steps=5)
+    nf.simulate(one.model, one.loss, one.batch, nf.SGD(0.1, 2), steps=5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in one.model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in one.model.parameters())
@@ -374,7 +374,7 @@ def test_a_flow_along_rotations_that_share_a_tensor_is_refused() -> None:
     rotations = {f"{k}": nf.MatrixSymmetry(nf.Axis(f"{k}.weight", 0), nf.Axis(f"{k + 1}.weight", 1)) for k in range(2)}
     x = torch.randn(20, 3).double()
     with pytest.raises(nf.SettingsError, match="do not commute"):
-        nf.simulate(nf.NoetherFlow(nf.SGD(0.1, 2)), net, squared_error, (x, x), steps=1, symmetries=rotations)
+        nf.simulate(net, squared_error, (x, x), nf.NoetherFlow(nf.SGD(0.1, 2)), steps=1, symmetries=rotations)
 
 
 def test_threads_are_as_many_as_before() -> None:
@@ -387,7 +387,7 @@ def test_threads_are_as_many_as_before() -> None:
 
     torch.set_num_threads(2)
     try:
-        nf.simulate(nf.SGD(0.1, 2), one.model, one.loss, one.batch, steps=2, observables={"sum": watched})
+        nf.simulate(one.model, one.loss, one.batch, nf.SGD(0.1, 2), steps=2, observables={"sum": watched})
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -15,10 +15,10 @@ def trajectory(*, replicas: int = 3, diverge: bool = False) -> nf.Trajectory:
     if diverge:
         start["0.weight"][1] *= 1e6
     return nf.simulate(
-        nf.SGD(0.02, 2),
         one.model,
         one.loss,
         one.batch,
+        nf.SGD(0.02, 2),
         steps=30,
         start=start,
         symmetries=one.symmetries,
@@ -54,7 +54,7 @@ def test_what_was_saved_comes_back(tmp_path: Path, suffix: str, replicas: int, d
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 def test_a_bare_trajectory_comes_back(tmp_path: Path, suffix: str) -> None:
     one = case("diagonal")
-    before = nf.simulate(nf.SGD(0.1, 2), one.model, one.loss, one.batch, steps=3)
+    before = nf.simulate(one.model, one.loss, one.batch, nf.SGD(0.1, 2), steps=3)
     before.save(str(tmp_path / f"run{suffix}"))
     assert_same(nf.Trajectory.load(str(tmp_path / f"run{suffix}")), before)
 

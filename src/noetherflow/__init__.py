@@ -1,5 +1,8 @@
 """noetherflow: parameter symmetry and gradient noise in deep learning."""
 
+from noetherflow import linear
+from noetherflow._analyze import Analysis, SymmetryReport, analyze
+from noetherflow._drift import drift, expected_step
 from noetherflow._errors import (
     CoupledExamplesError,
     EmptyDataError,
@@ -16,8 +19,10 @@ from noetherflow._errors import (
     TraceError,
     UserFileError,
 )
-from noetherflow._sgd import SGD
+from noetherflow._optimizers import SGD
+from noetherflow._rebalance import rebalance_
 from noetherflow._types import Batch, Loss, Params
+from noetherflow._verify import Residual, verify_symmetry
 from noetherflow.detect import AxisNote, Explanation, Finding, explain, find_symmetries
 from noetherflow.discover import (
     Blocks,
@@ -29,14 +34,10 @@ from noetherflow.discover import (
     discover_generators,
     discover_rescalings,
 )
-from noetherflow.drift import drift, expected_step
 from noetherflow.equilibrium import Equilibrium, Outcome, Status, potential, solve_equilibrium
 from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments, estimate_noise
-from noetherflow.rebalance import rebalance_
-from noetherflow.report import Analysis, SymmetryReport, analyze
-from noetherflow.simulate import GradientDescent, GradientFlow, Langevin, NoetherFlow, Trajectory, simulate
+from noetherflow.simulation import GradientDescent, GradientFlow, Langevin, NoetherFlow, Trajectory, simulate
 from noetherflow.symmetry import Axis, DenseSymmetry, DiagonalSymmetry, Grams, MatrixSymmetry, ScalarSymmetry, Symmetry
-from noetherflow.verify import Residual, verify_symmetry
 
 __all__ = [
     "Analysis",
@@ -95,6 +96,7 @@ __all__ = [
     "expected_step",
     "explain",
     "find_symmetries",
+    "linear",
     "potential",
     "rebalance_",
     "simulate",

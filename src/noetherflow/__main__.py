@@ -1,6 +1,6 @@
 """`python -m noetherflow` is the command line."""
 
-from noetherflow.cli import app
+from noetherflow._cli import app
 
 if __name__ == "__main__":
     app(prog_name="noetherflow")

@@ -1,12 +1,14 @@
 """Batches of any shape: taken apart into their tensors and put together again."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from noetherflow._errors import EmptyDataError
 from noetherflow._types import Batch
 
 
@@ -60,6 +62,25 @@ def cast(batch: Batch, dtype: torch.dtype | None, device: torch.device) -> Batch
 def select(batch: Batch, index: Tensor, size: int) -> Batch:
     """Some examples of a batch of a given size; a tensor without that leading dimension is shared by all examples."""
     return map_tensors(lambda t: t[index] if is_per_example(t, size) else t, batch)
+
+
+def peek(loader: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
+    """The first batch of a loader, and an iterable over all its batches.
+
+    A loader that can be gone through again is returned as it is; an iterator, which cannot, gets its first batch back.
+
+    Returns:
+        The first batch, and all batches.
+
+    Raises:
+        EmptyDataError: If the loader yields nothing.
+    """
+    batches = iter(loader)
+    for first in batches:
+        return first, itertools.chain([first], batches) if batches is loader else loader
+    raise EmptyDataError(
+        f"the loader yielded no batch: {loader!r}. Is the data set empty, or smaller than a batch with drop_last=True?"
+    )
 
 
 def is_per_example(tensor: Tensor, size: int) -> bool:

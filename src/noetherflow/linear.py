@@ -12,7 +12,7 @@ from torch import Tensor
 
 from noetherflow import _spd
 from noetherflow._errors import ParameterShapeError
-from noetherflow._sgd import SGD
+from noetherflow._optimizers import SGD
 from noetherflow.symmetry import Grams
 
 

@@ -7,9 +7,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from noetherflow._verify import Residual
 from noetherflow.symmetry import Axis, Symmetry
 from noetherflow.symmetry.axes import AxisSymmetry
-from noetherflow.verify import Residual
 
 
 @final

@@ -60,13 +60,18 @@ def find_symmetries(
     Source: Ziyin et al. (2024) for what an exponential symmetry is; the search is this package's own.
     """
     explanation = explain(model, loss, batch, approximate=approximate, dtype=dtype)
+    warn_of_rejected(explanation)
+    return explanation.symmetries
+
+
+def warn_of_rejected(explanation: Explanation) -> None:
+    """A warning for every candidate that the graph allows and the numbers do not."""
     for finding in explanation.rejected:
         warnings.warn(
             f"{finding.name}: the graph allows this symmetry, the numbers do not (residual {finding.residual:.1e}); "
             "it is left out",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return explanation.symmetries
 
 
 def explain(

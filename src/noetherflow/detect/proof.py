@@ -11,8 +11,8 @@ from noetherflow._errors import CoupledExamplesError
 from noetherflow._params import bind, require_finite, snapshot
 from noetherflow._per_example import own_randomness, require_losses, require_uncoupled
 from noetherflow._types import Batch, Loss
+from noetherflow._verify import Residual, cosine, random_coordinates, relative_change
 from noetherflow.symmetry import Symmetry
-from noetherflow.verify import Residual, cosine, random_coordinates, relative_change
 
 # What rounding leaves, with room, and what a mistake leaves: 1e-3 to 1.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}

@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from noetherflow._sgd import SGD
+from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.equilibrium.orbit import Orbit
 from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status

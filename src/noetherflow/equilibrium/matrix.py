@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from noetherflow import _spd
-from noetherflow._sgd import SGD
+from noetherflow._drift import forces
+from noetherflow._optimizers import SGD
 from noetherflow._types import Params
-from noetherflow.drift import forces
 from noetherflow.equilibrium.orbit import Orbit
 from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
 from noetherflow.symmetry import Grams, MatrixSymmetry

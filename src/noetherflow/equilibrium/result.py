@@ -7,7 +7,6 @@ from typing import NamedTuple, final
 
 from torch import Tensor
 
-from noetherflow.noise.moments import Witness
 from noetherflow.symmetry import Symmetry
 
 
@@ -75,7 +74,7 @@ class Equilibrium:
         params: All parameters at the equilibrium, float64, by name.
         coordinates: Per symmetry, the group element that leads there: x for the action e^{+-x}.
         outcomes: Per symmetry, how the search ended.
-        drift: Per symmetry, the drift that is left, in the units of `noetherflow.drift`.
+        drift: Per symmetry, the drift that is left, in the units of `drift`.
         relaxation_steps: Per symmetry, the number of SGD steps in which a small departure of one coordinate shrinks by
             e, the others held; infinite for directions that were left alone. For a matrix, its slowest direction.
         potential_before: The potential 2 gamma |theta|^2 + sigma^2 Tr Sigma where the model is.
@@ -84,7 +83,6 @@ class Equilibrium:
         trace_after: Tr Sigma at the equilibrium.
         iterations: Newton steps taken, the most over all sets of symmetries that share tensors.
         symmetries: The symmetries, under canonical parameter names.
-        witness: The loss and batch against which a move can be checked.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -94,7 +92,7 @@ class Equilibrium:
         >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(9)]
         >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
         >>> noise = nf.estimate_noise(net, loss, batches, symmetries)
-        >>> equilibrium = nf.solve_equilibrium(symmetries, net, noise, nf.SGD(lr=0.1, batch_size=8))
+        >>> equilibrium = nf.solve_equilibrium(noise, nf.SGD(lr=0.1, batch_size=8), net)
         >>> equilibrium.trace_after < equilibrium.trace_before
         True
     """
@@ -110,7 +108,6 @@ class Equilibrium:
     trace_after: float
     iterations: int
     symmetries: Mapping[str, Symmetry] = field(repr=False)
-    witness: Witness | None = field(default=None, repr=False, compare=False)
 
     @property
     def status(self) -> Status:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow._errors import EquilibriumError
+from noetherflow._optimizers import SGD
 from noetherflow._params import require_names, snapshot
-from noetherflow._sgd import SGD
 from noetherflow._types import Params
 from noetherflow.equilibrium.commuting import CommutingOrbit
 from noetherflow.equilibrium.dense import DenseOrbit
@@ -19,10 +19,9 @@ from noetherflow.symmetry import DenseSymmetry, DiagonalSymmetry, MatrixSymmetry
 
 
 def potential(
-    symmetries: Mapping[str, Symmetry],
-    params: nn.Module | Params,
     noise: NoiseMoments,
     sgd: SGD,
+    params: nn.Module | Params,
     coordinates: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     r"""The potential that the Noether flow descends, here or elsewhere on the orbit.
@@ -34,10 +33,9 @@ def potential(
     $\Sigma \to e^{-Q_x}\Sigma e^{-Q_x}$.
 
     Args:
-        symmetries: The symmetries that span the orbit, by name.
-        params: The parameters at which the noise was measured, or the model that holds them.
-        noise: From `estimate_noise`.
+        noise: From `estimate_noise`; the symmetries for which it was measured span the orbit.
         sgd: The settings of the optimizer.
+        params: The parameters at which the noise was measured, or the model that holds them.
         coordinates: Per symmetry the coordinates x of the point; absent ones are zero.
 
     Returns:
@@ -45,7 +43,7 @@ def potential(
 
     Raises:
         EquilibriumError: If symmetries share entries in a way that has no closed transport of the noise.
-        ParameterNameError: If the noise was not measured for a symmetry, or parameters are missing.
+        ParameterNameError: If parameters are missing.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -55,27 +53,19 @@ def potential(
         >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(9)]
         >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
         >>> noise, sgd = nf.estimate_noise(net, loss, batches, symmetries), nf.SGD(lr=0.1, batch_size=8)
-        >>> minimum = nf.solve_equilibrium(symmetries, net, noise, sgd).coordinates
-        >>> nf.potential(symmetries, net, noise, sgd, minimum) < nf.potential(symmetries, net, noise, sgd)
+        >>> minimum = nf.solve_equilibrium(noise, sgd, net).coordinates
+        >>> nf.potential(noise, sgd, net, minimum) < nf.potential(noise, sgd, net)
         tensor(True)
 
     Source: Ziyin et al. (2024), the proof that the equilibrium is unique; a Kempf-Ness function.
     """
-    theta, resolved = _prepare(symmetries, params, noise)
+    theta = _prepare(noise, params)
     x = {name: torch.as_tensor(value) for name, value in (coordinates or {}).items()}
-    require_names(resolved, x, "coordinates")
-    orbits = _orbits(resolved, theta, noise, sgd)
-    return _potential(resolved, theta, noise, sgd, orbits, x)[0]
+    require_names(noise.symmetries, x, "coordinates")
+    return _potential(theta, noise, sgd, _orbits(theta, noise, sgd), x)[0]
 
 
-def solve_equilibrium(
-    symmetries: Mapping[str, Symmetry],
-    params: nn.Module | Params,
-    noise: NoiseMoments,
-    sgd: SGD,
-    *,
-    throw: bool = False,
-) -> Equilibrium:
+def solve_equilibrium(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params, *, throw: bool = False) -> Equilibrium:
     r"""Find the point of the orbit at which every charge stands still.
 
     It is the unique minimum of `potential` up to rotations. A single symmetry has it in closed form:
@@ -84,10 +74,10 @@ def solve_equilibrium(
     jointly by damped Newton, to rounding.
 
     Args:
-        symmetries: The symmetries to bring to rest, by name.
-        params: The parameters at which the noise was measured, or the model that holds them.
-        noise: From `estimate_noise`.
+        noise: From `estimate_noise`; the symmetries for which it was measured are brought to rest
+            (`noise.select(...)` restricts them).
         sgd: The settings of the optimizer.
+        params: The parameters at which the noise was measured, or the model that holds them.
         throw: Raise unless every symmetry converged.
 
     Returns:
@@ -96,7 +86,7 @@ def solve_equilibrium(
     Raises:
         EquilibriumError: If `throw` is set and a symmetry did not converge; or if a matrix symmetry or a dense
             generator shares entries with another symmetry, for which there is no solver.
-        ParameterNameError: If the noise was not measured for a symmetry, or parameters are missing.
+        ParameterNameError: If parameters are missing.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -106,19 +96,19 @@ def solve_equilibrium(
         >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(9)]
         >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
         >>> noise = nf.estimate_noise(net, loss, batches, symmetries)
-        >>> nf.solve_equilibrium(symmetries, net, noise, nf.SGD(lr=0.1, batch_size=8)).coordinates["hidden"].shape
+        >>> nf.solve_equilibrium(noise, nf.SGD(lr=0.1, batch_size=8), net).coordinates["hidden"].shape
         torch.Size([3])
 
     Source: Ziyin et al. (2024), the noise equilibrium theorem; the joint solution is ours.
     """
-    theta, resolved = _prepare(symmetries, params, noise)
-    orbits = _orbits(resolved, theta, noise, sgd)
+    theta = _prepare(noise, params)
+    orbits = _orbits(theta, noise, sgd)
     minima = [orbit.minimise() for orbit in orbits]
-    merged = _merge(minima, list(resolved))
-    before, trace_before = _potential(resolved, theta, noise, sgd, orbits, {})
-    after, trace_after = _potential(resolved, theta, noise, sgd, orbits, merged.coordinates)
+    merged = _merge(minima, list(noise.symmetries))
+    before, trace_before = _potential(theta, noise, sgd, orbits, {})
+    after, trace_after = _potential(theta, noise, sgd, orbits, merged.coordinates)
     equilibrium = Equilibrium(
-        params=_move(resolved, theta, merged.coordinates),
+        params=_move(noise.symmetries, theta, merged.coordinates),
         coordinates=merged.coordinates,
         outcomes=merged.outcomes,
         drift=merged.drift,
@@ -128,29 +118,28 @@ def solve_equilibrium(
         trace_before=trace_before.item(),
         trace_after=trace_after.item(),
         iterations=merged.iterations,
-        symmetries=resolved,
-        witness=noise.witness,
+        symmetries=noise.symmetries,
     )
     if throw and equilibrium.status is not Status.CONVERGED:
         raise EquilibriumError(f"{equilibrium.status.value}:\n{equilibrium.message}")
     return equilibrium
 
 
-def _prepare(
-    symmetries: Mapping[str, Symmetry], params: nn.Module | Params, noise: NoiseMoments
-) -> tuple[dict[str, Tensor], dict[str, Symmetry]]:
-    if not symmetries:
-        raise EquilibriumError("there is no symmetry to bring to rest: symmetries is empty")
+def _prepare(noise: NoiseMoments, params: nn.Module | Params) -> dict[str, Tensor]:
+    """The parameters in float64, after a check that the noise has what an equilibrium needs of them."""
+    if not noise.symmetries:
+        raise EquilibriumError("there is no symmetry to bring to rest: the noise was measured for none")
+    noise.require_examples()
     theta = snapshot(params)
-    resolved = noise.require(symmetries)
-    for symmetry in resolved.values():
+    for symmetry in noise.symmetries.values():
         symmetry.check(theta)
     require_names(theta, noise.mean, "the noise")
-    noise.require_variances(resolved)
-    return theta, resolved
+    noise.require_variances()
+    return theta
 
 
-def _orbits(symmetries: Mapping[str, Symmetry], theta: Params, noise: NoiseMoments, sgd: SGD) -> list[Orbit]:
+def _orbits(theta: Params, noise: NoiseMoments, sgd: SGD) -> list[Orbit]:
+    symmetries = noise.symmetries
     groups, doubled = entangled(symmetries, theta)
     grams, variance = noise.grams, noise.variance
     orbits: list[Orbit] = []
@@ -175,15 +164,10 @@ def _orbits(symmetries: Mapping[str, Symmetry], theta: Params, noise: NoiseMomen
 
 
 def _potential(
-    symmetries: Mapping[str, Symmetry],
-    theta: Params,
-    noise: NoiseMoments,
-    sgd: SGD,
-    orbits: list[Orbit],
-    x: Mapping[str, Tensor],
+    theta: Params, noise: NoiseMoments, sgd: SGD, orbits: list[Orbit], x: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The potential and Tr Sigma at a point of the orbit."""
-    moved = _move(symmetries, theta, x)
+    moved = _move(noise.symmetries, theta, x)
     norm = torch.stack([moved[name].square().sum() for name in noise.mean]).sum()
     trace = noise.trace + sum(orbit.trace(x) - orbit.trace({}) for orbit in orbits)
     return 2 * sgd.gamma * norm + sgd.temperature * trace, trace

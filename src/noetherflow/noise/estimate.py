@@ -1,13 +1,12 @@
 """One pass over the data: per-example gradients in, noise moments out."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from noetherflow._batch import cast
+from noetherflow._batch import cast, peek
 from noetherflow._errors import EmptyDataError
 from noetherflow._per_example import (
     own_randomness,
@@ -18,9 +17,10 @@ from noetherflow._per_example import (
 )
 from noetherflow._progress import track
 from noetherflow._types import Batch, Loss
+from noetherflow.detect import find_symmetries
 from noetherflow.noise.exact import Subject, exact_moments
 from noetherflow.noise.fast import FastPass
-from noetherflow.noise.moments import NoiseMoments, Witness
+from noetherflow.noise.moments import NoiseMoments
 from noetherflow.symmetry import DenseSymmetry, Symmetry
 
 # Models of no more parameters are measured exactly unless something else is asked for: it costs nothing to speak of.
@@ -31,7 +31,7 @@ def estimate_noise(
     model: nn.Module,
     loss: Loss,
     loader: Iterable[Batch],
-    symmetries: Mapping[str, Symmetry],
+    symmetries: Mapping[str, Symmetry] | None = None,
     *,
     exact: bool | None = None,
     variances: bool = True,
@@ -53,7 +53,7 @@ def estimate_noise(
         loss: `loss(model, batch)` with one loss per example, shape (B,): what you train with, `reduction="none"`.
         loader: Batches, as a DataLoader gives them: tensors, or tensors in tuples, lists, mappings or dataclasses. A
             tensor whose leading dimension is not the batch size is shared by all examples.
-        symmetries: What to measure it for, by name.
+        symmetries: What to measure it for, by name; None finds them on the first batch, see `find_symmetries`.
         exact: Form the gradient of every example; None does so for models of at most 20,000 trained parameters.
         variances: Measure the variance of every entry of the parameters on which scalings and rescalings act, which
             `solve_equilibrium` needs.
@@ -73,6 +73,7 @@ def estimate_noise(
         LossError: If the loss does not return one differentiable number per example.
         NonFiniteError: If a parameter, loss or gradient is NaN or infinite, naming batch and tensor.
         EmptyDataError: If the loader yields nothing.
+        TraceError: If symmetries are to be found, and the computation cannot be written down as a graph.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -88,6 +89,9 @@ def estimate_noise(
         (2024).
     """
     require_uncoupled(model)
+    if symmetries is None:
+        first, loader = peek(loader)
+        symmetries = find_symmetries(model, loss, first)
     subject = Subject.of(model, loss, symmetries, dtype)
     if any(isinstance(one, DenseSymmetry) for one in subject.symmetries.values()):
         exact = True  # such a generator joins single entries of several tensors
@@ -95,15 +99,13 @@ def estimate_noise(
         exact = sum(one.numel() for one in subject.trained.values()) <= _FEW
     quick = None if exact else FastPass(subject, variances=variances, max_bytes=max_bytes)
     moments: NoiseMoments | None = None
-    witness: Witness | None = None
     random: bool | None = None
     with own_randomness(subject.device):
         for index, given in enumerate(track(loader, "gradient noise", total=_length(loader), shown=progress)):
             where, batch = f"batch {index}", cast(given, subject.dtype, subject.device)
-            if witness is None:
+            if random is None:
                 together = subject.losses_of(batch)
                 size = require_losses(together, where)
-                witness = Witness(loss, given)
                 require_differentiable(subject.losses, subject.trained, batch, subject.moved, where)
                 random = not torch.equal(together, subject.losses_of(batch))
                 if quick is not None:
@@ -122,7 +124,7 @@ def estimate_noise(
             f"the loader yielded no batch: {loader!r}. Is the data set empty, or smaller than a batch with "
             "drop_last=True?"
         )
-    return replace(moments, aliases=subject.aliases, witness=witness)
+    return moments
 
 
 def _length(loader: Any) -> int | None:

@@ -18,11 +18,11 @@ from noetherflow.symmetry import Symmetry
 _COPIES = 3
 
 
-def resolve(model: nn.Module, symmetries: Mapping[str, Symmetry]) -> tuple[dict[str, Symmetry], dict[str, str]]:
-    """Symmetries with canonical names, after a check that they fit the model, and the canonical name of every other.
+def resolve(model: nn.Module, symmetries: Mapping[str, Symmetry]) -> dict[str, Symmetry]:
+    """Symmetries under canonical parameter names, after a check that they fit the model.
 
     Returns:
-        Both.
+        Symmetries by name.
 
     Raises:
         TypeError: If there are no names.
@@ -46,7 +46,7 @@ def resolve(model: nn.Module, symmetries: Mapping[str, Symmetry]) -> tuple[dict[
                 f"symmetry {name!r} acts on {stuck}, which do not require gradients: SGD does not move them, and "
                 "moving their partners alone would change the function. Leave this symmetry out, or unfreeze them"
             )
-    return resolved, {name: target for name, target in canonical.items() if name != target}
+    return resolved
 
 
 @final
@@ -59,7 +59,6 @@ class Subject:
         after: The same, after something was done to the losses while these parameters are in place.
         trained: These, by canonical name.
         symmetries: With canonical names.
-        aliases: Canonical name by any other.
         dtype: The floating-point type asked for, or None.
     """
 
@@ -67,7 +66,6 @@ class Subject:
     after: Callable[[Callable[[Tensor], Tensor]], Losses]
     trained: dict[str, Tensor]
     symmetries: dict[str, Symmetry]
-    aliases: dict[str, str]
     dtype: torch.dtype | None
 
     @classmethod
@@ -76,7 +74,7 @@ class Subject:
     ) -> "Subject":
         """Check what was given, and take a copy of the parameters."""
         params = snapshot(model, dtype)
-        resolved, different = resolve(model, symmetries)
+        resolved = resolve(model, symmetries)
         require_finite(params, "parameter")
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         trained = {name: tensor for name, tensor in params.items() if name not in frozen}
@@ -86,7 +84,7 @@ class Subject:
             whole = bind(model, lambda model, batch: function(loss(model, batch)), dtype)
             return lambda p, batch: whole({**fixed, **p}, batch)
 
-        return cls(after(lambda losses: losses), after, trained, resolved, different, dtype)
+        return cls(after(lambda losses: losses), after, trained, resolved, dtype)
 
     @property
     def device(self) -> torch.device:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import final
 
 from torch import nn
@@ -62,7 +61,7 @@ class NoiseMeter:
     """
 
     def __init__(self, model: nn.Module, symmetries: Mapping[str, Symmetry], *, variances: bool = False) -> None:
-        resolved, self._aliases = resolve(model, symmetries)
+        resolved = resolve(model, symmetries)
         self._symmetries = along_axes(resolved)
         self._model, self._variances = model, variances
         self.skipped = 0
@@ -127,7 +126,7 @@ class NoiseMeter:
         Raises:
             EmptyDataError: If nothing was measured, or only batches of one example.
         """
-        return replace(self._pool.moments(), aliases=self._aliases)
+        return self._pool.moments()
 
     def _add(self, capture: Capture, size: int, weight: float) -> None:
         if size < 2:

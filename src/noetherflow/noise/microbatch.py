@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import final
@@ -93,7 +92,7 @@ class MicrobatchMeter:
         variances: bool = False,
         group: "dist.ProcessGroup | None" = None,
     ) -> None:
-        resolved, self._aliases = resolve(model, symmetries)
+        resolved = resolve(model, symmetries)
         along = along_axes(resolved)
         self._model, self._group = model, group
         self._params = {name: one for name, one in model.named_parameters() if one.requires_grad}
@@ -139,7 +138,7 @@ class MicrobatchMeter:
         Raises:
             EmptyDataError: If nothing was measured.
         """
-        return replace(self._pool.moments(), aliases=self._aliases)
+        return self._pool.moments()
 
 
 @final

@@ -8,16 +8,9 @@ import torch
 from torch import Tensor
 
 from noetherflow._errors import EmptyDataError, ParameterNameError, SettingsError
-from noetherflow._types import Batch, Loss, Params
+from noetherflow._types import Params
 from noetherflow.noise.asked import names_with_variances
 from noetherflow.symmetry import Grams, Symmetry
-
-
-class Witness(NamedTuple):
-    """A loss and some examples, kept so that a later move of the model can be checked against them."""
-
-    loss: Loss
-    batch: Batch
 
 
 class StandardErrors(NamedTuple):
@@ -66,8 +59,6 @@ class NoiseMoments:
         spreads: Per symmetry, sums of every example's contribution to plus, minus and their difference, for the
             standard errors.
         symmetries: The symmetries it was measured for, with parameters under their canonical names.
-        aliases: Canonical name by any name of a parameter, where they differ.
-        witness: The loss and the first batch seen.
         fallback: The parameters whose gradients had to be formed example by example although a quicker way was wanted,
             each with the reason.
 
@@ -92,8 +83,6 @@ class NoiseMoments:
     total_scatter: Tensor
     spreads: dict[str, Spread] = field(repr=False)
     symmetries: dict[str, Symmetry]
-    aliases: dict[str, str] = field(default_factory=dict, repr=False)
-    witness: Witness | None = field(default=None, repr=False, compare=False)
     fallback: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -164,7 +153,6 @@ class NoiseMoments:
             + other.total_scatter
             + weight * torch.stack([difference.square().sum() for difference in gap.values()]).sum(),
             spreads={name: spread.merge(other.spreads[name]) for name, spread in self.spreads.items()},
-            witness=self.witness or other.witness,
             fallback=self.fallback | other.fallback,
         )
 
@@ -192,50 +180,50 @@ class NoiseMoments:
         """
         return {name: spread.standard_errors(self.count) for name, spread in self.spreads.items()}
 
-    def require_variances(self, symmetries: Mapping[str, Symmetry]) -> None:
-        """Raise unless the variances that the equilibrium of some symmetries needs were measured.
-
-        Args:
-            symmetries: With canonical names.
+    def require_variances(self) -> None:
+        """Raise unless the variances that the equilibrium needs were measured.
 
         Raises:
-            SettingsError: If they were not.
+            SettingsError: If the variances of a parameter on which a scaling or rescaling acts are missing.
         """
-        missing = [name for name in names_with_variances(symmetries) if name not in self.square_scatter]
+        missing = [name for name in names_with_variances(self.symmetries) if name not in self.square_scatter]
         if missing:
             raise SettingsError(
                 f"the noise was measured without the variances of {missing}, which the equilibrium needs: "
                 "use estimate_noise, or NoiseMeter(..., variances=True)"
             )
 
-    def require(self, symmetries: Mapping[str, Symmetry]) -> dict[str, Symmetry]:
-        """The symmetries asked for, under canonical parameter names.
-
-        Args:
-            symmetries: By the names under which they were given to `estimate_noise`.
-
-        Returns:
-            The same, renamed.
+    def require_examples(self) -> None:
+        """Raise unless at least one example was measured.
 
         Raises:
-            ParameterNameError: If the noise was not measured for one, or for another one of that name.
-            EmptyDataError: If nothing was measured.
+            EmptyDataError: If the moments hold no examples.
         """
-        missing = [name for name in symmetries if name not in self.scatter]
-        if missing:
-            raise ParameterNameError(
-                f"no noise was measured for {missing}; estimate_noise was given {sorted(self.scatter)}"
-            )
         if self.count == 0:
-            raise EmptyDataError("the noise moments hold no examples")
-        resolved = {name: symmetry.rename(self.aliases) for name, symmetry in symmetries.items()}
-        for name, symmetry in resolved.items():
-            if symmetry != self.symmetries[name]:
-                raise ParameterNameError(
-                    f"the noise was measured for another symmetry named {name!r}: {self.symmetries[name]}, not "
-                    f"{symmetry}"
-                )
-        return resolved
+            raise EmptyDataError("the noise moments hold no examples: measure at least one batch")
+
+    def select(self, *names: str) -> "NoiseMoments":
+        """The moments restricted to some of the symmetries for which they were measured.
+
+        Args:
+            names: The symmetries to keep, by name.
+
+        Returns:
+            The moments of the same examples, with these symmetries alone, in the order given.
+
+        Raises:
+            ParameterNameError: If the noise was not measured for a symmetry of that name.
+        """
+        missing = [name for name in names if name not in self.symmetries]
+        if missing:
+            raise ParameterNameError(f"no noise was measured for {missing}, only for {sorted(self.symmetries)}")
+        kept: dict[str, Symmetry] = {name: self.symmetries[name] for name in names}
+        return replace(
+            self,
+            symmetries=kept,
+            scatter={name: self.scatter[name] for name in kept},
+            spreads={name: self.spreads[name] for name in kept},
+        )
 
 
 def _spread(charges: Grams) -> Spread:

@@ -18,11 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from noetherflow._sgd import SGD
+from noetherflow._optimizers import SGD
 from noetherflow.paper import style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.measure import standard_error
-from noetherflow.simulate import GradientFlow, Trajectory, simulate
+from noetherflow.simulation import GradientFlow, Trajectory, simulate
 from noetherflow.symmetry import Axis, ScalarSymmetry
 
 TITLE = "Scale invariance: gradient flow stays on its circle, SGD leaves it"
@@ -88,7 +88,7 @@ def run(config: Config) -> Outcome:
     common: dict[str, Any] = {"model": Direction(), "loss": _loss, "symmetries": LENGTH, "generator": generator}
     observe = {"theta": lambda params: params["theta"]}
     sgd = simulate(
-        settings,
+        dynamics=settings,
         data=_stream(config.mean, config.variances),
         steps=config.steps,
         start=_replicas(start, config.replicas),
@@ -99,7 +99,7 @@ def run(config: Config) -> Outcome:
     )
     flow_steps = 2_000
     flow = simulate(
-        GradientFlow(dt=config.flow_time / flow_steps),
+        dynamics=GradientFlow(dt=config.flow_time / flow_steps),
         data=_two_points(config.mean),
         steps=flow_steps,
         start=_replicas(start, 1),
@@ -109,7 +109,7 @@ def run(config: Config) -> Outcome:
     decaying = SGD(config.lr, config.batch_size, config.weight_decay)
     decayed = [
         simulate(
-            decaying,
+            dynamics=decaying,
             data=_stream(config.mean, config.variances),
             steps=config.steps,
             start=_replicas(_point(length, config.angle), config.replicas),
@@ -118,7 +118,7 @@ def run(config: Config) -> Outcome:
         for length in config.decay_starts
     ]
     kicked = simulate(
-        SGD(config.lr, config.kick_batch_size),
+        dynamics=SGD(config.lr, config.kick_batch_size),
         data=_stream(config.kick_mean, config.variances),
         steps=1,
         start=_replicas(_point(1.0, math.pi / 2), config.kicks),

@@ -18,14 +18,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from noetherflow._sgd import SGD
+from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.linear import TwoLayer, noise_factors, two_layer_equilibrium, two_layer_noise
 from noetherflow.noise import NoiseMoments
 from noetherflow.paper import style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.measure import slope, standard_error
-from noetherflow.simulate import GradientDescent, NoetherFlow, Trajectory, simulate
+from noetherflow.simulation import GradientDescent, NoetherFlow, Trajectory, simulate
 from noetherflow.symmetry import Axis, MatrixSymmetry
 
 TITLE = "Matrix factorisation: exponential convergence to the noise equilibrium from anywhere"
@@ -136,12 +136,12 @@ def run(config: Config) -> Outcome:
     common: dict[str, Any] = {"model": _network(config), "loss": _loss, "symmetries": ROTATION, "generator": generator}
     online: dict[str, Any] = {"data": problem.sample, "observables": observables}
     full: dict[str, Any] = {"data": problem.population(), "observables": observables}
-    fit = simulate(sgd, steps=config.fit_steps, start=start, **online, **common)
-    rest = simulate(sgd, steps=config.steps - config.fit_steps, start=fit.params, **online, **common)
+    fit = simulate(dynamics=sgd, steps=config.fit_steps, start=start, **online, **common)
+    rest = simulate(dynamics=sgd, steps=config.steps - config.fit_steps, start=fit.params, **online, **common)
     descent = GradientDescent(config.lr)
-    cooled = simulate(descent, steps=config.cool_steps, start=rest.params, **full, **common)
-    gd = simulate(descent, steps=config.steps // 4, start=start, **full, **common)
-    fitted = simulate(descent, steps=config.cool_steps, start=fit.params, **full, **common)
+    cooled = simulate(dynamics=descent, steps=config.cool_steps, start=rest.params, **full, **common)
+    gd = simulate(dynamics=descent, steps=config.steps // 4, start=start, **full, **common)
+    fitted = simulate(dynamics=descent, steps=config.cool_steps, start=fit.params, **full, **common)
     flows = [
         _flow(
             config,
@@ -286,10 +286,10 @@ def _flow(
     start = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
     dynamics = NoetherFlow(sgd, dt=_FLOW_STEP * config.lr, noise=noise)
     return simulate(
-        dynamics,
         _network(config),
         _loss,
         problem.population(),
+        dynamics,
         steps=steps,
         start=start,
         symmetries=ROTATION,

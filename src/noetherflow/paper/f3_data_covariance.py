@@ -17,13 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from noetherflow._sgd import SGD
+from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.linear import TwoLayer, noise_factors, two_layer_sharpness
 from noetherflow.paper import linear_pair, style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.linear_pair import LinearPair, World
-from noetherflow.simulate import GradientDescent, simulate
+from noetherflow.simulation import GradientDescent, simulate
 
 TITLE = "Data covariance: when SGD balances norms, when it sharpens, when it flattens"
 
@@ -87,7 +87,7 @@ def run(config: Config) -> Outcome:
     common: dict[str, Any] = {"model": model, "loss": linear_pair.loss, "observables": observables}
     full = {"data": linear_pair.population(config.width, config.width)} | common
     sgd = simulate(
-        SGD(1.0, config.batch_size),
+        dynamics=SGD(1.0, config.batch_size),
         data=linear_pair.standard_normal(config.width, config.width),
         steps=config.steps,
         start=noisy,
@@ -98,10 +98,10 @@ def run(config: Config) -> Outcome:
     # Cooling conserves the charge, so it must not decay.
     hot = sgd.params | {"gamma": torch.zeros_like(sgd.params["gamma"])}
     cooled = simulate(
-        GradientDescent(1.0), steps=config.cool_steps, start=hot, record=config.cool_steps, **full
+        dynamics=GradientDescent(1.0), steps=config.cool_steps, start=hot, record=config.cool_steps, **full
     ).observables
     gd = simulate(
-        GradientDescent(1.0), steps=config.descent_steps, start=quiet, record=config.descent_steps, **full
+        dynamics=GradientDescent(1.0), steps=config.descent_steps, start=quiet, record=config.descent_steps, **full
     ).observables
 
     def ends(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from noetherflow._sgd import SGD
+from noetherflow._optimizers import SGD
 from noetherflow.linear import TwoLayer, two_layer_equilibrium, two_layer_sharpness
 from noetherflow.paper import linear_pair, style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.linear_pair import LinearPair, World
 from noetherflow.paper.measure import standard_error
-from noetherflow.simulate import GradientDescent, Trajectory, simulate
+from noetherflow.simulation import GradientDescent, Trajectory, simulate
 
 TITLE = "Rank-1 factorisation: warmup reaches the flat equilibrium that makes a large step usable"
 
@@ -91,7 +91,7 @@ def run(config: Config) -> Outcome:
     def noisy(start: dict[str, Tensor], schedule: Callable[[int], float] | None, steps: int) -> Trajectory:
         data = linear_pair.standard_normal(config.inputs, config.outputs)
         return simulate(
-            SGD(config.lr, config.batch_size),
+            dynamics=SGD(config.lr, config.batch_size),
             data=data,
             steps=steps,
             start=start,
@@ -100,7 +100,7 @@ def run(config: Config) -> Outcome:
             **common,
         )
 
-    quiet = simulate(GradientDescent(config.warmup_lr), steps=config.warmup_steps, start=kaiming, **full)
+    quiet = simulate(dynamics=GradientDescent(config.warmup_lr), steps=config.warmup_steps, start=kaiming, **full)
     after = config.steps - config.warmup_steps
     return Outcome(
         kaiming=noisy(kaiming, None, config.steps // 10),

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from noetherflow._sgd import SGD
+from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.paper import style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.measure import r_squared, standard_error
-from noetherflow.simulate import GradientDescent, Trajectory, simulate
+from noetherflow.simulation import GradientDescent, Trajectory, simulate
 from noetherflow.symmetry import Axis, ScalarSymmetry
 
 TITLE = "Scaling symmetry: norms that only noise can change, for a whole net or layer by layer"
@@ -176,10 +176,10 @@ def _train(config: Config, net: Net, data: tuple[Tensor, Tensor], start: Params,
         # What is summed over all steps is recorded at every step while it changes fast.
         early = min(steps, 400)
         return simulate(
-            dynamics,
             net,
             _loss,
             data,
+            dynamics,
             steps=steps,
             start=start,
             symmetries=NORMS,

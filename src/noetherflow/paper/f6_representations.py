@@ -15,12 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from noetherflow._sgd import SGD
+from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.paper import linear_pair, style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.measure import geometric, standard_error
-from noetherflow.simulate import GradientDescent, simulate
+from noetherflow.simulation import GradientDescent, simulate
 
 TITLE = "Representations align: the noise, not the norms, of two layers becomes the same"
 WORLDS = ("isotropic", "anisotropic")
@@ -192,10 +192,10 @@ def alignment(a: Tensor, b: Tensor) -> Tensor:
 def _by_sgd(config: Config, start: Params, lr: float, generator: torch.Generator) -> Ends:
     dynamics, data = SGD(lr, config.batch_size), linear_pair.standard_normal(config.inputs, config.outputs)
     found = simulate(
-        dynamics,
         Student(config),
         linear_pair.loss,
         data,
+        dynamics,
         steps=config.steps,
         start=start,
         generator=generator,
@@ -217,10 +217,10 @@ def _by_descent(config: Config, start: Params, weight_decay: float, generator: t
         return values + weight_decay / 2 * (w.square().sum() + u.square().sum())
 
     found = simulate(
-        GradientDescent(config.descent_lr),
         Student(config),
         loss,
         (inputs, silent),
+        GradientDescent(config.descent_lr),
         steps=config.descent_steps,
         start=start,
         record=config.descent_steps,

@@ -14,13 +14,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from noetherflow._sgd import SGD
+from noetherflow._optimizers import SGD
 from noetherflow.linear import TwoLayer, noise_factors, two_layer_equilibrium, two_layer_relaxation
 from noetherflow.paper import linear_pair, style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.linear_pair import LinearPair
 from noetherflow.paper.measure import slope
-from noetherflow.simulate import simulate
+from noetherflow.simulation import simulate
 
 TITLE = "Convergence speed: learning rate, dimension, batch size, label noise, momentum"
 
@@ -170,10 +170,10 @@ def _measure(config: Config, setting: Setting, generator: torch.Generator) -> Me
     half = config.replicas // 2
     sides = [_displaced(rest, config.displacement)] * half + [_displaced(rest, -config.displacement)] * half
     trajectory = simulate(
-        setting.sgd,
         LinearPair(setting.inputs, 1, config.outputs),
         linear_pair.loss,
         linear_pair.standard_normal(setting.inputs, config.outputs),
+        setting.sgd,
         steps=int(config.times / predicted),
         start=linear_pair.replicated([(world, weights) for weights in sides]),
         symmetries=linear_pair.ROTATION,

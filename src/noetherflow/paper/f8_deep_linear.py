@@ -15,13 +15,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from noetherflow._sgd import SGD
+from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.linear import deep_equilibrium, deep_noise
 from noetherflow.paper import style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.measure import geometric, standard_error
-from noetherflow.simulate import GradientDescent, simulate
+from noetherflow.simulation import GradientDescent, simulate
 
 TITLE = "Deep linear networks: the closed form, every middle layer a scaled rotation"
 
@@ -202,10 +202,10 @@ def _train(
     """SGD with a ramp, then cooled by full gradients, at a factor of the lr for the inverse factor of steps."""
     ramp = config.warmup_steps / factor
     hot = simulate(
-        SGD(factor * config.lr, config.batch_size),
         _network(config.width, depth),
         _loss,
         problem.sample,
+        SGD(factor * config.lr, config.batch_size),
         steps=int(config.steps / factor),
         start=start,
         schedule=lambda step: min(1.0, (step + 1) / ramp),
@@ -213,10 +213,10 @@ def _train(
         record=int(config.steps / factor),
     )
     cooled = simulate(
-        GradientDescent(config.lr),
         _network(config.width, depth),
         _loss,
         problem.population(),
+        GradientDescent(config.lr),
         steps=config.cool_steps,
         start=hot.params,
         record=config.cool_steps,
@@ -243,10 +243,10 @@ def _spare_block(config: Config, problem: Problem, generator: torch.Generator) -
         for index, weight in enumerate(weights)
     }
     end = simulate(
-        SGD(config.lr, config.batch_size),
         _network(width, 3),
         _loss,
         low.sample,
+        SGD(config.lr, config.batch_size),
         steps=config.steps // 10,
         start=start,
         generator=generator,

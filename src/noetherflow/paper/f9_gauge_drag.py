@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.func import grad, jacrev
 
-from noetherflow._sgd import SGD
+from noetherflow._optimizers import SGD
 from noetherflow.linear import TwoLayer, two_layer_equilibrium
 from noetherflow.paper import linear_pair, style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.linear_pair import LinearPair, World
 from noetherflow.paper.measure import geometric, standard_error
-from noetherflow.simulate import GradientDescent, simulate
+from noetherflow.simulation import GradientDescent, simulate
 
 TITLE = "Gauge drag: where SGD rests a little off the noise equilibrium"
 WORLDS = ("generic", "aligned", "isotropic label noise", "one hidden unit")
@@ -282,7 +282,7 @@ def _simulate(
     for part in range(late + 1):
         # A snapshot is cooled by full gradients, which move no charge and let the fast fluctuation die.
         params = simulate(
-            SGD(lr, config.batch_size),
+            dynamics=SGD(lr, config.batch_size),
             data=linear_pair.standard_normal(config.size, config.size),
             steps=steps // 2 if part == 0 else steps // (2 * late),
             start=params,
@@ -292,7 +292,7 @@ def _simulate(
         ).params
         if part:
             cooled = simulate(
-                GradientDescent(0.02),
+                dynamics=GradientDescent(0.02),
                 data=linear_pair.population(config.size, config.size),
                 steps=config.cool_steps // 4,
                 start=params,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from noetherflow._types import Params
 from noetherflow.linear import TwoLayer
 from noetherflow.paper.measure import geometric
-from noetherflow.simulate.stream import Sampler
+from noetherflow.simulation.stream import Sampler
 from noetherflow.symmetry import Axis, MatrixSymmetry
 
 ROTATION = {"hidden": MatrixSymmetry(plus=(Axis("w", 0),), minus=(Axis("u", 1),))}

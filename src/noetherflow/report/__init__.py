@@ -1,5 +1,1 @@
-"""Answers to look at: tables, figures, files."""
-
-from noetherflow.report.analysis import Analysis, SymmetryReport, analyze
-
-__all__ = ["Analysis", "SymmetryReport", "analyze"]
+"""An analysis to look at: tables and figures."""

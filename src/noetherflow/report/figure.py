@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from noetherflow import _files
-from noetherflow.drift import forces
-from noetherflow.report.analysis import Analysis
+from noetherflow._analyze import Analysis
+from noetherflow._drift import forces
 
 matplotlib.rcParams["svg.hashsalt"] = "noetherflow"
 _MARKERS = "osD^vP*X"

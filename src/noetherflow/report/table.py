@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from noetherflow.report.analysis import Analysis, SymmetryReport
+from noetherflow._analyze import Analysis, SymmetryReport
 
 # Heading, explanation under the table, and what stands in the cell.
 _COLUMNS: tuple[tuple[str, str, Callable[[SymmetryReport], str]], ...] = (

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from noetherflow._errors import LossError
 from noetherflow._params import bind
 from noetherflow._types import Batch, Loss, Params
-from noetherflow.simulate.graph import Recording, condense
+from noetherflow.simulation.graph import Recording, condense
 
 _Function = Callable[..., tuple[Tensor, ...]]
 

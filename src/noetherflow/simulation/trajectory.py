@@ -31,7 +31,7 @@ class Trajectory:
     Examples:
         >>> import torch, tempfile, pathlib, noetherflow as nf
         >>> net, loss = torch.nn.Linear(2, 1), lambda model, x: model(x).square().sum(1)
-        >>> trajectory = nf.simulate(nf.SGD(lr=0.1, batch_size=4), net, loss, torch.randn(16, 2), steps=10, replicas=3)
+        >>> trajectory = nf.simulate(net, loss, torch.randn(16, 2), nf.SGD(lr=0.1, batch_size=4), steps=10, replicas=3)
         >>> trajectory.loss.shape
         torch.Size([11, 3])
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.npz"

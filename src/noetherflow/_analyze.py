@@ -1,6 +1,5 @@
 """Everything about a model's symmetries under SGD, in one call."""
 
-import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow import _files, _versions
-from noetherflow._batch import cast
-from noetherflow._errors import EmptyDataError, NotASymmetryError
+from noetherflow._batch import cast, peek
+from noetherflow._drift import drift
+from noetherflow._errors import NotASymmetryError
+from noetherflow._optimizers import SGD
 from noetherflow._params import copy_of, snapshot
-from noetherflow._sgd import SGD
+from noetherflow._rebalance import rebalance_
 from noetherflow._types import Batch, Loss
-from noetherflow.detect import find_symmetries
-from noetherflow.drift import drift
+from noetherflow._verify import Residual, verify_symmetry
+from noetherflow.detect.find import explain, warn_of_rejected
 from noetherflow.equilibrium import Equilibrium, solve_equilibrium
 from noetherflow.noise import NoiseMoments, estimate_noise
-from noetherflow.rebalance import rebalance_
 from noetherflow.symmetry import Symmetry
-from noetherflow.verify import Residual, verify_symmetry
 
 # An exact symmetry leaves about 1e-14 in float64.
 _EXACT = 1e-9
@@ -161,49 +160,44 @@ def analyze(
 
     Source: Ziyin et al. (2024).
     """
+    first, loader = peek(loader)
+    residuals: dict[str, Residual] = {}
     if symmetries is None:
-        batches = iter(loader)
-        first = first_batch(batches)
-        symmetries, loader = find_symmetries(model, loss, first), itertools.chain([first], batches)
-    # Moments first: this is where bad data is named batch by batch, and where the first batch is kept.
+        explanation = explain(model, loss, first)
+        warn_of_rejected(explanation)
+        symmetries = explanation.symmetries
+        residuals = {finding.name: finding.residual for finding in explanation.found}
+    # The noise before the proof of declared symmetries: it names bad data batch by batch.
     noise = estimate_noise(model, loss, loader, symmetries, dtype=torch.float64, progress=progress)
-    if noise.witness is None:
-        raise EmptyDataError("the noise was measured on no batch")
-    residuals = {
-        name: verify_symmetry(symmetry, model, loss, noise.witness.batch) for name, symmetry in symmetries.items()
-    }
-    for name, residual in residuals.items():
-        if not residual <= _EXACT:
-            raise NotASymmetryError(
-                f"{name!r} is not a symmetry: a finite transformation changes the loss of example {residual.example} "
-                f"of the first batch, relative change {residual.loss:.2e}, gradient along the orbit "
-                f"{residual.gradient:.2e}, expected below {_EXACT:.0e}"
-            )
+    for name in symmetries.keys() - residuals.keys():
+        residuals[name] = _proved(model, loss, first, name, symmetries[name])
     initial = snapshot(model)
-    equilibrium = solve_equilibrium(symmetries, initial, noise, sgd)
-    rates = drift(symmetries, initial, noise, sgd)
+    equilibrium = solve_equilibrium(noise, sgd, initial)
+    rates = drift(noise, sgd, initial)
     reports = tuple(
         _report(name, residuals[name], rates[name], initial, noise, equilibrium, sgd) for name in symmetries
     )
     return Analysis(reports, equilibrium, noise, sgd, initial)
 
 
-def first_batch(loader: Iterable[Batch]) -> Batch:
-    """The first batch of a loader; raises if there is none."""
-    for batch in loader:
-        return batch
-    raise EmptyDataError("the loader yields no batch")
+def _proved(model: nn.Module, loss: Loss, batch: Batch, name: str, symmetry: Symmetry) -> Residual:
+    """The residual of a declared symmetry; raises if it is not one."""
+    residual = verify_symmetry(model, loss, batch, symmetry)
+    if not residual <= _EXACT:
+        raise NotASymmetryError(
+            f"{name!r} is not a symmetry: a finite transformation changes the loss of example {residual.example} of "
+            f"the first batch, relative change {residual.loss:.2e}, gradient along the orbit {residual.gradient:.2e}, "
+            f"expected below {_EXACT:.0e}"
+        )
+    return residual
 
 
-def rebalanced_copy(model: nn.Module, analysis: Analysis) -> nn.Module:
+def rebalanced_copy(model: nn.Module, analysis: Analysis, loss: Loss, batch: Batch) -> nn.Module:
     """A copy of a model at its equilibrium, moved and checked in float64, and brought back to its own dtype."""
-    equilibrium, witness = analysis.equilibrium, analysis.noise.witness
-    if witness is None:
-        raise EmptyDataError("the noise was measured on no batch, so there is nothing to check a move against")
     dtype = next(model.parameters()).dtype
     wide = copy_of(model, torch.float64)
     device = next(model.parameters()).device
-    rebalance_(wide, equilibrium, witness.loss, cast(witness.batch, torch.float64, device))
+    rebalance_(wide, analysis.equilibrium, loss, cast(batch, torch.float64, device))
     return wide.to(dtype)
 
 

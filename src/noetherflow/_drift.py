@@ -1,12 +1,13 @@
 """How fast the charges move: the Noether flow."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from noetherflow._errors import SettingsError
+from noetherflow._optimizers import SGD
 from noetherflow._params import snapshot
-from noetherflow._sgd import SGD
 from noetherflow._types import Params
 from noetherflow.noise import NoiseMoments
 from noetherflow.symmetry import Grams, Symmetry
@@ -33,9 +34,7 @@ def forces(symmetry: Symmetry, params: Params, noise: Grams, sgd: SGD) -> Forces
     return Forces(push, pull)
 
 
-def drift(
-    symmetries: Mapping[str, Symmetry], params: nn.Module | Params, noise: NoiseMoments, sgd: SGD
-) -> dict[str, Tensor]:
+def drift(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str, Tensor]:
     r"""The deterministic speed of every charge under SGD.
 
     $$\frac{dC}{dt} = -4\gamma C + 2\sigma^2 (N_+ - N_-) , \qquad t = \mathrm{lr} \times \text{steps}$$
@@ -43,17 +42,17 @@ def drift(
     There is no random term: the noise moves a charge, but never makes it fluctuate in this limit.
 
     Args:
-        symmetries: What to compute it for, by name.
-        params: The parameters at which the noise was measured, or the model that holds them.
-        noise: From `estimate_noise`.
+        noise: From `estimate_noise`, with the symmetries for which it was measured.
         sgd: The settings of the optimizer.
+        params: The parameters at which the noise was measured, or the model that holds them.
 
     Returns:
         Per symmetry a tensor of the shape of its charge, float64, per unit of time: multiply by `sgd.effective_lr` for
         the drift per step.
 
     Raises:
-        ParameterNameError: If the noise was not measured for a symmetry, or parameters are missing.
+        ParameterNameError: If a parameter on which a symmetry acts is missing.
+        EmptyDataError: If the noise holds no examples.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -63,23 +62,22 @@ def drift(
         >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(3)]
         >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
         >>> noise = nf.estimate_noise(net, loss, batches, symmetries)
-        >>> nf.drift(symmetries, net, noise, nf.SGD(lr=0.1, batch_size=8))["hidden"].shape
+        >>> nf.drift(noise, nf.SGD(lr=0.1, batch_size=8), net)["hidden"].shape
         torch.Size([3])
 
     Source: Ziyin et al. (2024), the Noether flow.
     """
+    noise.require_examples()
     theta = snapshot(params)
     rates = {}
-    for name, symmetry in noise.require(symmetries).items():
+    for name, symmetry in noise.symmetries.items():
         symmetry.check(theta)
         push, pull = forces(symmetry, theta, noise.grams[name], sgd)
         rates[name] = push - pull
     return rates
 
 
-def expected_step(
-    symmetries: Mapping[str, Symmetry], params: nn.Module | Params, noise: NoiseMoments, sgd: SGD
-) -> dict[str, Tensor]:
+def expected_step(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str, Tensor]:
     r"""The exact mean move of every charge in one discrete step of plain SGD.
 
     $$E[C'] - C = \big((1 - 2\,\mathrm{lr}\,\gamma)^2 - 1\big)\, C + \mathrm{lr}^2
@@ -89,17 +87,17 @@ def expected_step(
     step keeps.
 
     Args:
-        symmetries: What to compute it for, by name.
-        params: The parameters at which the noise was measured, or the model that holds them.
-        noise: From `estimate_noise`, over the whole data set from which minibatches are drawn.
+        noise: From `estimate_noise`, over the full data set from which minibatches are drawn.
         sgd: The settings of the optimizer; momentum must be 0, since the identity needs the momentum buffer otherwise.
+        params: The parameters at which the noise was measured, or the model that holds them.
 
     Returns:
         Per symmetry a tensor of the shape of its charge, float64, per step.
 
     Raises:
-        ValueError: If the settings have momentum.
-        ParameterNameError: If the noise was not measured for a symmetry.
+        SettingsError: If the settings have momentum, or the noise comes from a meter, which keeps no mean gradient.
+        ParameterNameError: If a parameter on which a symmetry acts is missing.
+        EmptyDataError: If the noise holds no examples.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -109,19 +107,25 @@ def expected_step(
         >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(3)]
         >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
         >>> noise = nf.estimate_noise(net, loss, batches, symmetries)
-        >>> nf.expected_step(symmetries, net, noise, nf.SGD(lr=0.1, batch_size=8))["hidden"].shape
+        >>> nf.expected_step(noise, nf.SGD(lr=0.1, batch_size=8), net)["hidden"].shape
         torch.Size([3])
 
     Source: expand the step; the cross term vanishes because gradients are orthogonal to the orbit.
     """
     if sgd.momentum:
-        raise ValueError(
+        raise SettingsError(
             f"the mean move of one step is exact for plain SGD only, got momentum={sgd.momentum}: use drift()"
+        )
+    noise.require_examples()
+    if any(torch.isnan(mean).any() for mean in noise.mean.values()):
+        raise SettingsError(
+            "the mean move of one step needs the mean gradient, which a meter does not keep: measure with "
+            "estimate_noise, over the full data set"
         )
     theta = snapshot(params)
     shrink = (1 - 2 * sgd.lr * sgd.gamma) ** 2 - 1
     moves = {}
-    for name, symmetry in noise.require(symmetries).items():
+    for name, symmetry in noise.symmetries.items():
         noisy = sgd.sampling_factor / sgd.batch_size * symmetry.charge_of(noise.grams[name])
         moves[name] = shrink * symmetry.charge(theta) + sgd.lr**2 * (noisy + symmetry.charge(noise.mean))
     return moves

@@ -16,8 +16,8 @@ _UNUSABLE = (Status.NON_FINITE, Status.NOT_CONVERGED)
 def rebalance_(
     model: nn.Module,
     equilibrium: Equilibrium,
-    loss: Loss | None = None,
-    batch: Batch | None = None,
+    loss: Loss,
+    batch: Batch,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     tolerance: float | None = None,
@@ -31,8 +31,8 @@ def rebalance_(
     Args:
         model: The model, changed in place.
         equilibrium: From `solve_equilibrium`.
-        loss: Per-example loss for the check; by default the one the noise was measured with.
-        batch: Examples for the check; by default the first batch the noise was measured on.
+        loss: `loss(model, batch)` with one loss per example, shape (B,).
+        batch: The examples on which the function is checked.
         optimizer: A `torch.optim.SGD` whose momentum moves along; it transforms like a gradient, by $e^{-Q_x}$.
         tolerance: Largest change of an example's loss that is accepted, relative to that loss or to the batch's mean,
             whichever is larger. By default the square root of the machine epsilon of the model's dtype.
@@ -53,15 +53,14 @@ def rebalance_(
         >>> batches = [(torch.randn(8, 4).double(), torch.randn(8, 1).double()) for _ in range(9)]
         >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
         >>> noise = nf.estimate_noise(net, loss, batches, symmetries)
-        >>> equilibrium = nf.solve_equilibrium(symmetries, net, noise, nf.SGD(lr=0.1, batch_size=8))
-        >>> nf.rebalance_(net, equilibrium) < 1e-12
+        >>> equilibrium = nf.solve_equilibrium(noise, nf.SGD(lr=0.1, batch_size=8), net)
+        >>> nf.rebalance_(net, equilibrium, loss, batches[0]) < 1e-12
         True
 
     Source: Ziyin et al. (2024): the loss is constant along the orbit, its noise is not.
     """
     if equilibrium.status in _UNUSABLE:
         raise EquilibriumError(f"there is no equilibrium to move to: {equilibrium.status.value}\n{equilibrium.message}")
-    loss, batch = _witness(equilibrium, loss, batch)
     named = dict(model.named_parameters())
     before = snapshot(model, None)
     for symmetry in equilibrium.symmetries.values():
@@ -123,17 +122,6 @@ def _losses(model: nn.Module, loss: Loss, batch: Batch) -> Tensor:
             buffer.copy_(buffers[name])
     require_losses(values, "rebalance_")
     return values.double()
-
-
-def _witness(equilibrium: Equilibrium, loss: Loss | None, batch: Batch | None) -> tuple[Loss, Batch]:
-    witness = equilibrium.witness
-    if (loss is None) != (batch is None):
-        raise SettingsError("give both loss and batch for the check, or neither")
-    if loss is not None:
-        return loss, batch
-    if witness is None:
-        raise SettingsError("there is nothing to check the move against: give rebalance_ a loss and a batch")
-    return witness
 
 
 def _momenta(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -7,10 +7,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from noetherflow._sgd import SGD
-from noetherflow.simulate.dynamics import GradientFlow, Langevin, Schedule
-from noetherflow.simulate.fused import Fused, ReplicaGradients
-from noetherflow.simulate.stream import FullBatch, Minibatches
+from noetherflow._optimizers import SGD
+from noetherflow.simulation.dynamics import GradientFlow, Langevin, Schedule
+from noetherflow.simulation.fused import Fused, ReplicaGradients
+from noetherflow.simulation.stream import FullBatch, Minibatches
 
 Tensors = Sequence[Tensor]
 

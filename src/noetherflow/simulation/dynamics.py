@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 from noetherflow._errors import SettingsError
-from noetherflow._sgd import SGD
+from noetherflow._optimizers import SGD
 
 
 @final
@@ -26,7 +26,7 @@ class GradientDescent:
     Examples:
         >>> import torch, noetherflow as nf
         >>> net, loss = torch.nn.Linear(2, 1), lambda model, x: model(x).square().sum(1)
-        >>> trajectory = nf.simulate(nf.GradientDescent(lr=0.1), net, loss, torch.randn(16, 2), steps=50)
+        >>> trajectory = nf.simulate(net, loss, torch.randn(16, 2), nf.GradientDescent(lr=0.1), steps=50)
         >>> bool(trajectory.loss[-1] < trajectory.loss[0])
         True
     """
@@ -58,7 +58,7 @@ class GradientFlow:
     Examples:
         >>> import torch, noetherflow as nf
         >>> net, loss = torch.nn.Linear(2, 1), lambda model, x: model(x).square().sum(1)
-        >>> trajectory = nf.simulate(nf.GradientFlow(dt=0.1), net, loss, torch.randn(16, 2), steps=50)
+        >>> trajectory = nf.simulate(net, loss, torch.randn(16, 2), nf.GradientFlow(dt=0.1), steps=50)
         >>> bool(trajectory.loss[-1] < trajectory.loss[0])
         True
     """
@@ -92,7 +92,7 @@ class Langevin:
         >>> import torch, noetherflow as nf
         >>> net, loss = torch.nn.Linear(2, 1), lambda model, x: model(x).square().sum(1)
         >>> dynamics = nf.Langevin(nf.SGD(lr=0.1, batch_size=4))
-        >>> nf.simulate(dynamics, net, loss, torch.randn(16, 2), steps=50, replicas=3).loss.shape
+        >>> nf.simulate(net, loss, torch.randn(16, 2), dynamics, steps=50, replicas=3).loss.shape
         torch.Size([51, 3])
 
     Source: Ziyin et al. (2024), section 3.

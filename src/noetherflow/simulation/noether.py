@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from noetherflow import _spd
+from noetherflow._drift import forces
 from noetherflow._errors import SettingsError
-from noetherflow._sgd import SGD
+from noetherflow._optimizers import SGD
 from noetherflow._types import Params
-from noetherflow.drift import forces
 from noetherflow.equilibrium.orbit import entangled
 from noetherflow.noise import NoiseMoments
-from noetherflow.simulate.dynamics import require_time_step
-from noetherflow.simulate.integrate import Integrator
+from noetherflow.simulation.dynamics import require_time_step
+from noetherflow.simulation.integrate import Integrator
 from noetherflow.symmetry import DenseSymmetry, DiagonalSymmetry, Grams, MatrixSymmetry, ScalarSymmetry, Symmetry
 
 
@@ -46,7 +46,7 @@ class NoetherFlow:
         >>> data = torch.randn(32, 4), torch.randn(32, 1)
         >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
         >>> flow = nf.NoetherFlow(nf.SGD(lr=0.1, batch_size=8), dt=1.0)
-        >>> trajectory = nf.simulate(flow, net, loss, data, steps=10, symmetries=symmetries)
+        >>> trajectory = nf.simulate(net, loss, data, flow, steps=10, symmetries=symmetries)
         >>> torch.allclose(trajectory.loss[0], trajectory.loss[-1])
         True
 

@@ -48,10 +48,10 @@ class Residual(float):
 
 
 def verify_symmetry(
-    symmetry: Symmetry,
     model: nn.Module,
     loss: Loss,
     batch: Batch,
+    symmetry: Symmetry,
     *,
     draws: int = 3,
     dtype: torch.dtype = torch.float64,
@@ -64,10 +64,10 @@ def verify_symmetry(
     exact symmetry leaves only rounding, about 1e-14.
 
     Args:
-        symmetry: What to test.
         model: The model, in the mode (train or eval) in which the question is asked. It is not changed.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
         batch: Some examples.
+        symmetry: The declaration to test.
         draws: How many finite transformations to try.
         dtype: Floating-point type of the check.
         generator: Source of the random coordinates; a fixed one by default.
@@ -89,9 +89,9 @@ def verify_symmetry(
         >>> into, out_of = [nf.Axis("0.weight", 0), nf.Axis("0.bias", 0)], [nf.Axis("2.weight", 1)]
         >>> hidden = nf.DiagonalSymmetry(into, out_of)
         >>> forgot_the_bias = nf.DiagonalSymmetry([nf.Axis("0.weight", 0)], [nf.Axis("2.weight", 1)])
-        >>> nf.verify_symmetry(hidden, net, loss, batch) < 1e-12
+        >>> nf.verify_symmetry(net, loss, batch, hidden) < 1e-12
         True
-        >>> nf.verify_symmetry(forgot_the_bias, net, loss, batch) > 1e-3
+        >>> nf.verify_symmetry(net, loss, batch, forgot_the_bias) > 1e-3
         True
 
     Source: Ziyin et al. (2024), the definition of an exponential symmetry.

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from noetherflow._errors import EmptyDataError, FrozenParameterError, ParameterShapeError, SettingsError
+from noetherflow._optimizers import SGD
 from noetherflow._params import aliases, bind, copy_of, require_finite, require_names, snapshot
 from noetherflow._per_example import require_uncoupled
 from noetherflow._progress import track
-from noetherflow._sgd import SGD
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.noise import estimate_noise
-from noetherflow.simulate.dynamics import GradientDescent, GradientFlow, Langevin, Schedule
-from noetherflow.simulate.fused import ReplicaGradients
-from noetherflow.simulate.integrate import Integrator, by_diffusion, by_flow, by_steps
-from noetherflow.simulate.noether import NoetherFlow, OrbitIntegrator
-from noetherflow.simulate.stream import FiniteStream, FullBatch, Minibatches, OnlineStream, Sampler
-from noetherflow.simulate.trajectory import Trajectory
+from noetherflow.simulation.dynamics import GradientDescent, GradientFlow, Langevin, Schedule
+from noetherflow.simulation.fused import ReplicaGradients
+from noetherflow.simulation.integrate import Integrator, by_diffusion, by_flow, by_steps
+from noetherflow.simulation.noether import NoetherFlow, OrbitIntegrator
+from noetherflow.simulation.stream import FiniteStream, FullBatch, Minibatches, OnlineStream, Sampler
+from noetherflow.simulation.trajectory import Trajectory
 from noetherflow.symmetry import Symmetry
 
 Dynamics = SGD | GradientDescent | GradientFlow | Langevin | NoetherFlow
@@ -33,10 +33,10 @@ _SMALL_STEP = 10**8
 
 
 def simulate(
-    dynamics: Dynamics,
     model: nn.Module,
     loss: Loss,
     data: Batch | Sampler,
+    dynamics: Dynamics,
     *,
     steps: int,
     replicas: int | None = None,
@@ -55,14 +55,14 @@ def simulate(
     replica draws its own. A replica that diverges becomes NaN and disturbs no other.
 
     Args:
-        dynamics: `SGD` (steps of `torch.optim.SGD` with these settings), `GradientDescent`, `GradientFlow`, `Langevin`
-            (the diffusion limit of SGD), or `NoetherFlow` (the motion along the symmetries alone).
         model: Any module; it is not changed.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
         data: A data set (tensors that share their leading dimension, in any containers), or a distribution: a function
             `sample(count, generator)` that returns a batch of that many fresh examples. Only SGD can do with a
             distribution. With `SGD(replacement=False)`, every replica goes through the data set in epochs of its own
             order.
+        dynamics: `SGD` (steps of `torch.optim.SGD` with these settings), `GradientDescent`, `GradientFlow`, `Langevin`
+            (the diffusion limit of SGD), or `NoetherFlow` (the motion along the symmetries alone).
         steps: How many.
         replicas: How many; by default as many as `start` holds, else 1.
         start: Parameters of every replica, shape (R, *parameter) by name; by default the model's own for all.
@@ -95,7 +95,7 @@ def simulate(
         >>> length = {"length": nf.ScalarSymmetry(plus=[nf.Axis("weight", 0)])}
         >>> sample = lambda count, generator: torch.randn(count, 2, generator=generator) + 1
         >>> trajectory = nf.simulate(
-        ...     nf.SGD(lr=0.1, batch_size=1), net, loss, sample, steps=100, replicas=4, symmetries=length)
+        ...     net, loss, sample, nf.SGD(lr=0.1, batch_size=1), steps=100, replicas=4, symmetries=length)
         >>> charge = trajectory.charges["length"]
         >>> charge.shape, bool((charge[-1] > charge[0]).all())
         (torch.Size([101, 4]), True)

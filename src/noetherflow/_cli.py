@@ -13,13 +13,14 @@ from rich.console import Console
 from torch import nn
 
 from noetherflow import _files
+from noetherflow._analyze import analyze as run_analysis
+from noetherflow._analyze import rebalanced_copy
+from noetherflow._batch import peek
 from noetherflow._errors import NoetherflowError, UserFileError
+from noetherflow._optimizers import SGD
 from noetherflow._progress import track
-from noetherflow._sgd import SGD
 from noetherflow.detect import explain
 from noetherflow.paper import experiment, results, runner
-from noetherflow.report.analysis import analyze as run_analysis
-from noetherflow.report.analysis import first_batch, rebalanced_copy
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Parameter symmetry and gradient noise of SGD.")
 _console = Console()
@@ -45,6 +46,7 @@ def analyze(
         if save is not None and save.suffix != ".safetensors":
             raise UserFileError(f"--save writes safetensors, so the file must end in .safetensors, got {save}")
         model, loss, loader, sgd, declared = load_build(file)
+        first, loader = peek(loader)
         analysis = run_analysis(model, loss, loader, sgd, declared)
         from noetherflow.report import figure, table
 
@@ -52,7 +54,7 @@ def analyze(
         analysis.save_json(out / f"{file.stem}.json")
         written = [out / f"{file.stem}.json", *figure.save(analysis, out / file.stem)]
         if save is not None:
-            save_weights(rebalanced_copy(model, analysis), save)
+            save_weights(rebalanced_copy(model, analysis, loss, first), save)
             written.append(save)
     except NoetherflowError as error:
         _fail(error)
@@ -70,7 +72,7 @@ def symmetries(
     """Find a model's symmetries, prove each one, and say for every axis of every parameter what acts on it."""
     try:
         model, loss, loader, _, _ = load_build(file)
-        explanation = explain(model, loss, first_batch(loader), approximate=approximate)
+        explanation = explain(model, loss, peek(loader)[0], approximate=approximate)
     except NoetherflowError as error:
         _fail(error)
     if as_json:
