@@ -37,12 +37,24 @@ from noetherflow.discover import (
 from noetherflow.equilibrium import Equilibrium, Outcome, Status, potential, solve_equilibrium
 from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments, estimate_noise
 from noetherflow.simulation import GradientDescent, GradientFlow, Langevin, NoetherFlow, Trajectory, simulate
-from noetherflow.symmetry import Axis, DenseSymmetry, DiagonalSymmetry, Grams, MatrixSymmetry, ScalarSymmetry, Symmetry
+from noetherflow.symmetry import (
+    Action,
+    Axis,
+    AxisSymmetry,
+    DenseSymmetry,
+    DiagonalSymmetry,
+    Grams,
+    MatrixSymmetry,
+    ScalarSymmetry,
+    Symmetry,
+)
 
 __all__ = [
+    "Action",
     "Analysis",
     "Axis",
     "AxisNote",
+    "AxisSymmetry",
     "Batch",
     "Blocks",
     "Completeness",

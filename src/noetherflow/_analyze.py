@@ -33,7 +33,7 @@ class SymmetryReport:
 
     Args:
         name: The name it was given.
-        kind: Its class.
+        kind: The word for its class, such as `diagonal`.
         dimension: Number of independent generators.
         residual: Largest relative change of any example's loss; see `verify_symmetry`.
         charge: The charge, all coordinates added.
@@ -217,7 +217,7 @@ def _report(
     outcome = equilibrium.outcomes[name]
     return SymmetryReport(
         name=name,
-        kind=type(symmetry).__name__,
+        kind=symmetry.label,
         dimension=symmetry.dimension(params),
         residual=float(residual),
         charge=_total(symmetry.charge(params)),

@@ -115,7 +115,7 @@ def _symmetries(found: tuple[Finding, ...], rejected: tuple[Finding, ...]) -> Ta
     for heading in ("symmetry", "kind", "plus", "minus", "resid", "note"):
         table.add_column(heading, overflow="fold", justify="right" if heading == "resid" else "left")
     for one in (*found, *rejected):
-        kind = type(one.symmetry).__name__.removesuffix("Symmetry").lower()
+        kind = one.symmetry.label
         note = "REJECTED" if one in rejected else one.small or one.diagonal
         plus, minus = ("\n".join(map(_shown, axes)) for axes in (one.symmetry.plus, one.symmetry.minus))
         table.add_row(one.name, kind, plus, minus, f"{one.residual:.0e}", note)

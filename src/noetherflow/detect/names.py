@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from noetherflow.detect.families import Candidate
-from noetherflow.symmetry import Axis, MatrixSymmetry
+from noetherflow.symmetry import Action, Axis
 
 
 def named(candidates: Sequence[Candidate]) -> list[str]:
@@ -33,7 +33,7 @@ def _bare(candidate: Candidate) -> str:
     prefix = ".".join(parts[0][:shared])
     short = [[".".join(label.split(".")[shared:]) for label in side] for side in (plus, minus)]
     if candidate.words:
-        between = candidate.words[0] + ("" if isinstance(symmetry, MatrixSymmetry) else " rows")
+        between = candidate.words[0] + ("" if symmetry.action is Action.MIXES_ROWS else " rows")
     elif minus:
         between = f"{_listed(short[0])} -> {_listed(short[1])}"
     else:

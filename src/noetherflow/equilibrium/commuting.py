@@ -10,7 +10,8 @@ from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.equilibrium.orbit import Orbit
 from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
-from noetherflow.equilibrium.roles import Commuting, roles_of
+from noetherflow.equilibrium.roles import roles_of
+from noetherflow.symmetry import AxisSymmetry
 
 # A relative imbalance |P - R| / (P + R) below this is a drift of zero: a hundred times float64 rounding.
 _BALANCED = 1e-13
@@ -33,7 +34,7 @@ class CommutingOrbit(Orbit):
     smooth and convex.
     """
 
-    def __init__(self, symmetries: Mapping[str, Commuting], params: Params, variance: Params, sgd: SGD) -> None:
+    def __init__(self, symmetries: Mapping[str, AxisSymmetry], params: Params, variance: Params, sgd: SGD) -> None:
         self._symmetries = dict(symmetries)
         names = dict.fromkeys(name for symmetry in symmetries.values() for name in symmetry.names)
         self._params = {name: params[name] for name in names}

@@ -10,7 +10,7 @@ from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.equilibrium.orbit import Orbit
 from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
-from noetherflow.symmetry import DenseSymmetry, Grams
+from noetherflow.symmetry import Grams, Symmetry
 
 _MOST_STEPS = 200
 
@@ -22,7 +22,7 @@ class DenseOrbit(Orbit):
     The potential on it, $\Phi(x) = \sum_i a_i e^{2 q_i x} + b_i e^{-2 q_i x}$, is strictly convex.
     """
 
-    def __init__(self, name: str, symmetry: DenseSymmetry, params: Params, noise: Grams, sgd: SGD) -> None:
+    def __init__(self, name: str, symmetry: Symmetry, params: Params, noise: Grams, sgd: SGD) -> None:
         self._name = name
         self._eigenvalues = torch.cat(symmetry.eigenvalues)
         self._variances = torch.cat(noise)

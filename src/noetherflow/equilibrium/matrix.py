@@ -12,7 +12,7 @@ from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.equilibrium.orbit import Orbit
 from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
-from noetherflow.symmetry import Grams, MatrixSymmetry
+from noetherflow.symmetry import Grams, Symmetry
 
 
 @final
@@ -23,7 +23,7 @@ class MatrixOrbit(Orbit):
     $e^{-x} P e^{-x} - e^{x} R e^{x}$; it vanishes at $e^{2x} = R^{-1} \# P$.
     """
 
-    def __init__(self, name: str, symmetry: MatrixSymmetry, params: Params, noise: Grams, sgd: SGD) -> None:
+    def __init__(self, name: str, symmetry: Symmetry, params: Params, noise: Grams, sgd: SGD) -> None:
         self._name = name
         self._noise = noise
         self._squares = symmetry.grams(params)

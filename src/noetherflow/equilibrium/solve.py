@@ -15,7 +15,7 @@ from noetherflow.equilibrium.matrix import MatrixOrbit
 from noetherflow.equilibrium.orbit import Orbit, entangled
 from noetherflow.equilibrium.result import Equilibrium, OrbitMinimum, Status
 from noetherflow.noise import NoiseMoments
-from noetherflow.symmetry import DenseSymmetry, DiagonalSymmetry, MatrixSymmetry, ScalarSymmetry, Symmetry
+from noetherflow.symmetry import Action, Symmetry, along_axes
 
 
 def potential(
@@ -145,13 +145,13 @@ def _orbits(theta: Params, noise: NoiseMoments, sgd: SGD) -> list[Orbit]:
     orbits: list[Orbit] = []
     for group in groups:
         members = {name: symmetries[name] for name in group}
-        commuting = {n: s for n, s in members.items() if isinstance(s, (ScalarSymmetry, DiagonalSymmetry))}
+        actions = {symmetry.action for symmetry in members.values()}
         name, symmetry = next(iter(members.items()))
-        if len(commuting) == len(members):
-            orbits.append(CommutingOrbit(commuting, theta, variance, sgd))
-        elif len(members) == 1 and isinstance(symmetry, MatrixSymmetry) and name not in doubled:
+        if actions == {Action.SCALES_ENTRIES}:
+            orbits.append(CommutingOrbit(along_axes(members), theta, variance, sgd))
+        elif len(members) == 1 and actions == {Action.MIXES_ROWS} and name not in doubled:
             orbits.append(MatrixOrbit(name, symmetry, theta, grams[name], sgd))
-        elif len(members) == 1 and isinstance(symmetry, DenseSymmetry):
+        elif len(members) == 1 and actions == {Action.SCALES_EIGENSPACES}:
             orbits.append(DenseOrbit(name, symmetry, theta, grams[name], sgd))
         else:
             kinds = ", ".join(f"{n!r} ({type(s).__name__})" for n, s in members.items())

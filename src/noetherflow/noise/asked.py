@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from noetherflow._types import Params
-from noetherflow.symmetry import Axis, DiagonalSymmetry, Grams, MatrixSymmetry, ScalarSymmetry, Symmetry
-from noetherflow.symmetry.axes import AxisSymmetry
+from noetherflow.symmetry import Action, Axis, AxisSymmetry, Grams, Symmetry
 
 
 @final
@@ -152,7 +151,7 @@ def asked_of(params: Params, symmetries: Mapping[str, AxisSymmetry], *, variance
     for symmetry in symmetries.values():
         for axis in symmetry.plus + symmetry.minus:
             tensor = params[axis.name]
-            if isinstance(symmetry, MatrixSymmetry):
+            if symmetry.action is Action.MIXES_ROWS:
                 grams[axis.name][axis] = None
             elif variances or (axis.within is not None and not _is_whole(axis, tensor, symmetry)):
                 entries.add(axis.name)
@@ -182,7 +181,7 @@ def grams_of(symmetry: AxisSymmetry, squares: Mapping[str, Squares], like: Param
 
 
 def _along(symmetry: AxisSymmetry, axis: Axis, squares: Squares, tensor: Tensor) -> Tensor:
-    if isinstance(symmetry, MatrixSymmetry):
+    if symmetry.action is Action.MIXES_ROWS:
         return squares.grams[axis]
     if squares.entries is not None:
         return symmetry.reduce(axis.rows(squares.entries)).double()
@@ -193,10 +192,10 @@ def _along(symmetry: AxisSymmetry, axis: Axis, squares: Squares, tensor: Tensor)
     return symmetry.reduce(axis.rows(sums))
 
 
-def _is_whole(axis: Axis, tensor: Tensor, symmetry: Symmetry) -> bool:
+def _is_whole(axis: Axis, tensor: Tensor, symmetry: AxisSymmetry) -> bool:
     """Whether only the sum over the whole parameter is wanted."""
     return (
-        isinstance(symmetry, ScalarSymmetry)
+        not symmetry.per_row
         and axis.within is None
         and (axis.start or 0) == 0
         and axis.stop in (None, tensor.shape[axis.dim])
@@ -205,5 +204,5 @@ def _is_whole(axis: Axis, tensor: Tensor, symmetry: Symmetry) -> bool:
 
 def names_with_variances(symmetries: Mapping[str, Symmetry]) -> list[str]:
     """The parameters on which scalings and rescalings act."""
-    commuting = [one for one in symmetries.values() if isinstance(one, (ScalarSymmetry, DiagonalSymmetry))]
+    commuting = [one for one in symmetries.values() if one.action is Action.SCALES_ENTRIES]
     return list(dict.fromkeys(name for symmetry in commuting for name in symmetry.names))

@@ -8,37 +8,16 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from noetherflow._errors import EmptyDataError, SettingsError
+from noetherflow._errors import EmptyDataError
 from noetherflow._types import Params
 from noetherflow.noise.asked import Squares, grams_of, names_with_variances
 from noetherflow.noise.ledger import Contents, Ledger
 from noetherflow.noise.moments import NoiseMoments, Spread
-from noetherflow.symmetry import Grams, Symmetry
-from noetherflow.symmetry.axes import AxisSymmetry
+from noetherflow.symmetry import AxisSymmetry, Grams
 
 # Batches whose squares are looked at together, if these are not more than so many numbers.
 _TOGETHER = 64
 _HELD = 2**21
-
-
-def along_axes(symmetries: Mapping[str, Symmetry]) -> dict[str, AxisSymmetry]:
-    """The same symmetries, after a check that none joins single entries of several tensors.
-
-    Returns:
-        The symmetries.
-
-    Raises:
-        SettingsError: If one does.
-    """
-    found = {}
-    for name, symmetry in symmetries.items():
-        if not isinstance(symmetry, AxisSymmetry):
-            raise SettingsError(
-                f"symmetry {name!r} is a {type(symmetry).__name__}, which joins single entries of several tensors: "
-                "its noise cannot be measured in passing. Use estimate_noise"
-            )
-        found[name] = symmetry
-    return found
 
 
 def all_grams(

@@ -21,7 +21,7 @@ from noetherflow.detect import find_symmetries
 from noetherflow.noise.exact import Subject, exact_moments
 from noetherflow.noise.fast import FastPass
 from noetherflow.noise.moments import NoiseMoments
-from noetherflow.symmetry import DenseSymmetry, Symmetry
+from noetherflow.symmetry import Action, Symmetry
 
 # Models of no more parameters are measured exactly unless something else is asked for: it costs nothing to speak of.
 _FEW = 20_000
@@ -93,7 +93,7 @@ def estimate_noise(
         first, loader = peek(loader)
         symmetries = find_symmetries(model, loss, first)
     subject = Subject.of(model, loss, symmetries, dtype)
-    if any(isinstance(one, DenseSymmetry) for one in subject.symmetries.values()):
+    if any(symmetry.action is Action.SCALES_EIGENSPACES for symmetry in subject.symmetries.values()):
         exact = True  # such a generator joins single entries of several tensors
     if exact is None:
         exact = sum(one.numel() for one in subject.trained.values()) <= _FEW

@@ -12,7 +12,7 @@ from noetherflow._batch import is_per_example, select, tensors_of
 from noetherflow._per_example import require_independent, require_losses
 from noetherflow._types import Batch
 from noetherflow.noise.asked import asked_of
-from noetherflow.noise.batches import BatchNoise, along_axes, pooled
+from noetherflow.noise.batches import BatchNoise, pooled
 from noetherflow.noise.capture import Capture, Fate
 from noetherflow.noise.exact import Subject, chunks
 from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger
@@ -20,6 +20,7 @@ from noetherflow.noise.modes import Calm, eager
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
 from noetherflow.noise.squares import square, square_stack
+from noetherflow.symmetry import along_axes
 
 # Examples of the first batch that are done one by one as well: not two, so that other sizes are less likely the same.
 _CHECKED = 3

@@ -16,7 +16,7 @@ from noetherflow.equilibrium.orbit import entangled
 from noetherflow.noise import NoiseMoments
 from noetherflow.simulation.dynamics import require_time_step
 from noetherflow.simulation.integrate import Integrator
-from noetherflow.symmetry import DenseSymmetry, DiagonalSymmetry, Grams, MatrixSymmetry, ScalarSymmetry, Symmetry
+from noetherflow.symmetry import Action, Grams, Symmetry
 
 
 @final
@@ -93,9 +93,13 @@ class OrbitFlow:
 
     def __init__(self, symmetries: Mapping[str, Symmetry], sgd: SGD) -> None:
         self._sgd = sgd
-        self._commuting = {n: s for n, s in symmetries.items() if isinstance(s, (ScalarSymmetry, DiagonalSymmetry))}
-        self._matrices = {n: s for n, s in symmetries.items() if isinstance(s, MatrixSymmetry)}
-        self._dense = {n: s for n, s in symmetries.items() if isinstance(s, DenseSymmetry)}
+        by_action = {
+            action: {name: symmetry for name, symmetry in symmetries.items() if symmetry.action is action}
+            for action in Action
+        }
+        self._commuting = by_action[Action.SCALES_ENTRIES]
+        self._matrices = by_action[Action.MIXES_ROWS]
+        self._dense = by_action[Action.SCALES_EIGENSPACES]
 
     def start(self, params: Params, noise: NoiseMoments) -> OrbitState:
         """The state where the noise was measured."""
@@ -188,9 +192,7 @@ class OrbitIntegrator(Integrator):
         groups, doubled = entangled(symmetries, starts[0][0])
         for group in groups:
             alone = len(group) == 1 and group[0] not in doubled
-            if not alone and not all(
-                isinstance(symmetries[name], (ScalarSymmetry, DiagonalSymmetry)) for name in group
-            ):
+            if not alone and not all(symmetries[name].action is Action.SCALES_ENTRIES for name in group):
                 raise SettingsError(
                     f"{group} share entries of a tensor and do not commute: their joint flow is not known in closed "
                     "form"

@@ -1,4 +1,4 @@
-"""What the three groups that act along axes have in common."""
+"""Groups that act along axes of tensors: what a scaling, a rescaling and a double rotation have in common."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from noetherflow._errors import ParameterShapeError
+from noetherflow._errors import ParameterShapeError, SettingsError
 from noetherflow._params import require_names
 from noetherflow._types import Params
 from noetherflow.symmetry.axis import Axis
@@ -18,7 +18,38 @@ from noetherflow.symmetry.base import Grams, Symmetry
 class AxisSymmetry(Symmetry):
     r"""A group that acts on the rows of some axes by $e^{x}$ (`plus`) and on those of others by $e^{-x}$ (`minus`).
 
-    A parameter may stand on both sides, or several times on one (a tied weight has one entry per role).
+    A parameter may stand on both sides, or several times on one side (a tied weight has an entry per role; an axis that
+    stands k times on a side is scaled by $e^{kx}$).
+
+    A group of your own derives from this class and says which rows share a coordinate, in five short methods:
+    `reduce` sums rows over the entries of each coordinate, `multiply` is its transpose, and `gram`, `exponential` and
+    `identity` are what the group keeps of a Gram matrix, its exponential and its zero.
+
+    Args:
+        plus: Axes whose rows are multiplied by the exponential.
+        minus: Axes whose rows are multiplied by its inverse.
+
+    Examples:
+        A symmetry of pairs of neurons, each with its own coordinate, is a `DiagonalSymmetry` in which two neighbouring
+        rows share a number:
+
+        >>> import dataclasses, torch, noetherflow as nf
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class PairSymmetry(nf.AxisSymmetry):
+        ...     action, per_row = nf.Action.SCALES_ENTRIES, True
+        ...     def dimension(self, v): return self.size(v) // 2
+        ...     def identity(self, v): return v[self.names[0]].new_zeros(self.size(v) // 2)
+        ...     def reduce(self, rows): return rows.sum(-1).unflatten(-1, (-1, 2)).sum(-1)
+        ...     def gram(self, rows): return self.reduce(rows.square())
+        ...     def multiply(self, x, rows): return x.repeat_interleave(2)[:, None] * rows
+        ...     def exponential(self, x): return x.exp()
+        >>> pairs = PairSymmetry(plus=[nf.Axis("w", 0)], minus=[nf.Axis("u", 1)])
+        >>> pairs.charge({"w": torch.ones(4, 3), "u": torch.zeros(2, 4)})
+        tensor([6., 6.])
+        >>> pairs.label
+        'pair'
+
+    Source: Ziyin et al. (2024); one quadratic form for all three groups is this package's own.
     """
 
     plus: tuple[Axis, ...]
@@ -35,19 +66,19 @@ class AxisSymmetry(Symmetry):
     @property
     @abstractmethod
     def per_row(self) -> bool:
-        """Whether coordinates belong to rows, so that all axes must have the same number of them."""
+        """Whether coordinates belong to rows, so that all axes must have the same number of rows."""
 
     @abstractmethod
     def reduce(self, rows: Tensor) -> Tensor:
-        """The sums of rows, shape (*batch, n, m), over the entries of each coordinate: (*batch) or (*batch, n)."""
+        """Sum rows of shape (*batch, n, m) over the entries of each coordinate: shape (*batch, *coordinates)."""
 
     @abstractmethod
     def gram(self, rows: Tensor) -> Tensor:
-        """What this group keeps of the Gram matrix of rows of shape (n, m): its trace, its diagonal or all of it."""
+        """The part of the Gram matrix of rows of shape (n, m) that the charge needs: trace, diagonal or all of it."""
 
     @abstractmethod
     def multiply(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The coordinates, as a linear map of rows."""
+        """The coordinates x as a linear map of rows of shape (n, m)."""
 
     @abstractmethod
     def exponential(self, x: Tensor) -> Tensor:
@@ -57,6 +88,11 @@ class AxisSymmetry(Symmetry):
     def names(self) -> tuple[str, ...]:
         """The parameters on which the group acts."""
         return tuple(dict.fromkeys(axis.name for axis in self.plus + self.minus))
+
+    @property
+    def eigenvalues(self) -> Grams:
+        """1 on the plus side and -1 on the minus side."""
+        return Grams(torch.ones((), dtype=torch.float64), -torch.ones((), dtype=torch.float64))
 
     def regions(self, v: Params) -> tuple[Axis, ...]:
         """All axes, one per role."""
@@ -80,7 +116,7 @@ class AxisSymmetry(Symmetry):
         return axis.size(v[axis.name])
 
     def act(self, x: Tensor, v: Params) -> dict[str, Tensor]:
-        """The finite transformation; tensors that the group does not move are passed on."""
+        """The finite transformation; tensors on which the group does not act are returned unchanged."""
         self.check(v)
         moved = dict(v)
         for axis, sign in self._signed():
@@ -90,7 +126,7 @@ class AxisSymmetry(Symmetry):
         return moved
 
     def generate(self, x: Tensor, v: Params) -> dict[str, Tensor]:
-        """The infinitesimal transformation, zero on tensors that the group does not move."""
+        """The infinitesimal transformation, zero on tensors on which the group does not act."""
         self.check(v)
         moved = {name: torch.zeros_like(tensor) for name, tensor in v.items()}
         for axis, sign in self._signed():
@@ -127,7 +163,7 @@ class AxisSymmetry(Symmetry):
         return grams.plus - grams.minus
 
     def rename(self, names: Mapping[str, str]) -> "AxisSymmetry":
-        """The same symmetry on renamed parameters."""
+        """This symmetry on renamed parameters."""
 
         def renamed(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
             return tuple(replace(axis, name=names.get(axis.name, axis.name)) for axis in axes)
@@ -146,3 +182,24 @@ class AxisSymmetry(Symmetry):
     def _empty_gram(self, v: Params, batched: bool) -> Tensor:
         rows = self._rows(v, (self.plus + self.minus)[:1], int(batched))[0]
         return torch.zeros_like(self.gram((rows[0] if batched else rows)[:, :0]))
+
+
+def along_axes(symmetries: Mapping[str, Symmetry]) -> dict[str, AxisSymmetry]:
+    """The symmetries, after a check that each of them acts along axes.
+
+    Returns:
+        The symmetries by name.
+
+    Raises:
+        SettingsError: If a symmetry joins single entries of several tensors.
+    """
+    checked = {}
+    for name, symmetry in symmetries.items():
+        if not isinstance(symmetry, AxisSymmetry):
+            raise SettingsError(
+                f"symmetry {name!r} ({type(symmetry).__name__}) does not act along axes of tensors but joins single "
+                "entries of several tensors: its noise cannot be measured layer by layer. Use "
+                "estimate_noise(..., exact=True)"
+            )
+        checked[name] = symmetry
+    return checked

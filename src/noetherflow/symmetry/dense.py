@@ -11,7 +11,7 @@ from noetherflow._errors import ParameterShapeError
 from noetherflow._params import require_names
 from noetherflow._types import Params
 from noetherflow.symmetry.axis import Axis
-from noetherflow.symmetry.base import Grams, Symmetry
+from noetherflow.symmetry.base import Action, Grams, Symmetry
 
 # Eigenvalues closer than this fraction of the largest are one eigenvalue.
 _SAME = 1e-9
@@ -69,6 +69,11 @@ class DenseSymmetry(Symmetry):
         return self._generator
 
     @property
+    def action(self) -> Action:
+        """Eigenspaces are scaled."""
+        return Action.SCALES_EIGENSPACES
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The parameters on which the generator acts, in the order of its rows."""
         return self._names
@@ -111,14 +116,14 @@ class DenseSymmetry(Symmetry):
         return v[self._names[0]].new_zeros(())
 
     def act(self, x: Tensor, v: Params) -> dict[str, Tensor]:
-        """The finite transformation; tensors that the generator does not move are passed on."""
+        """The finite transformation; tensors on which the generator does not act are returned unchanged."""
         self.check(v)
         x = torch.as_tensor(x, dtype=torch.float64, device="cpu")
         exponential = (self._vectors * torch.exp(x * self._spectrum)) @ self._vectors.mT
         return dict(v) | self._multiply(exponential, v)
 
     def generate(self, x: Tensor, v: Params) -> dict[str, Tensor]:
-        """The infinitesimal transformation, zero on tensors that the generator does not move."""
+        """The infinitesimal transformation, zero on tensors on which the generator does not act."""
         self.check(v)
         zeros = {name: torch.zeros_like(tensor) for name, tensor in v.items()}
         return zeros | self._multiply(torch.as_tensor(x, dtype=torch.float64, device="cpu") * self._generator, v)
@@ -138,7 +143,7 @@ class DenseSymmetry(Symmetry):
         return self._weighted(self._squares(v, 1))
 
     def rename(self, names: Mapping[str, str]) -> "DenseSymmetry":
-        """The same generator on renamed parameters."""
+        """This generator on renamed parameters."""
         return DenseSymmetry(self._generator, [names.get(name, name) for name in self._names])
 
     def _squares(self, v: Params, batch_dims: int) -> Grams:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from noetherflow._types import Params
 from noetherflow.symmetry.axes import AxisSymmetry
+from noetherflow.symmetry.base import Action
 
 
 @final
@@ -32,6 +33,11 @@ class DiagonalSymmetry(AxisSymmetry):
 
     Source: Ziyin et al. (2024), the rescaling symmetry.
     """
+
+    @property
+    def action(self) -> Action:
+        """Entries are scaled."""
+        return Action.SCALES_ENTRIES
 
     @property
     def per_row(self) -> bool:

@@ -9,6 +9,7 @@ from noetherflow import _spd
 from noetherflow._errors import ParameterShapeError
 from noetherflow._types import Params
 from noetherflow.symmetry.axes import AxisSymmetry
+from noetherflow.symmetry.base import Action
 
 
 @final
@@ -34,6 +35,11 @@ class MatrixSymmetry(AxisSymmetry):
 
     Source: Ziyin et al. (2024), the double rotation symmetry.
     """
+
+    @property
+    def action(self) -> Action:
+        """Rows are mixed."""
+        return Action.MIXES_ROWS
 
     @property
     def per_row(self) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from noetherflow._types import Params
 from noetherflow.symmetry.axes import AxisSymmetry
+from noetherflow.symmetry.base import Action
 
 
 @final
@@ -29,6 +30,11 @@ class ScalarSymmetry(AxisSymmetry):
 
     Source: Ziyin et al. (2024), the scaling and rescaling symmetries.
     """
+
+    @property
+    def action(self) -> Action:
+        """Entries are scaled."""
+        return Action.SCALES_ENTRIES
 
     @property
     def per_row(self) -> bool:
