@@ -15,11 +15,11 @@ from noetherflow._types import Batch
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     """Apply a function to every tensor of a batch, keeping the containers and their types.
 
-    Tuples, named tuples, lists, mappings (a `BatchEncoding` too) and dataclasses are entered; anything else is kept as
-    it is.
+    Tuples, named tuples, lists, mappings (a `BatchEncoding` too) and dataclasses are entered; anything else is
+    returned unchanged.
 
     Returns:
-        A batch of the same structure.
+        A batch of this structure.
     """
     if isinstance(batch, Tensor):
         return function(batch)
@@ -38,18 +38,18 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
 
 def tensors_of(batch: Batch) -> list[Tensor]:
     """The tensors of a batch, in the order `map_tensors` meets them."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        tensors.append(tensor)
         return tensor
 
     map_tensors(collect, batch)
-    return found
+    return tensors
 
 
 def with_tensors(batch: Batch, tensors: list[Tensor]) -> Batch:
-    """The same batch around other tensors, given in the order of `tensors_of`."""
+    """The batch with its tensors replaced, in the order of `tensors_of`."""
     supply = iter(tensors)
     return map_tensors(lambda _: next(supply), batch)
 
@@ -60,7 +60,7 @@ def cast(batch: Batch, dtype: torch.dtype | None, device: torch.device) -> Batch
 
 
 def select(batch: Batch, index: Tensor, size: int) -> Batch:
-    """Some examples of a batch of a given size; a tensor without that leading dimension is shared by all examples."""
+    """The examples `index` of a batch of `size` examples; tensors without that leading dimension are shared by all."""
     return map_tensors(lambda t: t[index] if is_per_example(t, size) else t, batch)
 
 
@@ -84,7 +84,7 @@ def peek(loader: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
 
 
 def is_per_example(tensor: Tensor, size: int) -> bool:
-    """Whether a tensor of a batch has one entry per example."""
+    """Whether a tensor of a batch has an entry per example: a leading dimension of the batch size."""
     return tensor.ndim > 0 and tensor.shape[0] == size
 
 

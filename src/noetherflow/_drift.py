@@ -14,14 +14,14 @@ from noetherflow.symmetry import Grams, Symmetry
 
 
 class Forces(NamedTuple):
-    """What drives the charge up (P) and what drives it down (R), both positive; their difference is the drift."""
+    """The forces that drive a charge up (P) and down (R), both positive; the drift is P - R."""
 
     push: Tensor
     pull: Tensor
 
 
 def forces(symmetry: Symmetry, params: Params, noise: Grams, sgd: SGD) -> Forces:
-    r"""Noise drives the charge to its own side, weight decay away from it.
+    r"""Both forces on a charge: noise on a side drives the charge to that side, weight decay away from it.
 
     Returns:
         $P = 2\sigma^2 N_+ + 4\gamma C_-(\theta)$ and $R = 2\sigma^2 N_- + 4\gamma C_+(\theta)$, of the charge's shape.
@@ -39,7 +39,7 @@ def drift(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str
 
     $$\frac{dC}{dt} = -4\gamma C + 2\sigma^2 (N_+ - N_-) , \qquad t = \mathrm{lr} \times \text{steps}$$
 
-    There is no random term: the noise moves a charge, but never makes it fluctuate in this limit.
+    There is no random term: in this limit the noise drives a charge, but does not make it fluctuate.
 
     Args:
         noise: From `estimate_noise`, with the symmetries for which it was measured.
@@ -78,13 +78,13 @@ def drift(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str
 
 
 def expected_step(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str, Tensor]:
-    r"""The exact mean move of every charge in one discrete step of plain SGD.
+    r"""The exact mean change of every charge in a discrete step of plain SGD.
 
     $$E[C'] - C = \big((1 - 2\,\mathrm{lr}\,\gamma)^2 - 1\big)\, C + \mathrm{lr}^2
     \left(\frac{f}{S}\,\mathrm{Tr}[\Sigma Q] + C(\nabla L)\right)$$
 
-    with f = 1, or (N - S)/(N - 1) without replacement. The last term is what full-batch gradient descent with a finite
-    step keeps.
+    with f = 1, or (N - S)/(N - 1) without replacement. Full-batch gradient descent with a finite step has the last term
+    alone.
 
     Args:
         noise: From `estimate_noise`, over the full data set from which minibatches are drawn.
@@ -114,18 +114,18 @@ def expected_step(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> 
     """
     if sgd.momentum:
         raise SettingsError(
-            f"the mean move of one step is exact for plain SGD only, got momentum={sgd.momentum}: use drift()"
+            f"the mean change in a step is exact for plain SGD only, got momentum={sgd.momentum}: use drift()"
         )
     noise.require_examples()
     if any(torch.isnan(mean).any() for mean in noise.mean.values()):
         raise SettingsError(
-            "the mean move of one step needs the mean gradient, which a meter does not keep: measure with "
+            "the mean change in a step needs the mean gradient, which a meter does not keep: measure with "
             "estimate_noise, over the full data set"
         )
     theta = snapshot(params)
     shrink = (1 - 2 * sgd.lr * sgd.gamma) ** 2 - 1
-    moves = {}
+    changes = {}
     for name, symmetry in noise.symmetries.items():
         noisy = sgd.sampling_factor / sgd.batch_size * symmetry.charge_of(noise.grams[name])
-        moves[name] = shrink * symmetry.charge(theta) + sgd.lr**2 * (noisy + symmetry.charge(noise.mean))
-    return moves
+        changes[name] = shrink * symmetry.charge(theta) + sgd.lr**2 * (noisy + symmetry.charge(noise.mean))
+    return changes

@@ -1,4 +1,4 @@
-"""What can go wrong, one class per cause, so that callers can catch exactly what they mean."""
+"""What can go wrong: a class per cause, so that callers can catch exactly what they mean."""
 
 
 class NoetherflowError(Exception):
@@ -38,11 +38,11 @@ class NonFiniteError(NoetherflowError, ArithmeticError):
 
 
 class EmptyDataError(NoetherflowError, ValueError):
-    """There was no example to look at."""
+    """There was no example to measure."""
 
 
 class EquilibriumError(NoetherflowError, ArithmeticError):
-    """The noise equilibrium asked for does not exist, or could not be found."""
+    """The noise equilibrium does not exist, or the solver did not reach it."""
 
 
 class FunctionChangedError(NoetherflowError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Files that are written completely or not at all."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside the wanted one, moved into place when the block ends well and removed when it does not.
+    """A temporary path beside `path`, moved to it when the block succeeds and removed when the block raises.
 
     Yields:
         The temporary path. It keeps the suffix, because plotting and array libraries choose their format by it.
@@ -30,7 +30,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON atomically; infinities and NaN become null, since JSON has no word for them."""
+    """Write JSON atomically; infinities and NaN become null, since JSON cannot express them."""
     text = json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

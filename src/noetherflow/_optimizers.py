@@ -1,4 +1,4 @@
-"""The settings of SGD, and the only home of the factors of two."""
+"""The settings of optimizers, and the only home of the factors of two."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ class SGD:
 
     $$d\theta = -\nabla L_\gamma\,dt + \sqrt{2\sigma^2\,\Sigma}\,dW, \qquad 2\sigma^2 = \mathrm{lr}/S ,$$
 
-    where $\Sigma$ is the centred covariance of the gradient of *one* example.
+    where $\Sigma$ is the centred covariance of the gradient of a *single* example.
 
     Args:
         lr: Learning rate, positive.
         batch_size: Examples per step, $S$.
         weight_decay: As in `torch.optim.SGD`, that is $2\gamma$.
-        momentum: Heavy-ball $\mu$ in [0, 1). Its slow motion is that of plain SGD with lr / (1 - momentum).
+        momentum: Heavy-ball $\mu$ in [0, 1). The slow dynamics is that of plain SGD with lr / (1 - momentum).
         replacement: Whether the examples of a minibatch are drawn independently. A shuffled DataLoader draws
             without replacement.
         dataset_size: Number of examples $N$ of the data set; needed (and used) only without replacement, where the
@@ -73,7 +73,7 @@ class SGD:
 
     @property
     def effective_lr(self) -> float:
-        """The learning rate of the slow motion, lr / (1 - momentum); time is effective_lr times steps."""
+        """The learning rate of the slow dynamics, lr / (1 - momentum); time is effective_lr times steps."""
         return self.lr / (1 - self.momentum)
 
     @property
@@ -87,7 +87,7 @@ class SGD:
 
     @property
     def temperature(self) -> float:
-        r"""The noise level $\sigma^2 = \mathrm{lr} / 2S$, with momentum and sampling without replacement taken in."""
+        r"""The noise level $\sigma^2 = \mathrm{lr} / 2S$, momentum and sampling without replacement included."""
         return self.effective_lr / (2 * self.batch_size) * self.sampling_factor
 
     @classmethod
@@ -99,7 +99,7 @@ class SGD:
         replacement: bool = True,
         dataset_size: int | None = None,
     ) -> "SGD":
-        """Read the settings off a `torch.optim.SGD`.
+        """Read the settings of a `torch.optim.SGD`.
 
         Args:
             optimizer: The optimizer that trains the model; all its parameter groups must share their settings.
@@ -121,8 +121,8 @@ class SGD:
         """
         if not isinstance(optimizer, torch.optim.SGD):
             raise SettingsError(
-                f"expected torch.optim.SGD, got {type(optimizer).__name__}: an adaptive optimizer breaks the symmetry "
-                "itself, and the equilibrium of this theory is not its own"
+                f"expected torch.optim.SGD, got {type(optimizer).__name__}: an adaptive optimizer breaks the symmetry, "
+                "and rests at another point than the equilibrium of SGD"
             )
         names = ("lr", "weight_decay", "momentum", "dampening", "maximize")
         groups = [{name: _number(group[name]) for name in names} for group in optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""Moving a model along its symmetries, its function unchanged."""
+"""Moving a model along its symmetries without changing its function."""
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def rebalance_(
         The largest relative change of an example's loss.
 
     Raises:
-        EquilibriumError: If the equilibrium was not found, so that there is nowhere to go.
+        EquilibriumError: If the solver did not reach an equilibrium.
         FunctionChangedError: If an example's loss would change by more than the tolerance; the model is as it was.
         SettingsError: If the optimizer holds state that does not move with the parameters.
 

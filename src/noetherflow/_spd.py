@@ -1,4 +1,4 @@
-"""Symmetric positive matrices: powers, exponentials, the geometric mean, and what to do when the rank is short."""
+"""Symmetric positive matrices: functions of them, the geometric mean, and the ranges of rank-deficient pairs."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# An eigenvalue below this fraction of the largest is taken for zero. Estimated Grams are accumulated in float64, but
+# An eigenvalue below this fraction of the largest counts as zero. Estimated Grams are accumulated in float64, but
 # from gradients that are often float32, whose rounding leaves about 1e-14 of the largest eigenvalue in empty
 # directions.
 RANK_TOLERANCE = 1e-12
@@ -18,7 +18,7 @@ def symmetric(matrix: Tensor) -> Tensor:
 
 
 def apply_spectral(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
-    """A function of a symmetric matrix, through its eigenvalues."""
+    """A function of a symmetric matrix, applied to its eigenvalues."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * function(values).unsqueeze(-2)) @ vectors.mT
 
@@ -36,8 +36,8 @@ def logm(matrix: Tensor) -> Tensor:
 def riccati(left: Tensor, right: Tensor) -> Tensor:
     r"""The positive solution X of X R X = P, the geometric mean $R^{-1} \# P$.
 
-    With the Cholesky factor $R = L L^T$, $X = L^{-T} (L^T P L)^{1/2} L^{-1}$; one Newton step on the equation itself
-    then removes the rounding that an ill-conditioned R leaves.
+    With the Cholesky factor $R = L L^T$, $X = L^{-T} (L^T P L)^{1/2} L^{-1}$. A Newton step on the equation then
+    removes the rounding that an ill-conditioned R leaves.
 
     Args:
         left: R, symmetric positive definite, shape (n, n).
@@ -69,7 +69,7 @@ def pencil(matrix: Tensor, metric: Tensor) -> Tensor:
 
 
 class Ranges(NamedTuple):
-    """Orthonormal bases (columns) of where two positive semi-definite matrices act."""
+    """Orthonormal bases (columns) of the ranges and kernels of two positive semi-definite matrices."""
 
     both: Tensor
     only_left: Tensor
@@ -78,10 +78,10 @@ class Ranges(NamedTuple):
 
 
 def ranges(left: Tensor, right: Tensor, tolerance: float = RANK_TOLERANCE) -> Ranges:
-    """Split the space by which of two positive semi-definite matrices has something there.
+    """Split the space into the ranges and kernels of two positive semi-definite matrices.
 
     `both` is orthogonal to the kernels of either, so that both matrices are positive definite on it. The rest is split
-    into the common kernel (`neither`) and one kernel at a time.
+    into the common kernel (`neither`) and the rest of either kernel.
 
     Returns:
         The four bases.
@@ -89,7 +89,7 @@ def ranges(left: Tensor, right: Tensor, tolerance: float = RANK_TOLERANCE) -> Ra
     kernel_left, kernel_right = kernel(left, tolerance), kernel(right, tolerance)
     neither = kernel(left / _scale(left) + right / _scale(right), tolerance)
     both = complement(torch.cat([kernel_left, kernel_right], dim=1))
-    # A right-only direction is one that left does not see and right does.
+    # In a right-only direction the left matrix vanishes and the right matrix does not.
     only_right = _beyond(kernel_left, neither)
     only_left = _beyond(kernel_right, torch.cat([neither, only_right], dim=1))
     return Ranges(both, only_left, only_right, neither)
@@ -111,7 +111,7 @@ def complement(columns: Tensor, tolerance: float = 1e-8) -> Tensor:
 
 
 def _beyond(columns: Tensor, known: Tensor) -> Tensor:
-    """The part of a span that is orthogonal to a known one."""
+    """The part of a span that is orthogonal to the span of known columns."""
     rest = columns - known @ (known.mT @ columns)
     left, values, _ = torch.linalg.svd(rest, full_matrices=False)
     return left[:, values > 1e-8]

@@ -1,4 +1,4 @@
-"""The three words every other file uses: parameters, a batch, a loss."""
+"""The three types that every other file uses: parameters, a batch, a loss."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a result was computed with."""
+"""The versions with which a result was computed."""
 
 import importlib.metadata
 import platform
@@ -7,5 +7,9 @@ import platform
 def versions() -> dict[str, str]:
     """Versions of this package and of what its numbers depend on."""
     packages = ("noetherflow", "torch", "numpy")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return found | {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+    packages_used = {name: importlib.metadata.version(name) for name in packages}
+    return packages_used | {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }

@@ -74,13 +74,13 @@ class CommutingOrbit(Orbit):
             )
             moved = self._line_search(x, direction, gradient)
             if torch.equal(moved, x):
-                # Rounding has the last word: no step along the direction lowers the potential any more.
+                # No step along the direction lowers the potential any more: what is left is rounding.
                 status = Status.CONVERGED if imbalance.max() <= 1e3 * _BALANCED else Status.NOT_CONVERGED
                 break
             x = moved
         return self._result(x, status, step)
 
-    # The four maps that everything is made of.
+    # Exponents, sums over sides, terms of the potential and their derivatives.
 
     def _scales(self, x: Tensor) -> dict[str, Tensor]:
         """The exponents s_p(x), by parameter."""
@@ -135,13 +135,12 @@ class CommutingOrbit(Orbit):
     # The search.
 
     def _sweep(self, x: Tensor, free: Tensor) -> Tensor:
-        """One symmetry at a time to its own closed form, x = log(P / R) / 4, as long as that lowers the potential."""
+        """Each symmetry in turn to its closed form, x += log(P / R) / 4, as long as that lowers the potential."""
         value = self._value(x)
         for _ in range(_SWEEPS):
             for index in self._blocks():
                 push, pull = self._forces(x)
-                mine = free & index
-                moved = torch.where(mine, x + 0.25 * torch.log(push / pull), x)
+                moved = torch.where(free & index, x + 0.25 * torch.log(push / pull), x)
                 if (lowered := self._value(moved)) < value:
                     x, value = moved, lowered
         return x
@@ -233,24 +232,24 @@ def _outcome(x: Tensor, push: Tensor, pull: Tensor, status: Status) -> Outcome:
         "grow": (push > 0) & (pull <= 0),
         "shrink": (push <= 0) & (pull > 0),
     }
-    found = {kind: tuple(where.nonzero().flatten().tolist()) for kind, where in rows.items()}
+    listed = {kind: tuple(where.nonzero().flatten().tolist()) for kind, where in rows.items()}
     sentences = []
-    if found["dead"]:
+    if listed["dead"]:
         sentences.append(
-            f"rows {_listing(found['dead'])} carry neither gradient noise nor weight decay (dead neurons?)"
+            f"rows {_listing(listed['dead'])} carry neither gradient noise nor weight decay (dead neurons?)"
         )
-    if found["grow"]:
-        sentences.append(f"rows {_listing(found['grow'])} have nothing that keeps the plus side from growing for ever")
-    if found["shrink"]:
+    if listed["grow"]:
+        sentences.append(f"rows {_listing(listed['grow'])} have nothing that keeps the plus side from growing for ever")
+    if listed["shrink"]:
         sentences.append(
-            f"rows {_listing(found['shrink'])} have nothing that keeps the plus side from shrinking to zero"
+            f"rows {_listing(listed['shrink'])} have nothing that keeps the plus side from shrinking to zero"
         )
-    stuck = tuple(sorted(row for found_rows in found.values() for row in found_rows))
+    stuck = tuple(sorted(row for indices in listed.values() for row in indices))
     if sentences:
         sentences.append("left where they are; weight_decay > 0 and noise on both sides give them an equilibrium")
     if status is Status.CONVERGED:
-        at_infinity = found["grow"] or found["shrink"]
-        status = Status.AT_INFINITY if at_infinity else Status.SINGULAR if found["dead"] else Status.CONVERGED
+        at_infinity = listed["grow"] or listed["shrink"]
+        status = Status.AT_INFINITY if at_infinity else Status.SINGULAR if listed["dead"] else Status.CONVERGED
     elif status is Status.NOT_CONVERGED and (x.abs() > _FAR).any():
         far = tuple((x.abs() > _FAR).nonzero().flatten().tolist())
         return Outcome(

@@ -1,4 +1,4 @@
-"""One generator with any eigenvalues: a root on a line."""
+"""A single generator with any eigenvalues: a root on a line."""
 
 from collections.abc import Mapping
 from typing import final
@@ -17,7 +17,7 @@ _MOST_STEPS = 200
 
 @final
 class DenseOrbit(Orbit):
-    r"""The orbit of one generator with eigenvalues $q_i$.
+    r"""The orbit of a single generator with eigenvalues $q_i$.
 
     The potential on it, $\Phi(x) = \sum_i a_i e^{2 q_i x} + b_i e^{-2 q_i x}$, is strictly convex.
     """
@@ -82,8 +82,8 @@ class DenseOrbit(Orbit):
         stretch = (2 * q.square() * torch.exp(2 * q * x) * self._squares).sum()
         settled = outcome.status is Status.CONVERGED
         relaxation = stretch / self._curvature(x) if settled else torch.full_like(stretch, torch.inf)
-        one = self._name
-        return OrbitMinimum({one: x}, {one: -self._slope(x)}, {one: relaxation}, {one: outcome}, steps)
+        name = self._name
+        return OrbitMinimum({name: x}, {name: -self._slope(x)}, {name: relaxation}, {name: outcome}, steps)
 
 
 def _unbounded(ceiling: bool, floor: bool) -> Outcome:

@@ -17,7 +17,7 @@ from noetherflow.symmetry import Grams, Symmetry
 
 @final
 class MatrixOrbit(Orbit):
-    r"""The orbit of one matrix symmetry that shares no entry with any other.
+    r"""The orbit of a matrix symmetry that shares no entry with another symmetry.
 
     With $R = 4\gamma C_+(\theta) + 2\sigma^2 N_-$ and $P = 4\gamma C_-(\theta) + 2\sigma^2 N_+$ the drift at $e^{x}$ is
     $e^{-x} P e^{-x} - e^{x} R e^{x}$; it vanishes at $e^{2x} = R^{-1} \# P$.
@@ -61,8 +61,8 @@ class MatrixOrbit(Orbit):
         relaxation = torch.tensor(torch.inf, dtype=x.dtype)
         if outcome.status is Status.CONVERGED:
             relaxation = 1 / _spd.pencil(push + pull, squares)[0]
-        one = self._name
-        return OrbitMinimum({one: x}, {one: drift}, {one: relaxation}, {one: outcome}, 0)
+        name = self._name
+        return OrbitMinimum({name: x}, {name: drift}, {name: relaxation}, {name: outcome}, 0)
 
 
 def _outcome(dead: int, grow: int, shrink: int) -> Outcome:

@@ -1,4 +1,4 @@
-"""What a solver found, in values and in sentences."""
+"""The result of a solver, in values and in sentences."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,14 +17,14 @@ class Status(Enum):
     Examples:
         >>> import noetherflow as nf
         >>> print(nf.Status.AT_INFINITY.value)
-        along some directions the equilibrium lies at infinity; those were left where they are
+        along some directions the equilibrium lies at infinity; these directions were left where they are
     """
 
     CONVERGED = "every drift is zero"
     SINGULAR = (
-        "some directions have neither noise nor weight decay, so they rest anywhere; those were left where they are"
+        "some directions have neither noise nor weight decay and rest at any point; they were left where they are"
     )
-    AT_INFINITY = "along some directions the equilibrium lies at infinity; those were left where they are"
+    AT_INFINITY = "along some directions the equilibrium lies at infinity; these directions were left where they are"
     NOT_CONVERGED = "the iteration stopped before every drift was zero"
     NON_FINITE = "the noise or the parameters hold NaN or infinity"
 
@@ -37,7 +37,7 @@ class Status(Enum):
 @final
 @dataclass(frozen=True)
 class Outcome:
-    """How the search ended for one symmetry.
+    """How the search ended for a symmetry.
 
     Args:
         status: The kind of ending.
@@ -56,7 +56,7 @@ class Outcome:
 
 
 class OrbitMinimum(NamedTuple):
-    """The quietest point of one orbit: everything by symmetry name; times in units of lr * steps."""
+    """The minimum of the potential on an orbit: everything by symmetry name; times in units of lr * steps."""
 
     coordinates: dict[str, Tensor]
     drift: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""The noise equilibrium of a whole model: one orbit at a time, each solved jointly."""
+"""The noise equilibrium of a model: orbit by orbit, the symmetries of an orbit jointly."""
 
 from collections.abc import Mapping
 
@@ -28,8 +28,9 @@ def potential(
 
     $$\Phi(x) = 2\gamma\,|\theta_x|^2 + \sigma^2\,\mathrm{Tr}\,\Sigma(\theta_x), \qquad \theta_x = e^{Q_x}\theta$$
 
-    Convex along every symmetry, with $d\Phi/dx$ equal to minus the drift of the charge. Its minimum is the quietest
-    point of the orbit. The noise elsewhere on the orbit follows from the noise here,
+    $\Phi$ is convex along every symmetry, and $d\Phi/dx$ is minus the drift of the charge. Without weight decay its
+    minimum is the point of least gradient noise of the orbit; weight decay trades noise for smaller norms. The noise elsewhere
+    on the orbit follows from the noise here,
     $\Sigma \to e^{-Q_x}\Sigma e^{-Q_x}$.
 
     Args:
@@ -181,10 +182,10 @@ def _move(symmetries: Mapping[str, Symmetry], theta: Params, x: Mapping[str, Ten
 
 
 def _merge(minima: list[OrbitMinimum], order: list[str]) -> OrbitMinimum:
-    """The results of all orbits, by symmetry name in the order they were asked for."""
+    """The results of all orbits, by symmetry name in the given order."""
     columns = []
     for column in ("coordinates", "drift", "relaxation", "outcomes"):
-        found = {name: value for minimum in minima for name, value in getattr(minimum, column).items()}
-        columns.append({name: found[name] for name in order})
+        values = {name: value for minimum in minima for name, value in getattr(minimum, column).items()}
+        columns.append({name: values[name] for name in order})
     coordinates, drift, relaxation, outcomes = columns
     return OrbitMinimum(coordinates, drift, relaxation, outcomes, max(minimum.iterations for minimum in minima))

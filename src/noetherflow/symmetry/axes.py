@@ -56,7 +56,7 @@ class AxisSymmetry(Symmetry):
     minus: tuple[Axis, ...] = ()
 
     def __post_init__(self) -> None:
-        # Lists are a natural thing to write, and one axis alone too.
+        # A list of axes and a single axis are natural to write.
         for side in ("plus", "minus"):
             given = getattr(self, side)
             object.__setattr__(self, side, (given,) if isinstance(given, Axis) else tuple(given))

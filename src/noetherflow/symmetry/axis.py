@@ -1,4 +1,4 @@
-"""Where a group acts: one axis of one tensor, unfolded into rows."""
+"""Where a group acts: an axis of a tensor, unfolded into rows."""
 
 from dataclasses import dataclass
 from typing import final
@@ -12,23 +12,23 @@ from noetherflow._errors import ParameterShapeError
 @final
 @dataclass(frozen=True)
 class Axis:
-    """One axis of one named parameter, or a slice of it, on which a group acts row by row.
+    """An axis of a named parameter, or a slice of it, on which a group acts row by row.
 
     Args:
         name: The parameter, as in `named_parameters()`.
         dim: Which dimension of it is the axis; negative counts from the end.
-        start: First index of a slice (one head of a packed projection, one input of a concatenation); None is the
+        start: First index of a slice (a head of a packed projection, an input of a concatenation); None is the
             beginning.
         stop: One past the last index of the slice; None is the end.
-        repeat: How many neighbouring indices form one row. After conv -> flatten, each channel owns height * width
+        repeat: Number of neighbouring indices that form a row. After conv -> flatten, each channel has height * width
             neighbouring inputs of the linear layer: `repeat=height * width`.
-        within: (dimension, start, stop) if the axis is that of only a part of another dimension: one matrix of a stack
-            of them, one group of a grouped convolution.
+        within: (dimension, start, stop) if the group acts only on a part of another dimension: a matrix of a stack, a
+            group of a grouped convolution.
 
     Examples:
         >>> import torch, noetherflow as nf
         >>> weight = torch.arange(6.0).reshape(2, 3)
-        >>> nf.Axis("weight", dim=1).rows(weight)  # its columns, one a row
+        >>> nf.Axis("weight", dim=1).rows(weight)  # each column is a row of the result
         tensor([[0., 3.],
                 [1., 4.],
                 [2., 5.]])
@@ -42,7 +42,7 @@ class Axis:
     within: tuple[int, int, int] | None = None
 
     def size(self, tensor: Tensor) -> int:
-        """Number of rows of this axis in a tensor; raises if the axis is not there."""
+        """Number of rows of this axis in a tensor; raises if the tensor has no such axis."""
         shape = tuple(tensor.shape)
         if not -tensor.ndim <= self.dim < tensor.ndim:
             raise ParameterShapeError(
@@ -68,7 +68,7 @@ class Axis:
         return (stop - start) // self.repeat
 
     def rows(self, tensor: Tensor, *, batch_dims: int = 0) -> Tensor:
-        """The axis unfolded, shape (*batch, rows, everything else); `batch_dims` leading dimensions are left alone."""
+        """The axis unfolded, shape (*batch, rows, columns); `batch_dims` leading dimensions stay in front."""
         part, dim = self._part(tensor, batch_dims)
         batch = part.shape[:batch_dims]
         count = part.shape[dim] // self.repeat
@@ -76,7 +76,7 @@ class Axis:
         return part.movedim(dim, batch_dims).reshape(*batch, count, columns)
 
     def fold(self, rows: Tensor, like: Tensor) -> Tensor:
-        """The inverse of `rows`: the slice of the tensor, in its own shape."""
+        """The inverse of `rows`: the slice in the shape that it has in the tensor."""
         part, dim = self._part(like, 0)
         moved = part.movedim(dim, 0).shape
         return rows.reshape(moved).movedim(0, dim)
@@ -93,7 +93,7 @@ class Axis:
         return _put(tensor, self.dim, *self._bounds(tensor.shape[self.dim]), folded)
 
     def embed(self, rows: Tensor, like: Tensor) -> Tensor:
-        """A tensor of the shape of `like` that holds these rows and is zero elsewhere."""
+        """A tensor of the shape of `like` with these rows, and zeros elsewhere."""
         return self.replace(torch.zeros_like(like), rows)
 
     def _bounds(self, length: int) -> tuple[int, int]:

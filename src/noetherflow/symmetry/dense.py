@@ -1,4 +1,4 @@
-"""A generator given as a matrix on the flattened parameters: hand-made, or found numerically."""
+"""A generator given as a matrix on the flattened parameters: declared by hand, or discovered numerically."""
 
 from collections.abc import Mapping, Sequence
 from typing import final
@@ -13,7 +13,7 @@ from noetherflow._types import Params
 from noetherflow.symmetry.axis import Axis
 from noetherflow.symmetry.base import Action, Grams, Symmetry
 
-# Eigenvalues closer than this fraction of the largest are one eigenvalue.
+# Eigenvalues closer than this fraction of the largest count as equal.
 _SAME = 1e-9
 
 
@@ -23,7 +23,7 @@ class DenseSymmetry(Symmetry):
 
     Args:
         generator: Q, symmetric, shape (n, n), where n counts the entries of the named parameters in the order given.
-        names: The parameters it acts on; each is flattened row by row.
+        names: The parameters on which the generator acts; each is flattened row by row.
 
     Raises:
         ParameterShapeError: If the generator is not a finite, non-zero, symmetric square matrix.
@@ -53,7 +53,7 @@ class DenseSymmetry(Symmetry):
         self._names = (names,) if isinstance(names, str) else tuple(names)
         self._generator = _spd.symmetric(matrix)
         values, self._vectors = torch.linalg.eigh(self._generator)
-        # Eigenvalues in clusters of equals: the distinct non-zero ones, and which eigenvectors belong to each.
+        # Eigenvalues in clusters of equals: the distinct non-zero eigenvalues, and the eigenvectors of each.
         starts = torch.cat([torch.ones(1, dtype=torch.bool), values.diff() > _SAME * scale])
         cluster = starts.cumsum(0) - 1
         distinct = torch.stack([values[cluster == k].mean() for k in range(int(cluster[-1]) + 1)])
@@ -95,7 +95,7 @@ class DenseSymmetry(Symmetry):
         return f"DenseSymmetry(generator=<{tuple(self._generator.shape)}>, names={self._names})"
 
     def regions(self, v: Params) -> tuple[Axis, ...]:
-        """All of every tensor."""
+        """Every tensor, all of it."""
         return tuple(Axis(name, 0) for name in self._names)
 
     def check(self, v: Params) -> None:

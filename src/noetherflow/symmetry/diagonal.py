@@ -1,4 +1,4 @@
-"""Rescaling: one number per row, that is, per neuron."""
+"""Rescaling: a number per row, that is, per neuron."""
 
 from dataclasses import dataclass
 from typing import final
@@ -16,8 +16,8 @@ from noetherflow.symmetry.base import Action
 class DiagonalSymmetry(AxisSymmetry):
     r"""Rescaling neuron by neuron: row $i$ of every `plus` axis by $e^{x_i}$, of every `minus` axis by $e^{-x_i}$.
 
-    The charge has one entry per row: the squared norms of the plus rows less those of the minus rows. A ReLU layer has
-    it with its weight's rows and its bias in `plus` and the next layer's columns in `minus`.
+    The charge has an entry per row: the squared norm of the plus rows less that of the minus rows. For a hidden ReLU
+    layer, the rows of its weight and its bias are in `plus`, the columns of the next weight in `minus`.
 
     Args:
         plus: Axes whose rows grow; all axes must have the same number of rows.
@@ -41,11 +41,11 @@ class DiagonalSymmetry(AxisSymmetry):
 
     @property
     def per_row(self) -> bool:
-        """One coordinate per row."""
+        """Every row has a coordinate."""
         return True
 
     def dimension(self, v: Params) -> int:
-        """One generator per row."""
+        """A generator per row."""
         return self.size(v)
 
     def identity(self, v: Params) -> Tensor:
@@ -61,7 +61,7 @@ class DiagonalSymmetry(AxisSymmetry):
         return self.reduce(rows.square())
 
     def multiply(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Each row times its own number."""
+        """Row i times x_i."""
         return x.unsqueeze(-1) * rows
 
     def exponential(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Double rotation: a whole matrix acts on the rows."""
+"""Double rotation: a matrix multiplies the rows."""
 
 from dataclasses import dataclass
 from typing import final
@@ -18,9 +18,9 @@ class MatrixSymmetry(AxisSymmetry):
     r"""Double rotation of two linear maps: rows of `plus` are multiplied by $e^{x}$, those of `minus` by $e^{-x}$.
 
     Both x and the charge are symmetric matrices; the charge is the Gram matrix of the plus rows less that of the minus
-    rows, $W W^T - U^T U$ for the map $U W$. It is there between any two linear maps with nothing in between, in LoRA,
-    and in every attention head. Rotations of the rows are a symmetry too, but an antisymmetric generator has no
-    charge and moves no norm.
+    rows, $W W^T - U^T U$ for the map $U W$. Any two linear maps with nothing in between have this symmetry, LoRA and
+    every attention head among them. Rotations of the rows are a symmetry too, but an antisymmetric generator has no
+    charge and changes no norm.
 
     Args:
         plus: Axes whose rows are multiplied by the exponential; all axes must have the same number of rows.
@@ -43,7 +43,7 @@ class MatrixSymmetry(AxisSymmetry):
 
     @property
     def per_row(self) -> bool:
-        """One row and one column of coordinates per row."""
+        """Coordinates form a matrix with a row and a column per row of the axes."""
         return True
 
     def dimension(self, v: Params) -> int:

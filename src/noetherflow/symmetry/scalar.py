@@ -1,4 +1,4 @@
-"""Scaling: one number for whole tensors."""
+"""Scaling: a number for all entries of several tensors."""
 
 from dataclasses import dataclass
 from typing import final
@@ -14,12 +14,12 @@ from noetherflow.symmetry.base import Action
 @final
 @dataclass(frozen=True)
 class ScalarSymmetry(AxisSymmetry):
-    r"""Scaling of whole tensors (or slices): `plus` by $e^{x}$, `minus` by $e^{-x}$.
+    r"""Scaling of tensors, or of slices of them: `plus` by $e^{x}$, `minus` by $e^{-x}$.
 
-    The charge is $|\theta_+|^2 - |\theta_-|^2$. Weights in front of a normalisation layer have it with `plus` only.
+    The charge is $|\theta_+|^2 - |\theta_-|^2$. Weights in front of a normalisation layer have `plus` alone.
 
     Args:
-        plus: Axes of the tensors that grow. Which dimension is named does not matter here, only the slice.
+        plus: Axes of the tensors that grow. The dimension of an axis does not matter here, only the slice.
         minus: Axes of the tensors that shrink.
 
     Examples:
@@ -38,11 +38,11 @@ class ScalarSymmetry(AxisSymmetry):
 
     @property
     def per_row(self) -> bool:
-        """One coordinate for everything."""
+        """All rows share the coordinate."""
         return False
 
     def dimension(self, v: Params) -> int:
-        """One generator."""
+        """A single generator."""
         return 1
 
     def identity(self, v: Params) -> Tensor:
@@ -58,7 +58,7 @@ class ScalarSymmetry(AxisSymmetry):
         return self.reduce(rows.square())
 
     def multiply(self, x: Tensor, rows: Tensor) -> Tensor:
-        """All rows times one number."""
+        """All rows times x."""
         return x * rows
 
     def exponential(self, x: Tensor) -> Tensor:
