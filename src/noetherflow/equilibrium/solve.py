@@ -29,9 +29,8 @@ def potential(
     $$\Phi(x) = 2\gamma\,|\theta_x|^2 + \sigma^2\,\mathrm{Tr}\,\Sigma(\theta_x), \qquad \theta_x = e^{Q_x}\theta$$
 
     $\Phi$ is convex along every symmetry, and $d\Phi/dx$ is minus the drift of the charge. Without weight decay its
-    minimum is the point of least gradient noise of the orbit; weight decay trades noise for smaller norms. The noise elsewhere
-    on the orbit follows from the noise here,
-    $\Sigma \to e^{-Q_x}\Sigma e^{-Q_x}$.
+    minimum is the point of least gradient noise of the orbit; weight decay trades noise for smaller norms. The noise
+    elsewhere on the orbit follows from the noise here, $\Sigma \to e^{-Q_x}\Sigma e^{-Q_x}$.
 
     Args:
         noise: From `estimate_noise`; the symmetries for which it was measured span the orbit.
