@@ -7,8 +7,9 @@ Setting: $\ell = |U W x - y|^2$ with $y = V x + \epsilon$, x and $\epsilon$ Gaus
 variance and in the noisiest outputs, so that the noise equilibrium is far from the balance of norms.
 
 Formula: the charge $C = W W^T - U^T U$ obeys $dC/dt = 2\sigma^2 I$ with $I = U^T \Gamma_U U - W \Gamma_W W^T$.
-At UW = V, $\Gamma_U = 4\,\mathrm{Tr}\,\Sigma_x\,\Sigma_\epsilon$ and $\Gamma_W = 4\,\mathrm{Tr}\,\Sigma_\epsilon\,\Sigma_x$.
-The equilibrium I = 0 has the closed form `noetherflow.linear.two_layer_equilibrium`. Gradient descent conserves C.
+At the minimum
+$\Gamma_U = 4\,\mathrm{Tr}\,\Sigma_x\,\Sigma_\epsilon$, $\Gamma_W = 4\,\mathrm{Tr}\,\Sigma_\epsilon\,\Sigma_x$. The
+equilibrium I = 0 has the closed form `noetherflow.linear.two_layer_equilibrium`. Gradient descent conserves C.
 
 Falsified by: final $W^T W$ or $U U^T$ that depend on the initialisation or differ from the closed form; balanced norms
 instead of balanced noise; a decay rate off by a factor of two; elements of I with a late time mean other than zero.
