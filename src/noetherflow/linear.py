@@ -58,8 +58,7 @@ def noise_factors(input_cov: Tensor, noise_cov: Tensor, error: Tensor | None = N
     Args:
         input_cov: $\Sigma_x$, shape (inputs, inputs), units of x squared.
         noise_cov: $\Sigma_\epsilon$, shape (outputs, outputs), units of y squared.
-        error: D, shape (outputs, inputs). None is D = 0, the minimum, where the formulas hold for every distribution of
-            the inputs with covariance $\Sigma_x$ and mean zero.
+        error: D, shape (outputs, inputs). None is D = 0, the minimum, where x may have any distribution of mean zero.
 
     Returns:
         $\Gamma_U$ and $\Gamma_W$ of a single example (batch size 1), shapes (outputs, outputs) and (inputs, inputs).
@@ -278,16 +277,14 @@ def deep_noise(weights: Sequence[Tensor], input_cov: Tensor, noise_cov: Tensor) 
         noise_cov: $\Sigma_\epsilon$, shape (outputs, outputs).
 
     Returns:
-        For i = 1, ..., D - 1: `plus` $= N_+$ and `minus` $= N_-$ of a single example, each of shape (n, n) with n the
-        width of hidden layer i.
+        For i = 1, ..., D - 1: `plus` $= N_+$ and `minus` $= N_-$ of a single example, shape (width_i, width_i) each.
 
     Examples:
         >>> import torch, noetherflow as nf
-        >>> weights = nf.linear.deep_equilibrium(torch.tensor([[8.0]]), torch.eye(1), torch.eye(1), depth=3)
-        >>> for plus, minus in nf.linear.deep_noise(weights, torch.eye(1), torch.eye(1)):
-        ...     print(f"{plus.item():.2f} {minus.item():.2f}")
-        64.00 64.00
-        64.00 64.00
+        >>> cov = torch.eye(1)
+        >>> weights = nf.linear.deep_equilibrium(torch.tensor([[8.0]]), cov, cov, depth=3)
+        >>> [[round(side.item(), 2) for side in sides] for sides in nf.linear.deep_noise(weights, cov, cov)]
+        [[64.0, 64.0], [64.0, 64.0]]
 
     Source: Ziyin et al. (2024), deep linear networks.
     """
