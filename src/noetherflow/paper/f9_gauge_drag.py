@@ -149,16 +149,16 @@ def claims(config: Config, outcome: Outcome) -> list[Claim]:
         ),
     ]
     for name in WORLDS[1:]:
-        rest = outcome[name]
-        gram = rest.measured[finest]
+        point = outcome[name]
+        gram = point.measured[finest]
         verdicts += [
-            Claim(f"{name}: predicted distance", 0.0, rest.distance(grams(rest.dragged)).item(), high=1e-3),
+            Claim(f"{name}: predicted distance", 0.0, point.distance(grams(point.dragged)).item(), high=1e-3),
             Claim(
                 f"{name}: distance from I = 0",
                 predicted=0.0,
-                measured=rest.distance(gram.mean(0)).item(),
+                measured=point.distance(gram.mean(0)).item(),
                 high=0.4 * predicted,
-                error=_error(rest, gram),
+                error=_error(point, gram),
                 wrong={"the generic drag": predicted},
             ),
         ]
@@ -169,16 +169,16 @@ def plot(config: Config, outcome: Outcome) -> Figure:
     """Draw the distance from I = 0 along the averaged drift, and that of SGD, for every world."""
     figure = style.panels(2)
     path, ends = figure.subplots(1, 2)
-    for (name, rest), mark in zip(outcome.items(), ("-", "--", ":", "-."), strict=True):
-        path.plot(rest.distance(rest.path), linestyle=mark, color="black", linewidth=1.2, label=name)
+    for (name, point), mark in zip(outcome.items(), ("-", "--", ":", "-."), strict=True):
+        path.plot(point.distance(point.path), linestyle=mark, color="black", linewidth=1.2, label=name)
     path.set(xlabel="steps of the averaged flow", ylabel="distance from I = 0", title="predicted drag")
     path.legend(fontsize=7)
-    for position, rest in enumerate(outcome.values()):
-        predicted = rest.distance(grams(rest.dragged)).item()
+    for position, point in enumerate(outcome.values()):
+        predicted = point.distance(grams(point.dragged)).item()
         ends.plot([position - 0.3, position + 0.3], [predicted] * 2, **style.PREDICTED)
-        for (lr, gram), mark in zip(rest.measured.items(), "o^s", strict=False):
+        for (lr, gram), mark in zip(point.measured.items(), "o^s", strict=False):
             label = f"SGD, lr {lr:g}" if position == 0 else None
-            ends.plot(position, rest.distance(gram.mean(0)), mark, color=style.MEASURED["color"], label=label)
+            ends.plot(position, point.distance(gram.mean(0)), mark, color=style.MEASURED["color"], label=label)
     ends.set_xticks(range(len(outcome)), [name.replace(" ", "\n", 1) for name in outcome], fontsize=7)
     ends.set(ylabel="distance from I = 0", title="SGD; dashed: predicted")
     ends.legend(fontsize=7)
@@ -238,7 +238,7 @@ def _simulate(
     return torch.stack(cooled_grams).mean(0)
 
 
-def _error(rest: Stationary, gram: Tensor) -> float:
+def _error(point: Stationary, gram: Tensor) -> float:
     """Upper bound on the standard error of the relative distance: the norm of the standard errors of all entries."""
     spread = gram.std(0).norm() / len(gram) ** 0.5
-    return (spread / torch.linalg.norm(grams(rest.equilibrium))).item()
+    return (spread / torch.linalg.norm(grams(point.equilibrium))).item()
