@@ -1,9 +1,9 @@
-"""How the time of `find_symmetries` grows with depth: GPT-2-shaped models of 4, 12, 24 and 48 narrow layers.
+"""Wall time of `nf.find_symmetries` by depth, for GPT-2 architectures of width 64 with 4, 12, 24 and 48 layers.
 
     python benchmarks/detect.py
 
-Each depth is timed several times, interleaved with the others; medians and the environment are written to
-benchmarks/results/detect.json.
+Each of 3 rounds times all depths in turn, so that a change of the machine's load affects all depths alike. The script
+writes all times, their medians, and the versions of the packages to benchmarks/results/detect.json.
 """
 
 import json
@@ -41,15 +41,15 @@ def main() -> None:
     tokens = torch.randint(100, (2, 8))
     models = {depth: model(depth) for depth in DEPTHS}
     seconds: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
-    found = {}
+    counts = {}
     nf.find_symmetries(models[DEPTHS[0]], loss, tokens)
     for _ in range(ROUNDS):
-        for depth, one in models.items():
+        for depth, network in models.items():
             start = time.perf_counter()
-            found[depth] = len(nf.find_symmetries(one, loss, tokens))
+            counts[depth] = len(nf.find_symmetries(network, loss, tokens))
             seconds[depth].append(time.perf_counter() - start)
     rows = [
-        {"layers": depth, "symmetries": found[depth], "seconds": statistics.median(times), "all": times}
+        {"layers": depth, "symmetries": counts[depth], "seconds": statistics.median(times), "all": times}
         for depth, times in seconds.items()
     ]
     for row in rows:

@@ -1,15 +1,18 @@
-"""What gradient noise costs beside a plain training step, and beside other ways of measuring it.
+"""Cost of measuring gradient noise: time and memory relative to a plain training step, for several methods.
 
-    python benchmarks/noise.py           measures; writes benchmarks/results/noise.json (twenty minutes)
-    python benchmarks/noise.py --show    tables and figure of docs/benchmarks.md, from that file
+    python benchmarks/noise.py           measures, and writes benchmarks/results/noise.json (twenty minutes)
+    python benchmarks/noise.py --show    writes the tables and the figure of docs/benchmarks.md from that file
 
-Four models, and linear layers that see more or fewer tokens in an example. The ways take turns; a plain step runs right
-before every step that is timed, and the time of the second is divided by that of the first. Each model has a process
-of its own, whose allocator keeps what it has (--allocator default: as it comes). Ways whose Tr Sigma is not that of a
-float64 loop over single examples are not timed. Each peak of memory is that of a process that does nothing else.
+Models: four networks, and a sweep of linear layers over the number of tokens in an example. The ratio of a method is
+the time of its step over that of a plain step, which runs directly before it. Each round times all methods in turn.
+A method is timed only if its Tr Sigma agrees with a float64 loop over single examples. Each model is timed in a
+separate process. With `--allocator warm` (the default) the allocator of the process does not return memory to the
+system; with `--allocator default` the settings of the system apply. Each peak of memory is measured in a process that
+runs a single method.
 
-The file keeps a run for each number of threads and allocator; all but the first, one thread and warm, are only timed,
-without the tokens, the memory and the two threads. `make bench` installs the packages that are compared with.
+The file holds a run for each number of threads and each allocator. The run with one thread and the warm allocator also
+contains the sweep, the peaks of memory, and a comparison with two threads. `make bench` installs the packages for
+comparison.
 """
 
 import argparse
@@ -29,21 +32,21 @@ from noetherflow import _files, _versions
 
 OUT = Path(__file__).parent / "results" / "noise.json"
 PACKAGES = ("transformers", "backpack-for-pytorch", "opacus")
-# For glibc: nothing is given back to the system, and nothing taken from it for a single tensor.
+# glibc: never return memory to the system, and never map memory for a single tensor.
 WARM = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
     "MALLOC_ARENA_MAX": "1",
 }
-# Every tensor is given back as soon as it is freed, so that the peak is that of what is in use.
+# glibc: map each tensor of 64 KiB or more separately and unmap freed tensors: the peak counts live tensors.
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-# Below this, two threads share a processor.
+# Mean number of processors in use. A value below this means that two threads share a processor.
 TWO = 1.3
 
 
 def run_child(job: dict[str, Any], allocator: dict[str, str]) -> list[dict[str, Any]]:
-    """The rows of a job that has a process of its own; none, and a line, if that ended."""
+    """Run a job in a separate process and return its rows; print a message and return no rows if the process fails."""
     environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"])} | allocator
     command = [sys.executable, __file__, "--job", json.dumps(job)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
@@ -62,7 +65,7 @@ def environment() -> dict[str, Any]:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            print(f"{package} is not installed: its ways are left out (make bench installs it)", flush=True)
+            print(f"{package} is not installed: its methods are left out (make bench installs it)", flush=True)
     return {"versions": versions, "processor": processor, "processors": processors()}
 
 
@@ -71,16 +74,16 @@ def processors() -> int:
 
 
 def save(name: str, run: dict[str, Any]) -> None:
-    """Put a run, finished or not, beside the others."""
+    """Write a run, finished or not, into the file, which keeps the runs with different settings."""
     runs = json.loads(OUT.read_text("utf-8")) if OUT.exists() else {}
-    _files.write_json(OUT, {key: one for key, one in runs.items() if "allocator" in key} | {name: run})
+    _files.write_json(OUT, {key: value for key, value in runs.items() if "allocator" in key} | {name: run})
 
 
-def run(given: argparse.Namespace, kept: str) -> None:
+def run(given: argparse.Namespace, folder: str) -> None:
     name = show.name_of(given.threads, given.allocator)
     first = name == show.FIRST
     allocator = WARM if given.allocator == "warm" else {}
-    common = {"threads": given.threads, "rounds": given.rounds, "only": None, "kept": kept}
+    common = {"threads": given.threads, "rounds": given.rounds, "only": None, "kept": folder}
     result: dict[str, Any] = {"environment": environment(), "rounds": given.rounds, "models": given.models}
     result["ways"] = []
     for model in given.models:
@@ -100,7 +103,10 @@ def run(given: argparse.Namespace, kept: str) -> None:
             result["memory"] += run_child(common | {"do": "memory", "model": model, "only": right}, EXACT)
     save(name, result)
     if processors() == 1:
-        print("two threads need two processors, and this process may use one: they are left out", flush=True)
+        print(
+            "two threads need two processors, this process may use a single processor: no comparison",
+            flush=True,
+        )
         return
     two = common | {"threads": 2, "only": ["while training"]}
     result["two threads"] = [
@@ -115,7 +121,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--allocator", choices=("warm", "default"), default="warm")
-    parser.add_argument("--show", action="store_true", help="print tables, put them into the page, draw the figure")
+    parser.add_argument(
+        "--show",
+        action="store_true",
+        help="print the tables, write them into docs/benchmarks.md, draw the figure",
+    )
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.job:
@@ -123,8 +133,8 @@ def main() -> None:
     elif given.show:
         show.show(OUT)
     else:
-        with tempfile.TemporaryDirectory() as kept:
-            run(given, kept)
+        with tempfile.TemporaryDirectory() as folder:
+            run(given, folder)
 
 
 if __name__ == "__main__":

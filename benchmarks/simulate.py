@@ -1,15 +1,16 @@
-"""How long a step of many replicas takes: a plain loop, eager vmap, JAX, and `nf.simulate`.
+"""Wall time of a step of many replicas: a plain loop, eager vmap, JAX, and `nf.simulate`.
 
-    python benchmarks/simulate.py           measure everything, check it, write the results (ten minutes)
-    python benchmarks/simulate.py --show    print the table of the results and draw the figure
+    python benchmarks/simulate.py           checks that the four variants agree, times the variants, writes the results
+                                            (ten minutes)
+    python benchmarks/simulate.py --show    prints the table of the results and draws the figure
 
-Everything runs in one process on one core and one thread, and the four take turns, so that a busy neighbour slows all
-of them. Needs the extra `bench`.
+All variants run in one process on one core with one thread. Each round times the four variants in turn, so that a
+change of the machine's load affects all variants alike. The script needs the extra `bench`.
 """
 
 import os
 
-# Before the first import of anything that starts threads.
+# Before the import of torch and JAX, which read the number of threads at import.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 if hasattr(os, "sched_setaffinity"):
@@ -42,7 +43,7 @@ MODELS = {
     "tanh": lambda: nn.Sequential(nn.Linear(SIZE, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, SIZE)),
 }
 VARIANTS = {"loop": "plain loop", "vmap": "eager vmap", "jax": "JAX", "simulate": "nf.simulate"}
-# Steps of one measurement by number of replicas: about a second each. The loop runs few replicas and is scaled.
+# Steps of a measurement by number of replicas: about a second each. The loop runs 2 replicas; its time is scaled.
 STEPS = {
     "vmap": {1: 500, 64: 400, 1024: 60},
     "jax": {1: 30_000, 64: 2_000, 1024: 150},
@@ -51,11 +52,11 @@ STEPS = {
 LOOP_REPLICAS, LOOP_STEPS = 2, 600
 
 Params = dict[str, Tensor]
-Tape = tuple[Tensor, Tensor]  # given examples, shape (steps, replicas, BATCH, SIZE) each
+Tape = tuple[Tensor, Tensor]  # inputs and labels, shape (steps, replicas, BATCH, SIZE) each
 
 
 class Setting(NamedTuple):
-    """What is simulated."""
+    """A model with its data type, initialisation and data distribution."""
 
     model: str
     dtype: torch.dtype
@@ -74,7 +75,7 @@ class Setting(NamedTuple):
         }
 
     def target(self) -> Tensor:
-        """V, of the rank that the hidden units can learn."""
+        """V of rank HIDDEN, shape (SIZE, SIZE)."""
         generator = torch.Generator().manual_seed(2)
         left, right = (torch.randn(SIZE, HIDDEN, generator=generator, dtype=torch.float64) for _ in range(2))
         return (left @ right.mT / SIZE).to(self.dtype)
@@ -95,14 +96,14 @@ def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Ran(NamedTuple):
-    """Parameters at the end by name, shape (R, ...), and mean losses before each step, shape (steps, R)."""
+    """Final parameters by name, shape (replicas, ...), and the mean loss before each step, shape (steps, replicas)."""
 
     params: Params
     losses: Tensor
 
 
 def run_loop(setting: Setting, replicas: int, steps: int, tape: Tape | None = None) -> Ran:
-    """One replica after the other, each a textbook loop around `torch.optim.SGD`."""
+    """Run the replicas in sequence, each with a plain loop around `torch.optim.SGD`."""
     sample, starts, generator = setting.sampler(), setting.start(replicas), torch.Generator().manual_seed(3)
     ends, losses = [], torch.zeros(steps, replicas)
     for replica in range(replicas):
@@ -121,12 +122,12 @@ def run_loop(setting: Setting, replicas: int, steps: int, tape: Tape | None = No
 
 
 def run_vmap(setting: Setting, replicas: int, steps: int, tape: Tape | None = None) -> Ran:
-    """All replicas at once by torch.func, without recording anything."""
+    """Run all replicas at once by `torch.func.vmap`."""
     sample, params, generator = setting.sampler(), setting.start(replicas), torch.Generator().manual_seed(4)
     net, losses = setting.net(), []
 
-    def loss(own: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        value = (functional_call(net, own, (x,)) - y).square().sum(-1).mean()
+    def loss(replica: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        value = (functional_call(net, replica, (x,)) - y).square().sum(-1).mean()
         return value, value
 
     gradients = vmap(grad(loss, has_aux=True))
@@ -142,7 +143,7 @@ def run_vmap(setting: Setting, replicas: int, steps: int, tape: Tape | None = No
 
 
 class Jax:
-    """jit(vmap(scan)), compiled once per setting, number of replicas and steps."""
+    """jit(vmap(scan)) in JAX, compiled for a setting, a number of replicas and a number of steps."""
 
     def __init__(self, setting: Setting, replicas: int, steps: int, *, watch: bool, tape: Tape | None = None) -> None:
         import jax
@@ -165,7 +166,7 @@ class Jax:
 
         def step(params: dict[str, Any], x: Any, y: Any) -> tuple[dict[str, Any], Any]:
             value, slopes = jax.value_and_grad(loss)(params, x, y)
-            # What is not returned is not computed.
+            # XLA removes the computation of values that are not returned.
             return {name: p - LR * slopes[name] for name, p in params.items()}, value if watch else None
 
         def fresh(params: dict[str, Any], key: Any) -> Any:
@@ -204,7 +205,7 @@ class Jax:
 
 
 def run_simulate(setting: Setting, replicas: int, steps: int, tape: Tape | None = None, record: Any = None) -> Ran:
-    """The package, with its defaults: about 200 records of the loss."""
+    """Run `nf.simulate` with its defaults, which record the loss about 200 times."""
     sample = setting.sampler()
     if tape is not None:
         examples, position = [tensor.flatten(0, 2) for tensor in tape], 0
@@ -215,7 +216,7 @@ def run_simulate(setting: Setting, replicas: int, steps: int, tape: Tape | None 
             position += count
             return examples[0][index], examples[1][index]
 
-    found = nf.simulate(
+    trajectory = nf.simulate(
         setting.net(),
         squared_error,
         sample,
@@ -227,11 +228,11 @@ def run_simulate(setting: Setting, replicas: int, steps: int, tape: Tape | None 
         generator=torch.Generator().manual_seed(6),
         progress=False,
     )
-    return Ran(found.params, found.loss[:-1])
+    return Ran(trajectory.params, trajectory.loss[:-1])
 
 
 def same_trajectory(setting: Setting, *, replicas: int = 3, steps: int = 200) -> dict[str, float]:
-    """Largest distance from the plain loop after the same steps on the same examples, over the largest parameter."""
+    """Largest difference of the final parameters from the plain loop on equal examples, over the largest parameter."""
     generator = torch.Generator().manual_seed(7)
     x, y = (t.unflatten(0, (steps, replicas, BATCH)) for t in setting.sampler()(steps * replicas * BATCH, generator))
     tape = x, y
@@ -242,8 +243,8 @@ def same_trajectory(setting: Setting, *, replicas: int = 3, steps: int = 200) ->
         "simulate": run_simulate(setting, replicas, steps, tape).params,
     }
     distances = {
-        name: max(float((found[key] - p).abs().max() / p.abs().max()) for key, p in expected.items())
-        for name, found in others.items()
+        name: max(float((params[key] - p).abs().max() / p.abs().max()) for key, p in expected.items())
+        for name, params in others.items()
     }
     allowed = 3e-5 if setting.dtype == torch.float32 else 1e-12
     assert max(distances.values()) < allowed, (setting, distances)
@@ -251,26 +252,26 @@ def same_trajectory(setting: Setting, *, replicas: int = 3, steps: int = 200) ->
 
 
 def same_curve(setting: Setting, *, steps: int = 200, replicas: int = 1024, few: int = 64) -> dict[str, float]:
-    """Of the mean loss over replicas at ten times, the largest distance from the plain loop in standard errors."""
+    """Largest difference of the mean loss from the plain loop, in standard errors, at ten times."""
     times = torch.arange(0, steps, steps // 10)
     expected = run_loop(setting, few, steps).losses[times].double()
-    # The loop runs as many replicas as it can, from the first of the same starts.
+    # The loop runs `few` replicas, whose initial parameters are those of the first replicas of every variant.
     others = {
         "vmap": run_vmap(setting, replicas, steps).losses,
         "jax": Jax(setting, replicas, steps, watch=True).ran().losses,
         "simulate": run_simulate(setting, replicas, steps, record=1).losses,
     }
-    found = {}
+    deviations = {}
     for name, losses in others.items():
-        own = losses[times].double()[:, :few]
-        error = ((own.var(1) + expected.var(1)) / few).sqrt()
-        found[name] = float(((own.mean(1) - expected.mean(1)) / error).abs().max())
-    # The noise of the mean of many, against each other: a sharper test than that against the few of the loop.
-    ours, theirs = others["simulate"][times].double(), others["jax"][times].double()
-    error = ((ours.var(1) + theirs.var(1)) / replicas).sqrt()
-    found["simulate against jax"] = float(((ours.mean(1) - theirs.mean(1)) / error).abs().max())
-    assert max(found.values()) < 4.5, (setting, found)
-    return found
+        first = losses[times].double()[:, :few]
+        error = ((first.var(1) + expected.var(1)) / few).sqrt()
+        deviations[name] = float(((first.mean(1) - expected.mean(1)) / error).abs().max())
+    # With all replicas the standard error is smaller: compare `nf.simulate` with JAX.
+    simulated, jax = others["simulate"][times].double(), others["jax"][times].double()
+    error = ((simulated.var(1) + jax.var(1)) / replicas).sqrt()
+    deviations["simulate against jax"] = float(((simulated.mean(1) - jax.mean(1)) / error).abs().max())
+    assert max(deviations.values()) < 4.5, (setting, deviations)
+    return deviations
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -280,7 +281,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def measure(setting: Setting, replicas: int, rounds: int) -> dict[str, Any]:
-    """Microseconds per step of all replicas: one figure per round, the four in turn."""
+    """Microseconds per step of all replicas: a time for each round and variant, medians, and ratios."""
     steps = {name: STEPS[name][replicas] for name in STEPS}
     jax = Jax(setting, replicas, steps["jax"], watch=False)
     jax()
@@ -395,14 +396,14 @@ def draw(measured: list[dict[str, Any]]) -> None:
     axes[0].set_ylabel("microseconds per step")
     axes[0].legend(fontsize=8)
     figure.savefig(FIGURE, metadata={"Date": None})
-    # Matplotlib ends lines of paths with spaces.
+    # Matplotlib writes trailing spaces into SVG paths, which `git diff --check` reports.
     FIGURE.write_text("\n".join(line.rstrip() for line in FIGURE.read_text("utf-8").splitlines()) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true", help="print the table and draw the figure of the last results")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each is timed")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds; a round times each variant once")
     arguments = parser.parse_args()
     if arguments.show:
         show()

@@ -1,4 +1,4 @@
-"""Closed forms of two-layer linear networks against samples and against the general solver."""
+"""Closed forms of linear networks against samples, autograd, and the general solver."""
 
 import pytest
 import torch
@@ -43,23 +43,23 @@ def test_noise_factors_against_samples(off: float) -> None:
     noise = torch.randn(count, OUTPUTS, generator=generator, dtype=torch.float64) @ torch.linalg.cholesky(cov_e).mT
     residual = 2 * (x @ error.mT - noise)
     mean = residual.mT @ x / count
-    # G = r x', so G G' = |x|^2 r r' and G' G = |r|^2 x x'.
+    # The gradient is G = r x^T, so that G G^T = |x|^2 r r^T and G^T G = |r|^2 x x^T.
     u = (residual * x.square().sum(1, keepdim=True)).mT @ residual / count - mean @ mean.mT
     w = (x * residual.square().sum(1, keepdim=True)).mT @ x / count - mean.mT @ mean
-    found = noise_factors(cov_x, cov_e, error)
-    for part, expected in zip(found, NoiseFactors(u, w), strict=True):
-        assert torch.linalg.norm(part - expected) < 0.02 * torch.linalg.norm(part)
+    factors = noise_factors(cov_x, cov_e, error)
+    for factor, sampled in zip(factors, NoiseFactors(u, w), strict=True):
+        assert torch.linalg.norm(factor - sampled) < 0.02 * torch.linalg.norm(factor)
 
 
 def test_the_closed_form_fits_and_balances() -> None:
     target, cov_x, cov_e, _ = problem()
-    found = two_layer_equilibrium(target, cov_x, cov_e, HIDDEN)
-    torch.testing.assert_close(found.u @ found.w, target)
-    push, pull = two_layer_noise(found, noise_factors(cov_x, cov_e))
-    torch.testing.assert_close(push, pull, rtol=1e-10, atol=1e-12)
+    weights = two_layer_equilibrium(target, cov_x, cov_e, HIDDEN)
+    torch.testing.assert_close(weights.u @ weights.w, target)
+    plus, minus = two_layer_noise(weights, noise_factors(cov_x, cov_e))
+    torch.testing.assert_close(plus, minus, rtol=1e-10, atol=1e-12)
 
 
-def test_the_closed_form_is_what_the_general_solver_finds() -> None:
+def test_the_general_solver_gives_the_closed_form() -> None:
     target, cov_x, cov_e, weights = problem()
     rotation = {"hidden": nf.MatrixSymmetry(nf.Axis("0.weight", 0), nf.Axis("1.weight", 1))}
     params = {"0.weight": weights.w, "1.weight": weights.u}
@@ -72,14 +72,14 @@ def test_the_closed_form_is_what_the_general_solver_finds() -> None:
         spreads={},
         symmetries=rotation,
     )
-    found = nf.solve_equilibrium(noise, nf.SGD(0.1, 4), params).params
+    solved = nf.solve_equilibrium(noise, nf.SGD(0.1, 4), params).params
     closed = two_layer_equilibrium(target, cov_x, cov_e, HIDDEN)
-    torch.testing.assert_close(found["0.weight"].mT @ found["0.weight"], closed.w.mT @ closed.w)
-    torch.testing.assert_close(found["1.weight"] @ found["1.weight"].mT, closed.u @ closed.u.mT)
+    torch.testing.assert_close(solved["0.weight"].mT @ solved["0.weight"], closed.w.mT @ closed.w)
+    torch.testing.assert_close(solved["1.weight"] @ solved["1.weight"].mT, closed.u @ closed.u.mT)
 
 
-def test_measured_noise_leads_to_the_same_place() -> None:
-    """The whole path, from samples to the equilibrium, against the closed form."""
+def test_noise_estimated_from_samples_gives_the_closed_form() -> None:
+    """Samples, `estimate_noise`, `solve_equilibrium`: against the closed form within the sampling error."""
     target, cov_x, cov_e, weights = problem()
     net = nn.Sequential(nn.Linear(INPUTS, HIDDEN, bias=False), nn.Linear(HIDDEN, OUTPUTS, bias=False)).double()
     with torch.no_grad():
@@ -90,18 +90,18 @@ def test_measured_noise_leads_to_the_same_place() -> None:
     noise = torch.randn(40_000, OUTPUTS, generator=generator, dtype=torch.float64) @ torch.linalg.cholesky(cov_e).mT
     rotation = {"hidden": nf.MatrixSymmetry(nf.Axis("0.weight", 0), nf.Axis("1.weight", 1))}
     moments = nf.estimate_noise(net, squared_error, [(x, x @ target.mT + noise)], rotation)
-    found = nf.solve_equilibrium(moments, nf.SGD(0.1, 4), net).params["0.weight"]
+    inner = nf.solve_equilibrium(moments, nf.SGD(0.1, 4), net).params["0.weight"]
     closed = two_layer_equilibrium(target, cov_x, cov_e, HIDDEN).w
-    gap = torch.linalg.norm(found.mT @ found - closed.mT @ closed) / torch.linalg.norm(closed.mT @ closed)
+    gap = torch.linalg.norm(inner.mT @ inner - closed.mT @ closed) / torch.linalg.norm(closed.mT @ closed)
     assert gap < 0.03
 
 
 def test_spare_hidden_units_are_zero() -> None:
     target, cov_x, cov_e, _ = problem()
-    found = two_layer_equilibrium(target, cov_x, cov_e, HIDDEN + 2)
-    torch.testing.assert_close(found.u @ found.w, target)
-    assert not found.u[:, HIDDEN:].any()
-    assert not found.w[HIDDEN:].any()
+    weights = two_layer_equilibrium(target, cov_x, cov_e, HIDDEN + 2)
+    torch.testing.assert_close(weights.u @ weights.w, target)
+    assert not weights.u[:, HIDDEN:].any()
+    assert not weights.w[HIDDEN:].any()
 
 
 def test_too_few_hidden_units_are_refused() -> None:
@@ -136,7 +136,7 @@ def moments_of(weights: TwoLayer, cov_x: Tensor, cov_e: Tensor) -> tuple[dict[st
     return params, noise
 
 
-def test_relaxation_is_that_of_the_general_solver_and_of_one_unit() -> None:
+def test_relaxation_agrees_with_the_general_solver_and_with_the_formula_of_a_single_unit() -> None:
     target, cov_x, cov_e, _ = problem()
     sgd = nf.SGD(0.1, 4, momentum=0.5)
     weights = two_layer_equilibrium(target, cov_x, cov_e, HIDDEN)
@@ -148,8 +148,8 @@ def test_relaxation_is_that_of_the_general_solver_and_of_one_unit() -> None:
     strength = (single.u.mT @ factors.u @ single.u).item()
     size = (single.u.square().sum() + single.w.square().sum()).item()
     plain = nf.SGD(0.1, 4)
-    found = two_layer_relaxation(single, factors, plain).item()
-    assert found == pytest.approx(4 * size / (2 * 0.1**2 * strength))
+    steps = two_layer_relaxation(single, factors, plain).item()
+    assert steps == pytest.approx(4 * size / (2 * 0.1**2 * strength))
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4, 5])
@@ -160,15 +160,15 @@ def test_deep_networks_fit_and_balance(depth: int) -> None:
     for weight in weights[1:]:
         product = weight @ product
     torch.testing.assert_close(product, target)
-    for push, pull in deep_noise(weights, cov_x, cov_e):
-        torch.testing.assert_close(push, pull, rtol=1e-10, atol=1e-12)
+    for plus, minus in deep_noise(weights, cov_x, cov_e):
+        torch.testing.assert_close(plus, minus, rtol=1e-10, atol=1e-12)
     if depth == 2:
         closed = two_layer_equilibrium(target, cov_x, cov_e, HIDDEN)
         torch.testing.assert_close(weights[0].mT @ weights[0], closed.w.mT @ closed.w)
 
 
 def test_deep_noise_against_samples() -> None:
-    """Per-example gradients of a three-layer network at its minimum, by autograd."""
+    """Against per-example gradients of a three-layer network at its minimum, by autograd."""
     _, cov_x, cov_e, _ = problem()
     generator = torch.Generator().manual_seed(3)
     shapes = ((3, INPUTS), (4, 3), (OUTPUTS, 4))

@@ -1,4 +1,4 @@
-"""The report page, in a real browser."""
+"""The report page in Chromium."""
 
 import re
 import shutil
@@ -18,13 +18,13 @@ from noetherflow.paper.claim import Claim
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no Chromium: chromium, chromium-browser, google-chrome"
+    CHROMIUM is None, reason="no Chromium: none of chromium, chromium-browser, google-chrome is installed"
 )
 STEPS = torch.arange(1.0, 50.0)
 
 
 def draw(figure: Figure) -> None:
-    """Two panels to explore."""
+    """Draw two panels of curves."""
     growth, decay = figure.subplots(1, 2)
     growth.plot(STEPS, STEPS[:, None] + torch.arange(4.0), color="blue", label=["SGD", None, None, None])
     growth.plot(STEPS, STEPS, **style.PREDICTED, label="theory")
@@ -34,7 +34,7 @@ def draw(figure: Figure) -> None:
     decay.set(title="decay", xlabel="steps", ylabel="</script><b>distance", xscale="log", yscale="log")
 
 
-# Of the luminances of two colours, as WCAG defines it; 4.5 is readable.
+# Contrast ratio of text and background as WCAG defines the ratio; WCAG asks for 4.5 or more.
 CONTRAST = """() => {
   const parse = (text) => text.match(/[\\d.]+/g).map(Number);
   const light = (text) => parse(text).slice(0, 3).map((v) => v / 255)
@@ -48,15 +48,15 @@ CONTRAST = """() => {
     }
     return "rgb(255, 255, 255)";
   };
-  const found = [];
+  const ratios = [];
   for (const node of document.querySelectorAll("h1, h2, h2 span, p, li, a, td, td span, td strong, th button, label, "
       + "summary, pre, dt, dd, .panel text")) {
     if (!node.textContent.trim() || !node.getClientRects().length) continue;
     const style = getComputedStyle(node);
     const [a, b] = [light(node.tagName === "text" ? style.fill : style.color), light(ground(node))];
-    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.tagName, node.textContent.slice(0, 40)]);
+    ratios.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.tagName, node.textContent.slice(0, 40)]);
   }
-  return found;
+  return ratios;
 }"""
 
 
@@ -69,7 +69,7 @@ def report(out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page with a figure to explore, one that is a picture with a failed claim, and one that did not finish."""
+    """A page with an interactive figure f1, an SVG figure f2 with failed claims, and an experiment f3 that raised."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         many = tuple(Claim(f"claim {number} of {'long' * 9}", 0.0, 10.0**-number, high=1.0) for number in range(9))
         failed = Claim("<i>less</i> & less", predicted=float("inf"), measured=0.0421, low=0.5, error=0.003)
@@ -89,7 +89,7 @@ def browser() -> Iterator[Browser]:
 
 
 def opened(browser: Browser, path: Path, width: int = 1400, scheme: Any = "light") -> tuple[Page, list[str]]:
-    """A page, and a list of everything in it that went wrong or went out."""
+    """Open a page; returns the page and a list that collects errors, warnings and requests to other addresses."""
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     wrong: list[str] = []
     tab.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
@@ -102,7 +102,7 @@ def opened(browser: Browser, path: Path, width: int = 1400, scheme: Any = "light
 
 
 def until(tab: Page, condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait; what Playwright offers for this evaluates text in the page, which the page forbids."""
+    """Wait for a condition. `Page.wait_for_function` evaluates text, which the policy of the page blocks."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -114,10 +114,10 @@ def until(tab: Page, condition: Callable[[], bool], seconds: float = 10) -> None
 @pytest.mark.parametrize("width", [400, 1400])
 def test_every_figure_is_drawn_and_readable(browser: Browser, written: Path, width: int, scheme: str) -> None:
     tab, wrong = opened(browser, written, width, scheme)
-    tab.locator("details").evaluate_all("all => all.forEach((one) => { one.open = true; })")
+    tab.locator("details").evaluate_all("all => all.forEach((details) => { details.open = true; })")
     assert tab.locator("section").count() == 2
-    for place in [*tab.locator(".panel .main-svg").all(), *tab.locator(".scroll > svg").all()]:
-        box = place.bounding_box()
+    for figure in [*tab.locator(".panel .main-svg").all(), *tab.locator(".scroll > svg").all()]:
+        box = figure.bounding_box()
         assert box is not None
         assert box["width"] > 250
         assert box["height"] > 100
@@ -127,7 +127,7 @@ def test_every_figure_is_drawn_and_readable(browser: Browser, written: Path, wid
     assert tab.evaluate("document.body.scrollWidth") <= width
     ratios = tab.evaluate(CONTRAST)
     assert len(ratios) > 60
-    assert not [one for one in ratios if one[0] < 4.5]
+    assert not [ratio for ratio in ratios if ratio[0] < 4.5]
     ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
     assert not wrong
@@ -135,7 +135,7 @@ def test_every_figure_is_drawn_and_readable(browser: Browser, written: Path, wid
 
 
 @needs_chromium
-def test_a_failed_claim_shows_its_number_and_can_be_singled_out(browser: Browser, written: Path) -> None:
+def test_a_failed_claim_shows_its_number_and_the_filter_selects_it(browser: Browser, written: Path) -> None:
     tab, wrong = opened(browser, written)
     assert "2 of 13 claims FAIL" in tab.inner_text("header")
     assert "<i>less</i> & less: FAILS with 0.042 ± 0.003, not in >= 0.5" in tab.inner_text("header").replace(
@@ -153,7 +153,7 @@ def test_a_failed_claim_shows_its_number_and_can_be_singled_out(browser: Browser
 
 
 @needs_chromium
-def test_the_table_sorts_by_number_both_ways(browser: Browser, written: Path) -> None:
+def test_the_table_sorts_by_number_in_both_directions(browser: Browser, written: Path) -> None:
     tab, _ = opened(browser, written)
     cells = "all => all.map((row) => row.cells[3].dataset.sort)"
     for direction, extreme in (("ascending", 1e-8), ("descending", 1.0)):
@@ -167,7 +167,7 @@ def test_the_table_sorts_by_number_both_ways(browser: Browser, written: Path) ->
 
 
 @needs_chromium
-def test_a_value_is_read_by_pointing_and_replicas_are_hidden_together(browser: Browser, written: Path) -> None:
+def test_the_pointer_shows_a_value_and_a_legend_entry_hides_all_replicas(browser: Browser, written: Path) -> None:
     tab, wrong = opened(browser, written)
     panel = tab.locator(".panel").first
     panel.scroll_into_view_if_needed()
@@ -175,11 +175,11 @@ def test_a_value_is_read_by_pointing_and_replicas_are_hidden_together(browser: B
     assert point is not None
     tab.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
     panel.locator(".hovertext").wait_for()
-    said = panel.locator(".hovertext").text_content() or ""
-    assert "late" in said
-    assert "1.000, 30.00" in said
+    shown = panel.locator(".hovertext").text_content() or ""
+    assert "late" in shown
+    assert "1.000, 30.00" in shown
     legend = panel.locator(".legend .traces")
-    assert legend.count() == 3  # four replicas are one entry
+    assert legend.count() == 3  # four replicas share a legend entry
     panel.locator(".legendtoggle").first.click()
     until(tab, lambda: panel.locator(".scatterlayer .trace").count() == 2)
     # Zooming changes what the axis shows.
@@ -209,11 +209,11 @@ def test_a_picture_can_be_enlarged_without_widening_the_page(browser: Browser, w
 
 
 @needs_chromium
-def test_an_error_in_the_page_would_be_noticed(browser: Browser, written: Path, tmp_path: Path) -> None:
-    """The twin of all the empty lists above: a request to the outside, and a script that fails."""
+def test_an_error_in_the_page_is_noticed(browser: Browser, written: Path, tmp_path: Path) -> None:
+    """The twin of every `assert not wrong`: a request to another address, and a script that raises."""
     broken = tmp_path / "report.html"
-    spoilt = '<img src="https://example.org/x.png"><script>missing()</script></body>'
-    broken.write_text(written.read_text().replace("</body>", spoilt))
+    faults = '<img src="https://example.org/x.png"><script>missing()</script></body>'
+    broken.write_text(written.read_text().replace("</body>", faults))
     tab, wrong = opened(browser, broken)
     assert any("Content Security Policy" in text for text in wrong)
     assert any("missing is not defined" in text for text in wrong)
@@ -221,7 +221,9 @@ def test_an_error_in_the_page_would_be_noticed(browser: Browser, written: Path, 
 
 
 @needs_chromium
-def test_without_plotly_there_are_pictures(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_plotly_the_page_shows_svg_figures(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(page, "plotly", lambda: "")
     install(monkeypatch, f1=Fake(draw=draw), f2=Fake())
     path = report(tmp_path)
@@ -233,18 +235,18 @@ def test_without_plotly_there_are_pictures(browser: Browser, tmp_path: Path, mon
     tab.close()
 
 
-def test_plotly_is_there_once_and_only_where_it_is_used(written: Path) -> None:
+def test_the_page_contains_plotly_once(written: Path) -> None:
     assert written.read_text().count("plotly.js v") == 1
     assert page.plotly()
 
 
-def test_nothing_in_the_page_leads_outside(written: Path) -> None:
+def test_the_page_refers_to_no_external_address(written: Path) -> None:
     text = written.read_text().replace(page.plotly(), "")
     assert not re.search(r"""\b(src|href)=["'](?!#|data:)""", text)
     assert "@import" not in text
 
 
-def test_ids_of_two_pictures_do_not_meet(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_of_two_svg_figures_differ(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "plotly", lambda: "")
     install(monkeypatch, f1=Fake(), f2=Fake())
     text = report(tmp_path).read_text()

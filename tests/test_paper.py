@@ -1,4 +1,4 @@
-"""The experiments of the paper, at their reduced size: the claims hold, and the nearest mistakes would not."""
+"""The experiments of the paper at reduced size: every claim holds, and every band excludes the listed mistakes."""
 
 import dataclasses
 import math
@@ -24,10 +24,10 @@ def test_every_claim_holds(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", experiment.FIGURES)
-def test_the_nearest_mistakes_lie_outside_the_bands(name: str) -> None:
-    mistakes = [(claim, what, value) for claim in claims(name) for what, value in claim.wrong.items()]
+def test_every_band_excludes_the_listed_mistakes(name: str) -> None:
+    mistakes = [(claim, mistake, value) for claim in claims(name) for mistake, value in claim.wrong.items()]
     assert mistakes
-    admitted = [f"{claim.text} admits {what}: {value}" for claim, what, value in mistakes if claim.admits(value)]
+    admitted = [f"{claim.text} admits {text}: {value}" for claim, text, value in mistakes if claim.admits(value)]
     assert not admitted, "\n".join(admitted)
 
 
@@ -37,7 +37,7 @@ def test_the_picture_can_be_drawn(name: str, tmp_path: Path) -> None:
     figure.savefig(tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
     panels = panels_of(figure)
-    assert bool(panels) == (name != "f6")  # which shows matrices
+    assert bool(panels) == (name != "f6")  # f6 shows images
     labels = [text for panel in panels for text in (panel.title, panel.x_label, panel.y_label)]
     labels += [str(curve.group) for panel in panels for curve in panel.curves]
     assert not [text for text in labels if set("\\$^{}") & set(text)]
@@ -68,7 +68,7 @@ def test_a_claim_without_a_number_does_not_hold() -> None:
     assert not Claim("under", predicted=1.0, measured=0.4, low=0.5).holds
 
 
-def test_settings_from_outside() -> None:
+def test_overrides_of_settings() -> None:
     configs = experiment.configure(
         ["f1", "f2"], quick=True, seed=7, overrides=["lr=0.2", "f1.steps=10", "variances=3,2", "f2.batch_size=4"]
     )
@@ -83,7 +83,7 @@ def test_settings_from_outside() -> None:
     ("override", "words"),
     [("lr", "NAME=VALUE"), ("speed=3", "no chosen figure"), ("f2.angle=1", "no chosen figure"), ("steps=many", "int")],
 )
-def test_settings_that_make_no_sense_are_refused(override: str, words: str) -> None:
+def test_an_invalid_override_is_refused(override: str, words: str) -> None:
     with pytest.raises(nf.SettingsError, match=words):
         experiment.configure(["f1", "f2"], quick=True, seed=None, overrides=[override])
 
@@ -95,7 +95,7 @@ def test_a_figure_that_does_not_exist_is_refused() -> None:
     assert experiment.choose([]) == list(experiment.FIGURES)
 
 
-def test_the_same_seed_gives_the_same_numbers() -> None:
+def test_equal_seeds_give_equal_numbers() -> None:
     def measured(seed: int) -> list[float]:
         module = experiment.load("f1")
         config = dataclasses.replace(module.Config.quick(), steps=200, replicas=2, kicks=50, seed=seed)

@@ -1,5 +1,6 @@
-"""Frauds and mistakes planted into the experiments, each of which must cost every affected figure a claim."""
+"""Faults planted into the experiments: in every affected figure at least one claim must fail."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,49 +16,52 @@ from noetherflow.paper import experiment
 from paper_runs import outcome
 
 
-def failed(name: str, config: Any, found: Any) -> list[str]:
-    return [claim.text for claim in experiment.load(name).claims(config, found) if not claim.holds]
+def failed(name: str, config: Any, outcome: Any) -> list[str]:
+    """Texts of the claims that do not hold."""
+    return [claim.text for claim in experiment.load(name).claims(config, outcome) if not claim.holds]
 
 
-# Gradient descent passed off as SGD: what SGD gave is replaced by what gradient descent gave.
+# Gradient descent in place of SGD: replace the outcome of SGD by that of gradient descent.
 
 
-def f1_still(found: Any) -> Any:
-    start = found.sgd.charges["length"][:1]
-    return found._replace(sgd=replace(found.sgd, charges={"length": start.expand(found.sgd.charges["length"].shape)}))
+def f1_still(result: Any) -> Any:
+    start = result.sgd.charges["length"][:1]
+    return result._replace(
+        sgd=replace(result.sgd, charges={"length": start.expand(result.sgd.charges["length"].shape)})
+    )
 
 
-def f5_still(found: Any) -> Any:
-    return {name: runs._replace(sgd=runs.gd) for name, runs in found.items()}
+def f5_still(result: Any) -> Any:
+    return {name: runs._replace(sgd=runs.gd) for name, runs in result.items()}
 
 
-def f7_still(found: Any) -> Any:
-    return [measured._replace(rate=1e-9, fixed_point_error=0.3) for measured in found]
+def f7_still(result: Any) -> Any:
+    return [measured._replace(rate=1e-9, fixed_point_error=0.3) for measured in result]
 
 
-def f8_still(found: Any) -> Any:
+def f8_still(result: Any) -> Any:
     depths = [
-        one._replace(middle=one.middle_start, ends=one.ends_start, imbalance=one.imbalance_start)
-        for one in found.depths
+        depth._replace(middle=depth.middle_start, ends=depth.ends_start, imbalance=depth.imbalance_start)
+        for depth in result.depths
     ]
-    return found._replace(depths=depths)
+    return result._replace(depths=depths)
 
 
-def f9_still(found: Any) -> Any:
-    generic = found["generic"]
-    here = experiment.load("f9").grams(generic.equilibrium)
-    return found | {
-        "generic": generic._replace(measured={lr: here.expand(g.shape) for lr, g in generic.measured.items()})
+def f9_still(result: Any) -> Any:
+    generic = result["generic"]
+    equilibrium = experiment.load("f9").grams(generic.equilibrium)
+    return result | {
+        "generic": generic._replace(measured={lr: equilibrium.expand(g.shape) for lr, g in generic.measured.items()})
     }
 
 
 STILL: dict[str, Callable[[Any], Any]] = {
     "f1": f1_still,
-    "f2": lambda found: found._replace(cooled=found.gd),
-    "f3": lambda found: found._replace(sgd=found.gd, sgd_sharpness=found.gd_sharpness),
-    "f4": lambda found: found._replace(warmup=found.control),
+    "f2": lambda result: result._replace(cooled=result.gd),
+    "f3": lambda result: result._replace(sgd=result.gd, sgd_sharpness=result.gd_sharpness),
+    "f4": lambda result: result._replace(warmup=result.control),
     "f5": f5_still,
-    "f6": lambda found: found._replace(sgd=found.gd),
+    "f6": lambda result: result._replace(sgd=result.gd),
     "f7": f7_still,
     "f8": f8_still,
     "f9": f9_still,
@@ -65,51 +69,53 @@ STILL: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", experiment.FIGURES)
-def test_gradient_descent_passed_off_as_sgd(name: str) -> None:
-    config, found = outcome(name)
-    assert failed(name, config, STILL[name](found))
+def test_gradient_descent_in_place_of_sgd(name: str) -> None:
+    config, result = outcome(name)
+    assert failed(name, config, STILL[name](result))
 
 
-# A wrong factor of two in sigma^2, for the figures whose numbers depend on it.
+# A wrong factor of two in sigma^2, for the figures whose numbers depend on sigma^2.
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 @pytest.mark.parametrize("name", ["f3", "f7"])
 def test_a_wrong_factor_of_two_in_the_prediction(name: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, found = outcome(name)
+    config, result = outcome(name)
     if name == "f7":
-        # Predictions were made with the run.
-        found = [measured._replace(predicted=factor * measured.predicted) for measured in found]
-    right = nf.SGD.temperature.fget
-    monkeypatch.setattr(nf.SGD, "temperature", property(lambda sgd: factor * right(sgd)))
-    assert failed(name, config, found)
+        # F7 computes its predictions during the run.
+        result = [measured._replace(predicted=factor * measured.predicted) for measured in result]
+    temperature = nf.SGD.temperature.fget
+    monkeypatch.setattr(nf.SGD, "temperature", property(lambda sgd: factor * temperature(sgd)))
+    assert failed(name, config, result)
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 @pytest.mark.parametrize("name", ["f1", "f5"])
 def test_a_wrong_factor_of_two_in_the_noise(name: str, factor: float) -> None:
-    """The claims are told a batch size that is not the run's, and nothing else of it."""
-    config, found = outcome(name)
-    assert any("growth" in text for text in failed(name, replace(config, batch_size=factor * config.batch_size), found))
+    """The claims get a batch size that differs from that of the run."""
+    config, result = outcome(name)
+    assert any(
+        "growth" in text for text in failed(name, replace(config, batch_size=factor * config.batch_size), result)
+    )
 
 
 def test_a_wrong_factor_of_two_in_the_flow(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = nf.SGD.temperature.fget
-    monkeypatch.setattr(nf.SGD, "temperature", property(lambda sgd: 2 * right(sgd)))
+    temperature = nf.SGD.temperature.fget
+    monkeypatch.setattr(nf.SGD, "temperature", property(lambda sgd: 2 * temperature(sgd)))
     module, config = experiment.load("f2"), outcome("f2")[0]
     assert any("decay rate" in text for text in failed("f2", config, module.run(config)))
 
 
-# Noise that is not centred: it counts the mean gradient a second time.
+# Noise that is not centred counts the mean gradient twice.
 
 
 def test_uncentred_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, found = outcome("f1")
-    (kick,) = [claim for claim in experiment.load("f1").claims(config, found) if "kick" in claim.text]
+    config, result = outcome("f1")
+    (kick,) = [claim for claim in experiment.load("f1").claims(config, result) if "kick" in claim.text]
     assert not kick.admits(kick.wrong["uncentred noise"])
-    # A run whose examples have no mean gradient, passed off as centring that was forgotten.
+    # Add the square of the mean gradient, which centring would subtract.
     shift = config.kick_mean**2 / config.kick_batch_size
-    assert any("kick" in text for text in failed("f1", config, found._replace(kicks=found.kicks + shift)))
+    assert any("kick" in text for text in failed("f1", config, result._replace(kicks=result.kicks + shift)))
     monkeypatch.undo()
 
 
@@ -134,6 +140,15 @@ def swapped_deep(target: Tensor, input_cov: Tensor, noise_cov: Tensor, depth: in
     return [weights[0] / ratio, *weights[1:-1], weights[-1] * ratio]
 
 
+def patch_figure(monkeypatch: pytest.MonkeyPatch, name: str, function: str, replacement: Any) -> None:
+    """Replace a function in every imported module of a figure that uses the function."""
+    prefix = f"noetherflow.paper.{name}_"
+    modules = [module for path, module in sys.modules.items() if path.startswith(prefix) and hasattr(module, function)]
+    assert modules
+    for module in modules:
+        monkeypatch.setattr(module, function, replacement)
+
+
 SWAPS: dict[str, dict[str, Callable[..., Any]]] = {
     "f2": {"two_layer_equilibrium": swapped_equilibrium},
     "f3": {"noise_factors": swapped_factors},
@@ -145,19 +160,19 @@ SWAPS: dict[str, dict[str, Callable[..., Any]]] = {
 
 @pytest.mark.parametrize("name", SWAPS)
 def test_swapped_trace_factors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, found = outcome(name)
+    config, result = outcome(name)
     module = experiment.load(name)
     for function, fault in SWAPS[name].items():
-        monkeypatch.setattr(module, function, fault)
+        patch_figure(monkeypatch, name, function, fault)
     if name in ("f2", "f7", "f8"):
-        # These make their predictions while they run; a shorter run is enough to see them miss.
+        # These figures compute their predictions during the run. A shorter run suffices for the claims to fail.
         short = {"f2": {}, "f7": {"momenta": (), "lrs": ()}, "f8": {"steps": 20_000}}[name]
         config = replace(config, **short)
-        found = module.run(config)
-    assert failed(name, config, found)
+        result = module.run(config)
+    assert failed(name, config, result)
 
 
-def test_noise_that_does_not_matter_is_not_blamed() -> None:
-    """The twin of all these: without a fault nothing fails."""
+def test_without_a_fault_every_claim_holds() -> None:
+    """The twin of all tests of this file."""
     assert not [text for name in experiment.FIGURES for text in failed(name, *outcome(name))]
     assert torch.get_num_threads() == 1

@@ -1,4 +1,4 @@
-"""What is finished is kept, what is stale is run again, and nothing that ends badly takes anything else with it."""
+"""The runner: stored results are reused, stale results are computed again, and a failure affects no other result."""
 
 import ast
 import contextlib
@@ -25,7 +25,7 @@ import noetherflow as nf
 from fake_experiments import Config, Fake, install
 from noetherflow.paper import experiment, page, results, runner
 from noetherflow.paper.claim import Claim
-from noetherflow.paper.curves import MOST_CURVES, Curve, panels_of, thinned, words
+from noetherflow.paper.curves import MAX_CURVES, Curve, label_html, panels_of, thinned_indices
 
 SMALL = ["f1.steps=60", "f1.replicas=2", "kicks=50", "identity_steps=5"]
 SMALL_F2 = ["f2.steps=300", "cool_steps=50", "fit_steps=50", "f2.replicas=2"]
@@ -33,32 +33,32 @@ PAPER = Path(runner.__file__).parent
 
 
 def run(out: Path, names: tuple[str, ...] = (), *, jobs: int = 1, force: bool = False, overrides: Any = ()) -> Any:
-    """Every ending, by figure."""
+    """Run experiments with reduced sizes; the endings by figure."""
     configs = experiment.configure(experiment.choose(names), quick=True, seed=None, overrides=overrides)
     return {ending.name: ending for ending in runner.run(configs, out, quick=True, jobs=jobs, force=force)}
 
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fake]:
-    """Two experiments; the curves of one of them do not all exist."""
-    made = {
+    """Two experiments: f1 has a curve of infinity and NaN, f2 has a claim that fails."""
+    experiments = {
         "f1": Fake(draw=lambda figure: figure.subplots().plot([1.0, 2.0], [math.inf, math.nan])),
         "f2": Fake(extra=(Claim("out of reach", math.inf, math.nan, low=0.0),)),
     }
-    install(monkeypatch, **made)
+    install(monkeypatch, **experiments)
     monkeypatch.setattr(page, "plotly", lambda: "")
-    return made
+    return experiments
 
 
-def test_a_finished_experiment_is_kept_with_all_it_said(fakes: dict[str, Fake], tmp_path: Path) -> None:
+def test_a_stored_result_equals_the_computed_result(fakes: dict[str, Fake], tmp_path: Path) -> None:
     fresh = run(tmp_path, ("f1",))
-    assert not fresh["f1"].kept
+    assert not fresh["f1"].cached
     again = run(tmp_path)
-    assert (again["f1"].kept, again["f2"].kept) == (True, False)
+    assert (again["f1"].cached, again["f2"].cached) == (True, False)
     assert (fakes["f1"].runs, fakes["f2"].runs) == (1, 1)
     last = run(tmp_path)
     assert last["f1"].result == dataclasses.replace(fresh["f1"].result, seconds=last["f1"].result.seconds)
-    # What JSON has no word for is what it was.
+    # JSON has no infinity and no NaN: both survive the file.
     unreachable = last["f2"].result.claims[1]
     assert (unreachable.predicted, unreachable.holds) == (math.inf, False)
     assert math.isnan(unreachable.measured)
@@ -66,7 +66,7 @@ def test_a_finished_experiment_is_kept_with_all_it_said(fakes: dict[str, Fake], 
     assert written["panels"][0]["curves"][0]["y"] == [None, None]
 
 
-def test_an_experiment_runs_on_one_thread_whatever_the_machine_has(fakes: dict[str, Fake], tmp_path: Path) -> None:
+def test_an_experiment_runs_on_one_thread(fakes: dict[str, Fake], tmp_path: Path) -> None:
     torch.set_num_threads(2)
     try:
         run(tmp_path, ("f1",))
@@ -75,29 +75,29 @@ def test_an_experiment_runs_on_one_thread_whatever_the_machine_has(fakes: dict[s
         torch.set_num_threads(1)
 
 
-def test_force_runs_what_is_finished(fakes: dict[str, Fake], tmp_path: Path) -> None:
+def test_force_ignores_stored_results(fakes: dict[str, Fake], tmp_path: Path) -> None:
     run(tmp_path)
-    assert not run(tmp_path, force=True)["f1"].kept
+    assert not run(tmp_path, force=True)["f1"].cached
     assert fakes["f1"].runs == 2
 
 
-def test_other_settings_are_another_result(fakes: dict[str, Fake], tmp_path: Path) -> None:
+def test_a_change_of_settings_computes_a_new_result(fakes: dict[str, Fake], tmp_path: Path) -> None:
     run(tmp_path, ("f1",))
-    assert not run(tmp_path, ("f1",), overrides=["sizes=3,4"])["f1"].kept
-    assert not run(tmp_path, ("f1",))["f1"].kept
+    assert not run(tmp_path, ("f1",), overrides=["sizes=3,4"])["f1"].cached
+    assert not run(tmp_path, ("f1",))["f1"].cached
     assert fakes["f1"].runs == 3
 
 
-def test_a_result_of_other_code_is_run_again_and_not_shown_before(
+def test_a_result_of_other_code_is_computed_again_and_not_shown_until_then(
     fakes: dict[str, Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tmp_path)
     assert (tmp_path / "report.html").read_text().count("twice the value</span>") == 2
     monkeypatch.setattr(results, "code_version", lambda name: "other")
-    coming = runner.run(experiment.configure(["f1"], quick=True, seed=None, overrides=[]), tmp_path, quick=True)
-    assert not next(coming).kept
-    coming.close()
-    # f2 was not asked for, but its verdict is no longer true either.
+    pending = runner.run(experiment.configure(["f1"], quick=True, seed=None, overrides=[]), tmp_path, quick=True)
+    assert not next(pending).cached
+    pending.close()
+    # f2 is not in this run, but its stored verdict is out of date, too.
     shown = (tmp_path / "report.html").read_text()
     assert shown.count("twice the value</span>") == 1
     assert "out of date" in shown
@@ -110,7 +110,7 @@ def test_a_result_of_other_code_is_run_again_and_not_shown_before(
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "damage",
     [
         lambda path: path.write_text(path.read_text()[:300]),
         lambda path: path.write_text(""),
@@ -121,16 +121,16 @@ def test_a_result_of_other_code_is_run_again_and_not_shown_before(
         lambda path: path.with_suffix(".svg").unlink(),
     ],
 )
-def test_a_result_that_is_not_whole_is_absent(
-    spoil: Callable[[Path], object], fakes: dict[str, Fake], tmp_path: Path
+def test_a_damaged_result_is_computed_again(
+    damage: Callable[[Path], object], fakes: dict[str, Fake], tmp_path: Path
 ) -> None:
     run(tmp_path, ("f1",))
-    spoil(tmp_path / "f1.json")
-    assert not run(tmp_path, ("f1",))["f1"].kept
-    assert run(tmp_path, ("f1",))["f1"].kept
+    damage(tmp_path / "f1.json")
+    assert not run(tmp_path, ("f1",))["f1"].cached
+    assert run(tmp_path, ("f1",))["f1"].cached
 
 
-def test_one_that_raises_does_not_lose_the_others(fakes: dict[str, Fake], tmp_path: Path) -> None:
+def test_an_experiment_that_raises_does_not_lose_other_results(fakes: dict[str, Fake], tmp_path: Path) -> None:
     fakes["f1"].error = ZeroDivisionError("by nothing")
     endings = run(tmp_path)
     assert endings["f1"].error == "ZeroDivisionError: by nothing"
@@ -140,7 +140,7 @@ def test_one_that_raises_does_not_lose_the_others(fakes: dict[str, Fake], tmp_pa
     assert "by nothing" in (tmp_path / "report.html").read_text()
 
 
-def test_the_page_is_there_after_every_experiment(fakes: dict[str, Fake], tmp_path: Path) -> None:
+def test_the_page_is_written_after_every_experiment(fakes: dict[str, Fake], tmp_path: Path) -> None:
     configs = experiment.configure(["f1", "f2"], quick=True, seed=None, overrides=[])
     waiting = [
         (tmp_path / "report.html").read_text().count("not finished yet")
@@ -149,15 +149,17 @@ def test_the_page_is_there_after_every_experiment(fakes: dict[str, Fake], tmp_pa
     assert waiting == [1, 0]
 
 
-def test_an_interrupt_is_no_ending(fakes: dict[str, Fake], tmp_path: Path) -> None:
+def test_an_interrupt_propagates_and_stored_results_remain(fakes: dict[str, Fake], tmp_path: Path) -> None:
     fakes["f2"].error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     fakes["f2"].error = None
-    assert [ending.kept for ending in run(tmp_path).values()] == [True, False]
+    assert [ending.cached for ending in run(tmp_path).values()] == [True, False]
 
 
-def test_results_say_how_they_were_made(fakes: dict[str, Fake], tmp_path: Path) -> None:
+def test_a_result_records_settings_versions_and_a_command_that_repeats_the_run(
+    fakes: dict[str, Fake], tmp_path: Path
+) -> None:
     overrides = ["value=0.1", "sizes=3,4", "centred=false", "seed=7"]
     run(tmp_path / "a b", ("f1",), overrides=overrides)
     written = json.loads((tmp_path / "a b" / "f1.json").read_text())
@@ -185,10 +187,10 @@ def test_the_key_depends_on_figure_settings_and_code() -> None:
     assert results.key_of("f1", {"a": (1, 2), "b": 0}, "a") == results.key_of("f1", {"b": 0, "a": [1, 2]}, "a")
 
 
-def test_the_code_of_a_figure_is_all_but_other_figures_and_what_only_shows(tmp_path: Path) -> None:
-    def version(without: frozenset[str] = frozenset({"cli.py"})) -> str:
+def test_the_code_version_excludes_other_figures_and_display_files(tmp_path: Path) -> None:
+    def version(excluded: frozenset[str] = frozenset({"cli.py"})) -> str:
         results._hash_of.cache_clear()
-        return results._hash_of(tmp_path, without)
+        return results._hash_of(tmp_path, excluded)
 
     for name in ("cli.py", "drift.py"):
         (tmp_path / name).write_text("one = 1\n")
@@ -199,18 +201,36 @@ def test_the_code_of_a_figure_is_all_but_other_figures_and_what_only_shows(tmp_p
     assert version() != before
     results._hash_of.cache_clear()
     assert len({results.code_version(name) for name in experiment.FIGURES}) == len(experiment.FIGURES)
-    assert all((PAPER.parent / name).is_file() for name in results.BYSTANDERS)
+    assert all((PAPER.parent / name).is_file() for name in results.DISPLAY_FILES)
+
+
+@pytest.mark.parametrize(
+    ("file", "stale"), [("f2_problem.py", {"f2"}), ("claim.py", set(experiment.FIGURES)), ("page.py", set())]
+)
+def test_a_change_of_a_file_makes_the_results_stale_that_depend_on_it(
+    file: str, stale: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def versions() -> dict[str, str]:
+        results._hash_of.cache_clear()
+        return {name: results.code_version(name) for name in experiment.FIGURES}
+
+    before, read = versions(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path == PAPER / file))
+    after = versions()
+    results._hash_of.cache_clear()
+    assert {name for name in before if before[name] != after[name]} == stale
 
 
 def test_no_figure_imports_another_figure() -> None:
-    """Otherwise a result would not become stale with all of its code."""
+    """The code version of a figure f2 covers the files f2_* alone among the files of figures."""
     files = sorted(PAPER.glob("f[0-9]*_*.py"))
     assert {f"{module}.py" for module in experiment.FIGURES.values()} <= {path.name for path in files}
     for path in files:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
             source = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
-            for other in files:
+            figure = path.name.split("_")[0]
+            for other in (file for file in files if not file.name.startswith(f"{figure}_")):
                 assert other.stem not in [*names, *names_in(source, *names)], f"{path.name} imports {other.name}"
 
 
@@ -223,22 +243,22 @@ def test_curves_of_unequal_lengths_are_refused() -> None:
         Curve("short", [1.0, 2.0], [1.0])
 
 
-def test_a_long_recording_is_thinned_to_what_can_be_seen() -> None:
-    assert thinned(3).tolist() == [0, 1, 2]
-    assert thinned(1).tolist() == [0]
-    assert thinned(10_001, 3).tolist() == [0, 5000, 10_000]
+def test_a_long_record_is_thinned_and_keeps_both_ends() -> None:
+    assert thinned_indices(3).tolist() == [0, 1, 2]
+    assert thinned_indices(1).tolist() == [0]
+    assert thinned_indices(10_001, 3).tolist() == [0, 5000, 10_000]
 
 
-def test_a_picture_is_read_off_as_panels() -> None:
+def test_a_matplotlib_figure_becomes_panels() -> None:
     figure = Figure()
     axes = figure.subplots()
-    axes.plot([0, 1], torch.rand(2, MOST_CURVES + 3), color="red", label=["SGD"] + [None] * (MOST_CURVES + 2))
+    axes.plot([0, 1], torch.rand(2, MAX_CURVES + 3), color="red", label=["SGD"] + [None] * (MAX_CURVES + 2))
     axes.set_yscale("log")
     axes.axhline(0.5, color="black", linestyle="--", label="theory")
     axes.errorbar([0.2, 0.4], [0.1, 0.2], [0.01, 0.03], fmt="o", capsize=2, label="late")
     axes.set(xlim=(-1, 3), xticks=[0, 1], xticklabels=["first", "last"], ylabel=r"$|\theta_{ij}|^2$")
     (panel,) = panels_of(figure)
-    assert [curve.group for curve in panel.curves] == ["SGD"] * MOST_CURVES + ["theory", "late"]
+    assert [curve.group for curve in panel.curves] == ["SGD"] * MAX_CURVES + ["theory", "late"]
     *_, theory, late = panel.curves
     assert (theory.kind, list(theory.x), list(theory.y)) == ("prediction", [-1.0, 3.0], [0.5, 0.5])
     assert (late.kind, late.spread) == ("points", pytest.approx([0.01, 0.03]))
@@ -249,21 +269,21 @@ def test_a_picture_is_read_off_as_panels() -> None:
     assert panels_of(figure) == []
 
 
-def test_what_no_browser_reads_is_left_as_it_is() -> None:
-    assert words(r"$e^{-\kappa t}$, $\unheard$") == r"e<sup>-κt</sup>, \unheard"
+def test_latex_labels_become_html_and_unknown_commands_stay() -> None:
+    assert label_html(r"$e^{-\kappa t}$, $\unheard$") == r"e<sup>-κt</sup>, \unheard"
 
 
 def written(folder: Path) -> dict[str, Any]:
-    """All results of a folder, without what differs from run to run."""
-    found = {path.name: json.loads(path.read_text()) for path in folder.glob("f*.json")}
-    for one in found.values():
-        del one["wall_seconds"], one["command"]
-    return found
+    """All results of a folder, without wall times and commands."""
+    contents = {path.name: json.loads(path.read_text()) for path in folder.glob("f*.json")}
+    for content in contents.values():
+        del content["wall_seconds"], content["command"]
+    return contents
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
-    alone = run(tmp_path / "one", ("f1", "f2"), overrides=SMALL + SMALL_F2)
-    assert all(ending.result is not None for ending in alone.values()), alone
+    serial = run(tmp_path / "one", ("f1", "f2"), overrides=SMALL + SMALL_F2)
+    assert all(ending.result is not None for ending in serial.values()), serial
     pooled = run(tmp_path / "two", ("f1", "f2"), jobs=2, overrides=SMALL + SMALL_F2)
     assert all(ending.result is not None for ending in pooled.values()), pooled
     assert written(tmp_path / "one") == written(tmp_path / "two")
@@ -271,13 +291,13 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
 
 
 class Deadly:
-    """Ends the process that receives it."""
+    """An object that ends the process which unpickles the object."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os._exit, (1,)
 
 
-def test_a_process_that_raises_or_dies_does_not_lose_the_others(tmp_path: Path) -> None:
+def test_a_process_that_raises_or_dies_does_not_lose_other_results(tmp_path: Path) -> None:
     configs = experiment.configure(["f1", "f2"], quick=True, seed=None, overrides=[*SMALL, "f2.lr=-1"])
     good, bad = (runner.Task(name, config, tmp_path, True, "code") for name, config in configs.items())
     deadly = runner.Task("f3", Deadly(), tmp_path, True, "code")
@@ -291,12 +311,12 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "noetherflow", "reproduce", *map(str, arguments)]
 
 
-def test_killed_at_any_moment_everything_there_can_be_read_and_the_rest_completes(tmp_path: Path) -> None:
+def test_after_a_kill_every_file_is_readable_and_the_next_run_completes(tmp_path: Path) -> None:
     sizes = [word for setting in SMALL for word in ("--set", setting)]
     arguments = ("f1", "--quick", *sizes, "--out", tmp_path)
     moments = random.Random(1)
     for _ in range(5):
-        # Each time anew, so that there is always something to be interrupted.
+        # `--force` computes the result again, so that every kill interrupts a run.
         process = subprocess.Popen(command(*arguments, "--force"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(moments.uniform(1.0, 4.5))
         process.send_signal(signal.SIGKILL)
@@ -316,11 +336,11 @@ def test_killed_at_any_moment_everything_there_can_be_read_and_the_rest_complete
 
 @contextlib.contextmanager
 def long_run(out: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A run of two experiments in two processes, and the ids of these, as soon as they are there."""
+    """Start a run of two experiments in two processes; yields the run and the process ids of its workers."""
     children = Path("/proc/self/task")
     if not children.is_dir():
-        pytest.skip("children of a process are looked up in /proc, which is not here")
-    # What is ignored stays ignored in a new process, and shells do so for what they run in the background.
+        pytest.skip("the test reads the children of a process from /proc, which this system does not have")
+    # A shell ignores SIGINT in background jobs, and a child process inherits that: restore the handler.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         command("f1", "f2", "--jobs", 2, "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -338,7 +358,7 @@ def long_run(out: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
             ]
             workers = [int(pid) for pid in listed if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
         assert len(workers) == 2
-        time.sleep(3)  # both are importing, or at work
+        time.sleep(3)  # both workers import the package or run an experiment
         yield process, workers
     finally:
         process.kill()
@@ -346,7 +366,7 @@ def long_run(out: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process ended, even if nobody has asked how."""
+    """Whether a process ended; a zombie counts as ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except OSError:
@@ -360,7 +380,7 @@ def all_gone(pids: list[int]) -> bool:
     return all(map(gone, pids))
 
 
-def test_an_interrupt_ends_all_processes_and_says_what_is_finished(tmp_path: Path) -> None:
+def test_an_interrupt_ends_all_processes_and_reports_finished_experiments(tmp_path: Path) -> None:
     with long_run(tmp_path) as (process, workers):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=90)
@@ -370,7 +390,7 @@ def test_an_interrupt_ends_all_processes_and_says_what_is_finished(tmp_path: Pat
         assert all_gone(workers)
 
 
-def test_workers_do_not_outlive_a_parent_that_was_killed(tmp_path: Path) -> None:
+def test_workers_end_when_the_parent_is_killed(tmp_path: Path) -> None:
     with long_run(tmp_path) as (process, workers):
         process.kill()
         assert all_gone(workers)

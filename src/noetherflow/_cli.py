@@ -188,8 +188,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
 def _line(ending: runner.Ending) -> str:
     if ending.result is None:
         return f"{ending.trace}{ending.name}: {typer.style(ending.error, fg='red')}"
-    kept = ", kept from an earlier run" if ending.kept else ""
-    return f"{typer.style(ending.name, bold=True)} {ending.result.title}: {results.verdict(ending.result)}{kept}"
+    cached = ", kept from an earlier run" if ending.cached else ""
+    return f"{typer.style(ending.name, bold=True)} {ending.result.title}: {results.verdict(ending.result)}{cached}"
 
 
 def _fail(error: NoetherflowError) -> None:

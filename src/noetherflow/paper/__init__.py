@@ -1,1 +1,1 @@
-"""The experiments of the paper: one file per figure, each with its settings, its run, its picture and its claims."""
+"""The experiments of the paper: for every figure the settings, the simulation, the plot and the claims."""

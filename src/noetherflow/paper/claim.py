@@ -1,4 +1,4 @@
-"""A claim: what was predicted, what was measured, and whether it holds."""
+"""A claim: the predicted value, the measured value, the band of accepted values, and the verdict."""
 
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -7,16 +7,17 @@ from typing import Any, final
 @final
 @dataclass(frozen=True)
 class Claim:
-    """One sentence with a number to it.
+    """A statement about a number: it holds if the measured value lies in the band [low, high].
 
     Args:
-        text: What is claimed.
-        predicted: What the theory says.
-        measured: What came out.
-        low: Lower end of the band in which the measured number must lie; None is no bound.
-        high: Upper end.
-        error: Standard error of the measured number, where it is random.
-        wrong: Where the nearest mistakes would land, by what they are.
+        text: The statement.
+        predicted: The value that the theory gives.
+        measured: The value of the simulation.
+        low: Lower end of the band; None for a band without a lower end.
+        high: Upper end of the band; None for a band without an upper end.
+        error: Standard error of the measured value; None if the value is deterministic.
+        wrong: For each likely mistake, by its description, the value that the mistake would give. The band must
+            exclude every such value.
     """
 
     text: str
@@ -29,18 +30,18 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether the measured number lies in the band; never for NaN."""
+        """True if the measured value lies in the band; False for NaN."""
         return self.admits(self.measured)
 
     def admits(self, value: float) -> bool:
-        """Whether a number lies in the band."""
+        """True if a value lies in the band; False for NaN."""
         above = self.low is None or value >= self.low
         below = self.high is None or value <= self.high
         return value == value and above and below
 
     @property
     def band(self) -> str:
-        """The band as people write it."""
+        """The band as text, with three significant digits: `[low, high]`, `<= high` or `>= low`."""
         if self.low is None:
             return f"<= {self.high:.3g}"
         if self.high is None:
@@ -48,6 +49,6 @@ class Claim:
         return f"[{self.low:.3g}, {self.high:.3g}]"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types, with the verdict."""
+        """The fields and the verdict `holds`, in plain JSON types."""
         names = ("text", "predicted", "measured", "error", "low", "high", "wrong")
         return {name: getattr(self, name) for name in names} | {"holds": self.holds}

@@ -1,4 +1,4 @@
-"""What an experiment is, which there are, and their settings from the outside."""
+"""The interface of an experiment, the list of experiments, and their settings from the command line."""
 
 import dataclasses
 import importlib
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from noetherflow._errors import SettingsError
 from noetherflow.paper.claim import Claim
 
-# Every figure, by the module that reproduces it.
+# Name of a figure: module with its TITLE, Config, run, plot and claims.
 FIGURES = {
     "f1": "f1_scale_invariance",
     "f2": "f2_matrix_factorisation",
@@ -27,49 +27,61 @@ FIGURES = {
 
 
 class Experiment(Protocol):
-    """What a file of this folder defines. `Config` is a frozen dataclass with a `seed` and a reduced `quick()`."""
+    """The names that the module of a figure defines.
+
+    `Config` is a frozen dataclass with a field `seed` and a class method `quick()`, which returns reduced sizes.
+    """
 
     TITLE: str
     Config: Any
 
     def run(self, config: Any) -> Any:
-        """Simulate; returns whatever `plot` and `claims` need."""
+        """Simulate, and return the input of `plot` and `claims`."""
 
     def plot(self, config: Any, outcome: Any) -> Figure:
-        """The picture."""
+        """Draw the figure."""
 
     def claims(self, config: Any, outcome: Any) -> list[Claim]:
-        """The verdicts."""
+        """Compare prediction and measurement."""
 
 
 def choose(names: Sequence[str]) -> list[str]:
-    """The figures asked for, in order; all for none.
+    """Check the names of figures.
+
+    Args:
+        names: Names such as "f1" or "F1"; empty for all figures.
 
     Returns:
-        Their names.
+        The names in lower case, in the order given.
 
     Raises:
-        SettingsError: If there is no such figure.
+        SettingsError: If a name is not in `FIGURES`.
     """
     unknown = [name for name in names if name.lower() not in FIGURES]
     if unknown:
-        raise SettingsError(f"there is no figure {unknown}; there are {', '.join(FIGURES)}")
+        raise SettingsError(f"there is no figure {unknown}; the figures are {', '.join(FIGURES)}")
     return [name.lower() for name in names] or list(FIGURES)
 
 
 def title(name: str) -> str:
-    """The question an experiment asks, in a line."""
+    """The title of an experiment."""
     return load(name).TITLE
 
 
 def configure(names: Sequence[str], *, quick: bool, seed: int | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """The settings of each experiment, with overrides such as `lr=0.1` (every figure that has it) or `f1.lr=0.1`.
+    """Build the settings of each experiment.
+
+    Args:
+        names: Names of figures.
+        quick: Whether to start from the reduced sizes.
+        seed: Seed of every experiment; None for the default.
+        overrides: Texts `lr=0.1` (for every chosen figure with that setting) or `f1.lr=0.1` (for one figure).
 
     Returns:
-        A `Config` per figure.
+        A `Config` for each figure, by name.
 
     Raises:
-        SettingsError: If an override is not of that form, names no setting, or its value does not fit.
+        SettingsError: If an override has another form, names an unknown setting, or has a value of the wrong type.
     """
     configs = {name: load(name).Config.quick() if quick else load(name).Config() for name in names}
     if seed is not None:
@@ -79,27 +91,33 @@ def configure(names: Sequence[str], *, quick: bool, seed: int | None, overrides:
         figure, _, setting = target.rpartition(".")
         if not equals or not setting:
             raise SettingsError(f"--set takes NAME=VALUE or FIGURE.NAME=VALUE, got {override!r}")
-        having = [name for name, config in configs.items() if hasattr(config, setting) and figure in ("", name)]
-        if not having:
+        targets = [name for name, config in configs.items() if hasattr(config, setting) and figure in ("", name)]
+        if not targets:
             known = {name: [field.name for field in dataclasses.fields(config)] for name, config in configs.items()}
-            raise SettingsError(f"--set {override}: no chosen figure has that setting; there are {known}")
-        for name in having:
+            raise SettingsError(f"--set {override}: no chosen figure has that setting; the settings are {known}")
+        for name in targets:
             value = _parse(text, getattr(configs[name], setting), override)
             configs[name] = dataclasses.replace(configs[name], **{setting: value})
     return configs
 
 
 def command(name: str, config: Any, out: Path, *, quick: bool) -> str:
-    """What a shell runs to do the same again: every setting that is not the one it starts from is said.
+    """Write the shell command that repeats an experiment.
+
+    Args:
+        name: Name of the figure.
+        config: Settings of the run. The command lists each setting that differs from its default.
+        out: Folder of the results.
+        quick: Whether the defaults are the reduced sizes.
 
     Returns:
-        A line to paste.
+        One line for a shell.
     """
-    start = load(name).Config.quick() if quick else load(name).Config()
+    default = load(name).Config.quick() if quick else load(name).Config()
     words = ["noetherflow", "reproduce", name, *(["--quick"] if quick else [])]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value == getattr(start, field.name):
+        if value == getattr(default, field.name):
             continue
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         words += ["--seed", text] if field.name == "seed" else ["--set", f"{field.name}={text}"]
@@ -107,12 +125,12 @@ def command(name: str, config: Any, out: Path, *, quick: bool) -> str:
 
 
 def load(name: str) -> Experiment:
-    """The module of a figure."""
+    """Import the module of a figure."""
     return importlib.import_module(f"noetherflow.paper.{FIGURES[name]}")
 
 
 def _parse(text: str, current: Any, override: str) -> Any:
-    """A value of the type that the setting has now."""
+    """Convert the text of an override to the type of the current value; tuples are separated by commas."""
     if isinstance(current, tuple):
         return tuple(_parse(part, current[0], override) for part in text.split(","))
     try:

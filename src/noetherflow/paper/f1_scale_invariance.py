@@ -1,77 +1,45 @@
-r"""F1: gradient flow stays on its circle, SGD leaves it.
+r"""F1: gradient flow conserves the norm of a scale-invariant parameter, SGD increases the norm.
 
-The loss $\ell = -z \cdot \theta / |\theta|$ does not depend on the length of $\theta$, so gradient flow conserves
-$C = |\theta|^2$. The gradient of every example is tangential and of size $1/|\theta|$, and each SGD step adds its
-square: after n steps at the minimum $C^2 = C_0^2 + 2\,\mathrm{lr}^2 s^2 n / S$, where $s^2$ is the variance of z across
-its mean. Weight decay brings it to rest at $C^2 = \mathrm{lr}\, s^2 / (2\,\mathrm{wd}\, S)$.
+Question: the loss does not depend on $|\theta|$, so gradient flow conserves $C = |\theta|^2$. Does SGD conserve C?
+
+Setting: $\ell = -z \cdot \theta / |\theta|$ with $\theta$ and z in the plane, z Gaussian with mean (1, 0). Every
+gradient is tangential to the circle $|\theta|^2 = C$, and its size is proportional to $1/|\theta|$.
+
+Formula: a step of SGD gives $C' = (1 - 2\,\mathrm{lr}\,\gamma)^2 C + \mathrm{lr}^2 |g_S|^2$ exactly. The mean of the
+second term is $\mathrm{lr}^2 (\mathrm{Tr}\,\Sigma/S + |\nabla L|^2)$. After n steps at the minimum
+$C^2 = C_0^2 + 2\,\mathrm{lr}^2 s^2 n / S$, where $s^2$ is the variance of z perpendicular to its mean. With weight
+decay wd the stationary value is $C^2 = \mathrm{lr}\, s^2 / (2\,\mathrm{wd}\, S)$.
+
+Falsified by: an error of the one-step identity beyond rounding; growth of $C^2$ off by a factor of two, or none;
+a stationary value that depends on the initial norm; a mean step without the term $|\nabla L|^2$.
 
 Source: Ziyin et al. (2024), figure 1.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from noetherflow._optimizers import SGD
 from noetherflow.paper import style
 from noetherflow.paper.claim import Claim
+from noetherflow.paper.f1_problem import LENGTH, Config, Direction, loss, point, replicas, stream, two_points
 from noetherflow.paper.measure import standard_error
 from noetherflow.simulation import GradientFlow, Trajectory, simulate
-from noetherflow.symmetry import Axis, ScalarSymmetry
 
 TITLE = "Scale invariance: gradient flow stays on its circle, SGD leaves it"
-LENGTH = {"length": ScalarSymmetry(plus=(Axis("theta", 0),))}
-
-
-@final
-@dataclass(frozen=True)
-class Config:
-    """Settings; the defaults are those of the full-size run."""
-
-    lr: float = 0.05
-    batch_size: int = 1
-    steps: int = 20_000
-    replicas: int = 64
-    mean: float = 1.0
-    variances: tuple[float, ...] = (4.0, 1.0)
-    angle: float = 2.0
-    weight_decay: float = 2e-3
-    decay_starts: tuple[float, ...] = (0.7, 3.0)
-    flow_time: float = 20.0
-    kick_batch_size: int = 8
-    kick_mean: float = 3.0
-    kicks: int = 200_000
-    identity_steps: int = 200
-    seed: int = 0
-
-    @classmethod
-    def quick(cls) -> "Config":
-        """Reduced sizes, whose verdicts still mean something."""
-        return cls(steps=8_000, replicas=48, weight_decay=6e-3, kicks=50_000)
-
-
-class Direction(nn.Module):
-    """A loss that depends on the direction of its parameters alone."""
-
-    def __init__(self) -> None:
-        """Start at a point that is replaced by every experiment."""
-        super().__init__()
-        self.theta = nn.Parameter(torch.ones(2, dtype=torch.float64))
-
-    def forward(self, z: Tensor) -> Tensor:
-        """The loss of every example, shape (B,)."""
-        return -(z @ self.theta) / self.theta.norm()
 
 
 @final
 class Outcome(NamedTuple):
-    """Trajectories of every part of the experiment."""
+    """Trajectories of SGD, gradient flow and SGD with weight decay; error of the identity; single-step changes of C.
+
+    `kicks` holds (C' - C) / lr^2 of one step of SGD for each replica, shape (kicks,).
+    """
 
     sgd: Trajectory
     flow: Trajectory
@@ -84,25 +52,25 @@ def run(config: Config) -> Outcome:
     """Simulate SGD, gradient flow, SGD with weight decay, and many single steps."""
     generator = torch.Generator().manual_seed(config.seed)
     settings = SGD(config.lr, config.batch_size)
-    start = _point(1.0, config.angle)
-    common: dict[str, Any] = {"model": Direction(), "loss": _loss, "symmetries": LENGTH, "generator": generator}
+    start = point(1.0, config.angle)
+    common: dict[str, Any] = {"model": Direction(), "loss": loss, "symmetries": LENGTH, "generator": generator}
     observe = {"theta": lambda params: params["theta"]}
     sgd = simulate(
         dynamics=settings,
-        data=_stream(config.mean, config.variances),
+        data=stream(config.mean, config.variances),
         steps=config.steps,
-        start=_replicas(start, config.replicas),
+        start=replicas(start, config.replicas),
         observables=observe,
-        # Densely at first, where the path turns.
+        # Record steps on a logarithmic scale: the direction changes fast in the first steps.
         record=sorted({int(10**exponent) for exponent in torch.linspace(0, math.log10(config.steps), 400).tolist()}),
         **common,
     )
     flow_steps = 2_000
     flow = simulate(
         dynamics=GradientFlow(dt=config.flow_time / flow_steps),
-        data=_two_points(config.mean),
+        data=two_points(config.mean),
         steps=flow_steps,
-        start=_replicas(start, 1),
+        start=replicas(start, 1),
         observables=observe,
         **common,
     )
@@ -110,18 +78,18 @@ def run(config: Config) -> Outcome:
     decayed = [
         simulate(
             dynamics=decaying,
-            data=_stream(config.mean, config.variances),
+            data=stream(config.mean, config.variances),
             steps=config.steps,
-            start=_replicas(_point(length, config.angle), config.replicas),
+            start=replicas(point(length, config.angle), config.replicas),
             **common,
         )
         for length in config.decay_starts
     ]
     kicked = simulate(
         dynamics=SGD(config.lr, config.kick_batch_size),
-        data=_stream(config.kick_mean, config.variances),
+        data=stream(config.kick_mean, config.variances),
         steps=1,
-        start=_replicas(_point(1.0, math.pi / 2), config.kicks),
+        start=replicas(point(1.0, math.pi / 2), config.kicks),
         record=1,
         **common,
     ).charges["length"]
@@ -129,12 +97,11 @@ def run(config: Config) -> Outcome:
 
 
 def claims(config: Config, outcome: Outcome) -> list[Claim]:
-    """What must hold."""
-    variance, lr, size = config.variances[1], config.lr, config.batch_size
-    charge = outcome.sgd.charges["length"]
-    growth = (charge[-1].square() - charge[0].square()) / (2 * lr**2 * variance * config.steps / size)
-    flow = outcome.flow.charges["length"]
-    found = [
+    """Compare the measurements with the predictions."""
+    charge, flow = outcome.sgd.charges["length"], outcome.flow.charges["length"]
+    change = 2 * config.lr**2 * config.variances[1] * config.steps / config.batch_size
+    growth = (charge[-1].square() - charge[0].square()) / change
+    return [
         Claim(
             "torch.optim.SGD, one step: error of C' = (1 - 2 lr gamma)^2 C + lr^2 |g|^2",
             predicted=0.0,
@@ -156,45 +123,18 @@ def claims(config: Config, outcome: Outcome) -> list[Claim]:
             measured=(flow / flow[0] - 1).abs().max().item(),
             high=1e-8,
         ),
+        *(
+            _stationary_claim(config, length, trajectory)
+            for length, trajectory in zip(config.decay_starts, outcome.decayed, strict=True)
+        ),
+        _kick_claim(config, outcome.kicks),
     ]
-    rest = lr * variance / (2 * config.weight_decay * size)
-    for length, trajectory in zip(config.decay_starts, outcome.decayed, strict=True):
-        ratio = _late(trajectory).square().mean(0) / rest
-        found.append(
-            Claim(
-                f"weight decay from |theta| = {length:g}: late C^2 / (lr s^2 / 2 wd S)",
-                predicted=1.0,
-                measured=ratio.mean().item(),
-                low=0.97,
-                high=1.09,
-                error=standard_error(ratio),
-                wrong={"gamma = weight_decay": 0.5, "sigma^2 twice as large": 0.5},
-            )
-        )
-    # At a right angle to the mean the gradient is along the first axis: variance and mean both count.
-    centred, mean = config.variances[0] / config.kick_batch_size, config.kick_mean**2
-    error = standard_error(outcome.kicks)
-    found.append(
-        Claim(
-            f"mean kick at S = {config.kick_batch_size}, 90 degrees: Tr Sigma / S + |grad L|^2",
-            predicted=centred + mean,
-            measured=outcome.kicks.mean().item(),
-            low=centred + mean - 5 * error,
-            high=centred + mean + 5 * error,
-            error=error,
-            wrong={
-                "uncentred noise": (config.variances[0] + mean) / config.kick_batch_size + mean,
-                "noise alone": centred,
-            },
-        )
-    )
-    return found
 
 
 def plot(config: Config, outcome: Outcome) -> Figure:
-    """Paths of SGD leaving the circle of the gradient flow; beside it the charge over the predicted curve."""
+    """Draw paths of SGD and gradient flow in the plane, C over steps, and C^2 over steps with weight decay."""
     figure = style.panels(3)
-    paths, growth, rest = figure.subplots(1, 3)
+    paths, growth, decayed = figure.subplots(1, 3)
     _plot_paths(config, outcome, paths)
     steps = outcome.sgd.steps
     growth.plot(steps, outcome.sgd.charges["length"], **(style.MEASURED | {"linewidth": 0.4, "alpha": 0.5}))
@@ -206,20 +146,49 @@ def plot(config: Config, outcome: Outcome) -> Figure:
     for trajectory, mark in zip(outcome.decayed, ("-", ":"), strict=False):
         charges = trajectory.charges["length"]
         label = rf"from $|\theta|$ = {charges[0, 0].sqrt().item():.2g}"
-        rest.plot(trajectory.steps, charges.square().mean(1), **(style.MEASURED | {"linestyle": mark}), label=label)
-    rest.axhline(
-        config.lr * config.variances[1] / (2 * config.weight_decay * config.batch_size),
-        **style.PREDICTED,
-        label="predicted rest",
-    )
-    rest.set(
-        xlabel="steps", ylabel=r"mean of $C^2$", title=f"SGD with weight decay {config.weight_decay:g}", yscale="log"
-    )
-    rest.legend()
+        decayed.plot(trajectory.steps, charges.square().mean(1), **(style.MEASURED | {"linestyle": mark}), label=label)
+    decayed.axhline(_stationary(config), **style.PREDICTED, label="predicted")
+    decayed.set(xlabel="steps", ylabel=r"mean of $C^2$", yscale="log")
+    decayed.set_title(f"SGD with weight decay {config.weight_decay:g}")
+    decayed.legend()
     return figure
 
 
+def _stationary_claim(config: Config, length: float, trajectory: Trajectory) -> Claim:
+    """Compare the late C^2 under weight decay, from the initial norm `length`, with its stationary value."""
+    ratio = _late(trajectory).square().mean(0) / _stationary(config)
+    return Claim(
+        f"weight decay from |theta| = {length:g}: late C^2 / (lr s^2 / 2 wd S)",
+        predicted=1.0,
+        measured=ratio.mean().item(),
+        low=0.97,
+        high=1.09,
+        error=standard_error(ratio),
+        wrong={"gamma = weight_decay": 0.5, "sigma^2 twice as large": 0.5},
+    )
+
+
+def _kick_claim(config: Config, kicks: Tensor) -> Claim:
+    """Compare the mean of (C' - C) / lr^2 over single steps with Tr Sigma / S + |grad L|^2."""
+    # Theta is perpendicular to the mean of z, so that the gradient is parallel to the mean: both terms contribute.
+    centred, mean = config.variances[0] / config.kick_batch_size, config.kick_mean**2
+    error = standard_error(kicks)
+    return Claim(
+        f"mean kick at S = {config.kick_batch_size}, 90 degrees: Tr Sigma / S + |grad L|^2",
+        predicted=centred + mean,
+        measured=kicks.mean().item(),
+        low=centred + mean - 5 * error,
+        high=centred + mean + 5 * error,
+        error=error,
+        wrong={
+            "uncentred noise": (config.variances[0] + mean) / config.kick_batch_size + mean,
+            "noise alone": centred,
+        },
+    )
+
+
 def _plot_paths(config: Config, outcome: Outcome, axes: Axes) -> None:
+    """Draw level lines of the mean loss, four paths of SGD and the path of the gradient flow."""
     paths, flow = outcome.sgd.observables["theta"], outcome.flow.observables["theta"]
     reach = 1.05 * paths.abs().max().item()
     side = torch.linspace(-reach, reach, 201, dtype=torch.float64)
@@ -232,37 +201,9 @@ def _plot_paths(config: Config, outcome: Outcome, axes: Axes) -> None:
     axes.legend(loc="lower left")
 
 
-def _loss(model: nn.Module, batch: Tensor) -> Tensor:
-    values: Tensor = model(batch)
-    return values
-
-
-def _stream(mean: float, variances: tuple[float, ...]) -> Callable[[int, torch.Generator], Tensor]:
-    centre = torch.tensor([mean, 0.0], dtype=torch.float64)
-    scale = torch.tensor(variances, dtype=torch.float64).sqrt()
-
-    def sample(count: int, generator: torch.Generator) -> Tensor:
-        return centre + scale * torch.randn(count, 2, generator=generator, dtype=torch.float64)
-
-    return sample
-
-
-def _two_points(mean: float) -> Tensor:
-    """A data set of the same mean: the loss is linear in z, so gradient flow needs no more of it."""
-    return torch.tensor([[mean, 1.0], [mean, -1.0]], dtype=torch.float64)
-
-
-def _point(length: float, angle: float) -> Tensor:
-    return length * torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
-
-
-def _replicas(point: Tensor, count: int) -> dict[str, Tensor]:
-    return {"theta": point.expand(count, -1).clone()}
-
-
 def _identity_error(config: Config, generator: torch.Generator) -> float:
-    """The largest relative error of the one-step identity along a run of PyTorch's own SGD with weight decay."""
-    model, sample = Direction(), _stream(config.mean, config.variances)
+    """Largest relative error of the one-step identity over a run of `torch.optim.SGD` with weight decay."""
+    model, sample = Direction(), stream(config.mean, config.variances)
     settings = SGD(config.lr, config.batch_size, config.weight_decay)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     symmetry, params = LENGTH["length"], dict(model.named_parameters())
@@ -278,7 +219,12 @@ def _identity_error(config: Config, generator: torch.Generator) -> float:
     return worst
 
 
+def _stationary(config: Config) -> float:
+    """Stationary value of C^2 under weight decay."""
+    return config.lr * config.variances[1] / (2 * config.weight_decay * config.batch_size)
+
+
 def _late(trajectory: Trajectory) -> Tensor:
-    """The charges of the last quarter of a run."""
+    """Charges of the last quarter of the records, shape (records, replicas)."""
     charges = trajectory.charges["length"]
     return charges[3 * len(charges) // 4 :]

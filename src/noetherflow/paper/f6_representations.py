@@ -1,13 +1,21 @@
-r"""F6: representations align: the noise, not the norms, of two layers becomes the same.
+r"""F6: SGD aligns the gradient noise of two layers, not their norms.
 
-In a tanh network $U \tanh(W x)$ in its near-linear regime, SGD makes $W \Sigma_x W^T$ proportional to
-$U^T \Sigma_\epsilon U$. Gradient descent leaves them unrelated; with weight decay it aligns $W W^T$ with $U^T U$
-instead. Isotropic data cannot tell the one from the other; anisotropic data can.
+Question: SGD makes the representations of two layers similar. Which matrices align: those of the noise,
+$W \Sigma_x W^T$ and $U^T \Sigma_\epsilon U$, or those of the norms, $W W^T$ and $U^T U$?
+
+Setting: a tanh network $U \tanh(W x)$ with inputs of small scale, where tanh is close to linear, a tanh teacher, and
+label noise. Isotropic covariances make noise and norms proportional; anisotropic covariances distinguish them.
+
+Formula: at the noise equilibrium of two linear layers
+$W \Sigma_x W^T / \mathrm{Tr}\,\Sigma_x = U^T \Sigma_\epsilon U / \mathrm{Tr}\,\Sigma_\epsilon$. Gradient descent with
+weight decay gives $W W^T = U^T U$. The measure is the cosine of two matrices after subtraction of their traces.
+
+Falsified by: low alignment of the noise after SGD; for anisotropic data, alignment of the norms as high as that of the
+noise; high alignment after gradient descent. Where tanh saturates the layers are not linear, and alignment must fall.
 
 Source: Ziyin et al. (2024), figures 6 and 10.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
@@ -19,69 +27,23 @@ from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.paper import linear_pair, style
 from noetherflow.paper.claim import Claim
-from noetherflow.paper.measure import geometric, standard_error
+from noetherflow.paper.f6_student import WORLDS, Config, Student, normal, start
+from noetherflow.paper.measure import standard_error
 from noetherflow.simulation import GradientDescent, simulate
 
 TITLE = "Representations align: the noise, not the norms, of two layers becomes the same"
-WORLDS = ("isotropic", "anisotropic")
-
-
-@final
-@dataclass(frozen=True)
-class Config:
-    """Settings; the defaults are those of the full-size run."""
-
-    inputs: int = 6
-    hidden: int = 8
-    outputs: int = 6
-    scale: float = 0.3
-    saturating_scale: float = 2.0
-    condition: float = 10.0
-    lr: float = 0.02
-    batch_size: int = 1
-    steps: int = 40_000
-    descent_lr: float = 0.1
-    descent_steps: int = 4_000
-    descent_examples: int = 2_048
-    weight_decay: float = 0.02
-    replicas: int = 16
-    seed: int = 0
-
-    @classmethod
-    def quick(cls) -> "Config":
-        """Reduced sizes, whose verdicts still mean something."""
-        return cls(lr=0.03, steps=16_000, descent_examples=256, descent_steps=2_000)
-
-
-@final
-class Student(nn.Module):
-    """A tanh network against a tanh teacher with label noise.
-
-    Teacher and covariances (as their square roots) are dials: parameters that no gradient reaches, so that every
-    replica of a simulation has its own.
-    """
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-
-        def filled(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.ones(shape, dtype=torch.float64))
-
-        self.w, self.u = filled(config.hidden, config.inputs), filled(config.outputs, config.hidden)
-        self.inner, self.outer = filled(config.hidden, config.inputs), filled(config.outputs, config.hidden)
-        self.input_root = filled(config.inputs, config.inputs)
-        self.noise_root = filled(config.outputs, config.outputs)
-
-    def forward(self, standard: tuple[Tensor, Tensor]) -> Tensor:
-        """The loss of every example, shape (B,), from standard normal inputs and label noises."""
-        x = standard[0] @ self.input_root.detach()
-        y = torch.tanh(x @ self.inner.detach().mT) @ self.outer.detach().mT + standard[1] @ self.noise_root.detach()
-        return (torch.tanh(x @ self.w.mT) @ self.u.mT - y).square().sum(-1)
 
 
 @final
 class Ends(NamedTuple):
-    """What the layers look like at the end, shape (replicas, hidden, hidden): W Sx W', U' Se U, W W', U' U."""
+    r"""Matrices of the trained layers, each of shape (replicas, hidden, hidden).
+
+    Args:
+        noise_in: $W \Sigma_x W^T$.
+        noise_out: $U^T \Sigma_\epsilon U$.
+        norm_in: $W W^T$.
+        norm_out: $U^T U$.
+    """
 
     noise_in: Tensor
     noise_out: Tensor
@@ -90,18 +52,18 @@ class Ends(NamedTuple):
 
     @property
     def noise_alignment(self) -> Tensor:
-        """Cosine of the two noises after removing the traces, by replica."""
+        """Cosine of `noise_in` and `noise_out` after subtraction of the traces, shape (replicas,)."""
         return alignment(self.noise_in, self.noise_out)
 
     @property
     def norm_alignment(self) -> Tensor:
-        """The same of the two Gram matrices."""
+        """Cosine of `norm_in` and `norm_out` after subtraction of the traces, shape (replicas,)."""
         return alignment(self.norm_in, self.norm_out)
 
 
 @final
 class Outcome(NamedTuple):
-    """Ends of every way to train, by world."""
+    """End points by kind of data (`WORLDS`) of SGD and of gradient descent; `saturated` is SGD with large inputs."""
 
     sgd: dict[str, Ends]
     gd: dict[str, Ends]
@@ -110,39 +72,39 @@ class Outcome(NamedTuple):
 
 
 def run(config: Config) -> Outcome:
-    """SGD online, and gradient descent without label noise, with and without weight decay."""
+    """Simulate SGD, and gradient descent without label noise, with and without weight decay."""
     generator = torch.Generator().manual_seed(config.seed)
     sgd, gd, decayed = {}, {}, {}
     for world, condition in zip(WORLDS, (1.0, config.condition), strict=True):
-        start = _start(config, condition, config.scale, generator)
-        sgd[world] = _by_sgd(config, start, config.lr, generator)
-        gd[world] = _by_descent(config, start, 0.0, generator)
-        decayed[world] = _by_descent(config, start, config.weight_decay, generator)
-    loud = _start(config, 1.0, config.saturating_scale, generator)
-    return Outcome(sgd, gd, decayed, _by_sgd(config, loud, config.lr / 4, generator))
+        initial = start(config, condition, config.scale, generator)
+        sgd[world] = _by_sgd(config, initial, config.lr, generator)
+        gd[world] = _by_descent(config, initial, 0.0, generator)
+        decayed[world] = _by_descent(config, initial, config.weight_decay, generator)
+    saturating = start(config, 1.0, config.saturating_scale, generator)
+    return Outcome(sgd, gd, decayed, _by_sgd(config, saturating, config.lr / 4, generator))
 
 
 def claims(config: Config, outcome: Outcome) -> list[Claim]:
-    """What must hold."""
+    """Compare the measurements with the predictions."""
     noise = {world: ends.noise_alignment for world, ends in outcome.sgd.items()}
     norms = outcome.sgd["anisotropic"].norm_alignment
-    found = [
+    verdicts = [
         _mean("isotropic: SGD's noise alignment", noise["isotropic"], 1.0, low=0.95),
         _mean("anisotropic: SGD's noise alignment", noise["anisotropic"], 1.0, low=0.85),
         _mean(
-            "anisotropic: and above its norm alignment by",
+            "anisotropic: SGD's noise alignment minus its norm alignment",
             noise["anisotropic"] - norms,
             1.0 - norms.mean().item(),
             low=0.15,
             wrong={"covariances dropped": 0.0},
         ),
     ]
-    found += [
+    verdicts += [
         _mean(f"{world}: GD's noise alignment", outcome.gd[world].noise_alignment, 0.0, high=0.3) for world in WORLDS
     ]
     decayed = outcome.decayed["anisotropic"]
     return [
-        *found,
+        *verdicts,
         _mean("anisotropic: GD + wd, norm alignment", decayed.norm_alignment, 1.0, low=0.99),
         _mean("anisotropic: GD + wd, noise alignment", decayed.noise_alignment, 0.7, high=0.85),
         _mean("tanh saturates: SGD's noise alignment falls", outcome.saturated.noise_alignment, 0.4, high=0.85),
@@ -150,7 +112,7 @@ def claims(config: Config, outcome: Outcome) -> list[Claim]:
 
 
 def plot(config: Config, outcome: Outcome) -> Figure:
-    """The two matrices of one replica for SGD and for gradient descent, and the alignment of all."""
+    """Draw the noise matrices of a replica for SGD and gradient descent, and the alignment of all replicas."""
     figure = style.panels(3, width=4.4)
     left, right = figure.subfigures(1, 2, width_ratios=(2, 1), squeeze=False)[0]
     maps = left.subplots(2, 2)
@@ -174,12 +136,22 @@ def plot(config: Config, outcome: Outcome) -> Figure:
         axes.plot([position - 0.3, position + 0.3], [values.mean()] * 2, color="black")
     axes.set_xticks(range(len(groups)), list(groups), rotation=60, fontsize=7)
     axes.axhline(0, color="0.6", linewidth=0.8)
-    axes.set(ylabel="cosine after removing the trace", title="alignment, all replicas")
+    axes.set(ylabel="cosine after subtraction of the trace", title="alignment, all replicas")
     return figure
 
 
 def alignment(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of symmetric matrices after removing the trace: that of two positive ones is large for nothing."""
+    """Cosine of symmetric matrices (..., n, n) after subtraction of the trace part (Tr / n) 1, shape (...).
+
+    Without the subtraction, the cosine of two unrelated positive matrices is large.
+
+    Args:
+        a: Shape (..., n, n).
+        b: Shape (..., n, n).
+
+    Returns:
+        The cosine, shape (...).
+    """
     identity = torch.eye(a.shape[-1], dtype=a.dtype)
 
     def traceless(matrix: Tensor) -> Tensor:
@@ -190,8 +162,9 @@ def alignment(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_sgd(config: Config, start: Params, lr: float, generator: torch.Generator) -> Ends:
+    """Train by SGD on fresh examples."""
     dynamics, data = SGD(lr, config.batch_size), linear_pair.standard_normal(config.inputs, config.outputs)
-    found = simulate(
+    trajectory = simulate(
         Student(config),
         linear_pair.loss,
         data,
@@ -201,14 +174,15 @@ def _by_sgd(config: Config, start: Params, lr: float, generator: torch.Generator
         generator=generator,
         record=config.steps,
     )
-    return _ends(found.params)
+    return _ends(trajectory.params)
 
 
 def _by_descent(config: Config, start: Params, weight_decay: float, generator: torch.Generator) -> Ends:
-    inputs = _normal(config.descent_examples, config.inputs, generator=generator)
-    silent = torch.zeros(config.descent_examples, config.outputs, dtype=torch.float64)
+    """Train by gradient descent on a data set without label noise."""
+    inputs = normal(config.descent_examples, config.inputs, generator=generator)
+    no_noise = torch.zeros(config.descent_examples, config.outputs, dtype=torch.float64)
 
-    # Decay is of the student's weights alone, not of the dials.
+    # Weight decay for W and U alone: `weight_decay` of an optimizer would also change the teacher and the covariances.
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         values: Tensor = model(batch)
         w, u = model.w, model.u
@@ -216,48 +190,23 @@ def _by_descent(config: Config, start: Params, weight_decay: float, generator: t
         assert isinstance(u, Tensor)
         return values + weight_decay / 2 * (w.square().sum() + u.square().sum())
 
-    found = simulate(
+    trajectory = simulate(
         Student(config),
         loss,
-        (inputs, silent),
+        (inputs, no_noise),
         GradientDescent(config.descent_lr),
         steps=config.descent_steps,
         start=start,
         record=config.descent_steps,
     )
-    return _ends(found.params)
+    return _ends(trajectory.params)
 
 
 def _ends(params: Params) -> Ends:
+    """Compute the matrices from the final parameters."""
     w, u = params["w"], params["u"]
     inputs, noise = w @ params["input_root"], params["noise_root"] @ u
     return Ends(inputs @ inputs.mT, noise.mT @ noise, w @ w.mT, u.mT @ u)
-
-
-def _start(config: Config, condition: float, scale: float, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random students, teachers and covariances, one of each per replica."""
-
-    def layer(rows: int, columns: int) -> Tensor:
-        return _normal(config.replicas, rows, columns, generator=generator) / columns**0.5
-
-    def root(size: int) -> Tensor:
-        basis = torch.linalg.qr(_normal(config.replicas, size, size, generator=generator)).Q
-        return (basis * geometric((condition**-0.25, condition**0.25), size)) @ basis.mT
-
-    inner, outer = (config.hidden, config.inputs), (config.outputs, config.hidden)
-    return {
-        "w": layer(*inner),
-        "u": layer(*outer),
-        # An orthonormal layer passes everything on, so that the data decide what the layers look like.
-        "inner": layer(*inner),
-        "outer": torch.linalg.qr(layer(config.hidden, config.outputs)).Q.mT,
-        "input_root": scale * root(config.inputs),
-        "noise_root": root(config.outputs),
-    }
-
-
-def _normal(*shape: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _mean(
@@ -269,10 +218,12 @@ def _mean(
     high: float | None = None,
     wrong: dict[str, float] | None = None,
 ) -> Claim:
+    """Claim about the mean over the replicas."""
     return Claim(text, predicted, values.mean().item(), low, high, standard_error(values), wrong or {})
 
 
 def _heat(axes: Axes, matrix: Tensor, title: str) -> None:
+    """Draw a matrix as a heat map with symmetric colour limits."""
     reach = matrix.abs().max().item()
     axes.imshow(matrix.numpy(), cmap="PuOr", vmin=-reach, vmax=reach)
     axes.set(xticks=[], yticks=[])

@@ -1,8 +1,16 @@
-r"""F7: how fast the equilibrium is reached: learning rate, dimension, batch size, label noise, momentum.
+r"""F7: the rate of convergence to the noise equilibrium, and its dependence on the settings of SGD and the data.
 
-For one hidden unit the charge $C = |w|^2 - |u|^2$ decays towards its equilibrium at the rate
-$\kappa = 2\,\mathrm{lr}^2 N / (S K)$ per step, with N the noise of either layer and $K = |u|^2 + |w|^2$ there; momentum
-turns lr into lr / (1 - momentum). None of it moves the fixed point.
+Question: how does the rate of convergence depend on the settings, and do the settings change the equilibrium?
+
+Setting: two linear layers with one hidden unit. Half of the replicas start above the equilibrium and half below, at
+points of the minimum; the measured rate is that of the decay of the difference between the mean charges.
+
+Formula: the charge $C = |w|^2 - |u|^2$ decays towards its equilibrium at the rate
+$\kappa = 2\,\mathrm{lr}^2 N / (S K)$ per step. At the equilibrium N is the noise of either layer, and
+$K = |u|^2 + |w|^2$. Momentum $\mu$ replaces lr by $\mathrm{lr}/(1 - \mu)$. The equilibrium does not change.
+
+Falsified by: a rate off by a factor of two; another power of lr, S or the noise (a slope other than 1 in logarithms);
+an equilibrium that depends on the settings; under momentum, the rate of the bare learning rate.
 
 Source: Ziyin et al. (2024), figure 9.
 """
@@ -28,7 +36,7 @@ TITLE = "Convergence speed: learning rate, dimension, batch size, label noise, m
 @final
 @dataclass(frozen=True)
 class Config:
-    """Settings; the defaults are those of the full-size run."""
+    """Settings of the experiment; the defaults are the full size."""
 
     inputs: int = 10
     outputs: int = 12
@@ -48,14 +56,14 @@ class Config:
 
     @classmethod
     def quick(cls) -> "Config":
-        """Reduced sizes, whose verdicts still mean something."""
+        """Reduced sizes with which every claim still excludes the mistakes in `Claim.wrong`."""
         return cls(lrs=(0.012, 0.024), dimensions=(5, 40), batch_sizes=(1, 2), label_noises=(0.5, 4.0), momenta=(0.9,))
 
 
 @final
 @dataclass(frozen=True)
 class Setting:
-    """One point of the figure."""
+    """A point of the figure: the varied setting `vary` with its value, and all settings of the run."""
 
     vary: str
     value: float
@@ -67,13 +75,22 @@ class Setting:
 
     @property
     def sgd(self) -> SGD:
-        """As settings of SGD."""
+        """The settings of the optimizer."""
         return SGD(self.lr, self.batch_size, momentum=self.momentum)
 
 
 @final
 class Measured(NamedTuple):
-    """Rates per step, and where the charge settles, as a share of K."""
+    """Result for a setting.
+
+    Args:
+        setting: The setting.
+        rate: Measured rate per step.
+        predicted: Predicted rate per step.
+        fixed_point_error: |C - C*| / K with the late mean C of the charge and its equilibrium C*.
+        steps: Steps of the records, shape (records,).
+        departure: Difference between the mean charges of both halves of the replicas, shape (records,).
+    """
 
     setting: Setting
     rate: float
@@ -87,14 +104,14 @@ Outcome = list[Measured]
 
 
 def run(config: Config) -> Outcome:
-    """Start on both sides of the equilibrium and watch the gap between them close."""
+    """Simulate every setting from both sides of the equilibrium."""
     generator = torch.Generator().manual_seed(config.seed)
     return [_measure(config, setting, generator) for setting in _settings(config)]
 
 
 def claims(config: Config, outcome: Outcome) -> list[Claim]:
-    """What must hold."""
-    found = []
+    """Compare the measurements with the predictions."""
+    verdicts = []
     for measured in outcome:
         setting, ratio = measured.setting, measured.rate / measured.predicted
         large = setting.lr / (1 - setting.momentum) > 2.5 * config.lr
@@ -103,11 +120,11 @@ def claims(config: Config, outcome: Outcome) -> list[Claim]:
         if setting.momentum:
             wrong["bare lr"] = (1 - setting.momentum) ** -2
         text = f"{setting.vary} {setting.value:g}: rate over predicted"
-        found.append(Claim(text, 1.0, ratio, low, high, wrong=wrong))
+        verdicts.append(Claim(text, 1.0, ratio, low, high, wrong=wrong))
     logs = torch.tensor([[m.predicted, m.rate] for m in outcome], dtype=torch.float64).log().mT
     worst = max(measured.fixed_point_error for measured in outcome)
     return [
-        *found,
+        *verdicts,
         Claim(
             "log-log slope of measured against predicted",
             1.0,
@@ -121,13 +138,13 @@ def claims(config: Config, outcome: Outcome) -> list[Claim]:
 
 
 def plot(config: Config, outcome: Outcome) -> Figure:
-    """Measured against predicted rates, and one decay."""
+    """Draw measured over predicted rates, and the decay of every setting in scaled time."""
     figure = style.panels(2)
     rates, decay = figure.subplots(1, 2)
     kinds = list(dict.fromkeys(measured.setting.vary for measured in outcome))
     for kind, mark in zip(kinds, "os^vDP", strict=False):
-        mine = [measured for measured in outcome if measured.setting.vary == kind]
-        rates.plot([m.predicted for m in mine], [m.rate for m in mine], mark, markersize=5, label=kind)
+        points = [measured for measured in outcome if measured.setting.vary == kind]
+        rates.plot([m.predicted for m in points], [m.rate for m in points], mark, markersize=5, label=kind)
     ends = [min(m.predicted for m in outcome), max(m.predicted for m in outcome)]
     rates.plot(ends, ends, **style.PREDICTED, label="equal")
     rates.set(xscale="log", yscale="log", xlabel="predicted rate per step", ylabel="measured", title="rates")
@@ -144,9 +161,11 @@ def plot(config: Config, outcome: Outcome) -> Figure:
 
 
 def _settings(config: Config) -> list[Setting]:
+    """All points of the figure: each varies a single setting of the base point."""
+
     def setting(vary: str, value: float, **changes: Any) -> Setting:
-        plain = {"lr": config.lr, "inputs": config.inputs, "batch_size": config.batch_size}
-        return Setting(vary, value, **(plain | changes))
+        base = {"lr": config.lr, "inputs": config.inputs, "batch_size": config.batch_size}
+        return Setting(vary, value, **(base | changes))
 
     return [
         setting("base, lr", config.lr),
@@ -159,38 +178,39 @@ def _settings(config: Config) -> list[Setting]:
 
 
 def _measure(config: Config, setting: Setting, generator: torch.Generator) -> Measured:
+    """Simulate a setting and fit the rate of decay."""
     ends = config.variances
     noise_ends = [setting.label_noise * end for end in ends]
     world = linear_pair.rank_one(
         setting.inputs, config.outputs, length=config.target, input_ends=ends, noise_ends=noise_ends
     )
-    rest = two_layer_equilibrium(world.target, world.input_cov, world.noise_cov, 1)
+    equilibrium = two_layer_equilibrium(world.target, world.input_cov, world.noise_cov, 1)
     factors = noise_factors(world.input_cov, world.noise_cov)
-    predicted = 1 / two_layer_relaxation(rest, factors, setting.sgd).item()
+    predicted = 1 / two_layer_relaxation(equilibrium, factors, setting.sgd).item()
     half = config.replicas // 2
-    sides = [_displaced(rest, config.displacement)] * half + [_displaced(rest, -config.displacement)] * half
+    above, below = (_displaced(equilibrium, sign * config.displacement) for sign in (1, -1))
     trajectory = simulate(
         LinearPair(setting.inputs, 1, config.outputs),
         linear_pair.loss,
         linear_pair.standard_normal(setting.inputs, config.outputs),
         setting.sgd,
         steps=int(config.times / predicted),
-        start=linear_pair.replicated([(world, weights) for weights in sides]),
+        start=linear_pair.replicated([(world, weights) for weights in [above] * half + [below] * half]),
         symmetries=linear_pair.ROTATION,
         generator=generator,
     )
     charge = trajectory.charges["hidden"].flatten(1)
     gap = (charge[:, :half].mean(1) - charge[:, half:].mean(1)).abs()
-    # While it is well above the noise.
-    seen = trajectory.steps <= 2 / predicted
-    rate = -slope(trajectory.steps[seen].double(), gap[seen].log())
-    size = (rest.u.square().sum() + rest.w.square().sum()).item()
-    settled = charge[trajectory.steps >= 4 / predicted].mean().item()
-    target = (rest.w.square().sum() - rest.u.square().sum()).item()
-    return Measured(setting, rate, predicted, abs(settled - target) / size, trajectory.steps, gap)
+    # Fit two e-folds: later the gap is comparable with the statistical error.
+    fitted = trajectory.steps <= 2 / predicted
+    rate = -slope(trajectory.steps[fitted].double(), gap[fitted].log())
+    size = (equilibrium.u.square().sum() + equilibrium.w.square().sum()).item()
+    late = charge[trajectory.steps >= 4 / predicted].mean().item()
+    target = (equilibrium.w.square().sum() - equilibrium.u.square().sum()).item()
+    return Measured(setting, rate, predicted, abs(late - target) / size, trajectory.steps, gap)
 
 
 def _displaced(weights: TwoLayer, x: float) -> TwoLayer:
-    """Another point of the minimum."""
+    """The point (e^{-x} U, e^x W), which has the same product UW."""
     factor = torch.tensor(x, dtype=torch.float64).exp()
     return TwoLayer(weights.u / factor, weights.w * factor)

@@ -1,13 +1,21 @@
-r"""F9: gauge drag, where SGD rests a little off the noise equilibrium.
+r"""F9: gauge drag: the stationary $W^T W$ and $U U^T$ of SGD differ from those of the noise equilibrium.
 
-The charge of two linear layers obeys $dC/dt = 2\sigma^2 I$, but with more than one hidden unit it fixes the point of
-the valley only up to a rotation. Averaged over the fast fluctuation around the valley, of covariance X with
-$H X + X H = 2\sigma^2 \Sigma$, SGD drifts along it by $v = -\tfrac12 P\,\nabla\,\mathrm{Tr}[H X]$, where P projects
-on the valley. Where $\Sigma$ and H do not commute, $W^T W$ and $U U^T$ come to rest while the hidden units keep
-rotating: $\dot C = [\Omega, C] \neq 0$, so $I \neq 0$. That point is off the one with $I = 0$ by a distance that does
-not shrink with the learning rate.
+Question: two linear layers with several hidden units end near the noise equilibrium, but not at it. Does the distance
+vanish with the learning rate, and what determines it?
 
-Source: our own; the drift along a valley is that of Li, Wang, Arora (2022), *What happens after SGD reaches zero loss?*
+Setting: two linear layers with 2 hidden units and generic covariances, and three controls: covariances aligned with V,
+isotropic label noise, a single hidden unit.
+
+Formula: the charge obeys $dC/dt = 2\sigma^2 I$, but C determines a point with UW = V only up to a rotation of the
+hidden units. The fluctuation around the minima has the covariance X with $H X + X H = 2\sigma^2 \Sigma$. Averaged over
+the fluctuation, SGD drifts along the minima by $v = -\tfrac12 P\,\nabla\,\mathrm{Tr}[H X]$, where P projects on the
+kernel of H. If $\Sigma$ and H do not commute, $W^T W$ and $U U^T$ become stationary while the hidden units rotate:
+$\dot C = [\Omega, C] \neq 0$, hence $I \neq 0$. The distance to the point with I = 0 does not depend on $\sigma^2$.
+
+Falsified by: SGD at the point with I = 0; a distance that shrinks with the learning rate, or that differs from the
+prediction; a distance in one of the controls.
+
+Source: this project. The averaged drift is that of Li, Wang, Arora (2022), *What happens after SGD reaches zero loss?*
 """
 
 from dataclasses import dataclass
@@ -16,12 +24,12 @@ from typing import Any, NamedTuple, final
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.func import grad, jacrev
 
 from noetherflow._optimizers import SGD
 from noetherflow.linear import TwoLayer, two_layer_equilibrium
 from noetherflow.paper import linear_pair, style
 from noetherflow.paper.claim import Claim
+from noetherflow.paper.f9_valley import grams, valley_flow
 from noetherflow.paper.linear_pair import LinearPair, World
 from noetherflow.paper.measure import geometric, standard_error
 from noetherflow.simulation import GradientDescent, simulate
@@ -33,7 +41,7 @@ WORLDS = ("generic", "aligned", "isotropic label noise", "one hidden unit")
 @final
 @dataclass(frozen=True)
 class Config:
-    """Settings; the defaults are those of the full-size run."""
+    """Settings of the experiment; the defaults are the full size."""
 
     size: int = 3
     hidden: int = 2
@@ -50,13 +58,21 @@ class Config:
 
     @classmethod
     def quick(cls) -> "Config":
-        """Reduced sizes, whose verdicts still mean something."""
+        """Reduced sizes with which every claim still excludes the mistakes in `Claim.wrong`."""
         return cls(lrs=(0.01,), steps=24_000, replicas=16, flow_steps=200)
 
 
 @final
-class Rest(NamedTuple):
-    """Where one world comes to rest, as W'W and UU' in one vector."""
+class Stationary(NamedTuple):
+    """Stationary points of a world; `grams` writes W'W and UU' as a vector of length n.
+
+    Args:
+        world: The data distribution.
+        equilibrium: The noise equilibrium, I = 0.
+        dragged: The predicted stationary point, the end of the averaged drift.
+        measured: `grams` after SGD by learning rate, shape (replicas, n).
+        path: `grams` along the averaged drift, shape (steps + 1, n).
+    """
 
     world: World
     equilibrium: TwoLayer
@@ -65,22 +81,22 @@ class Rest(NamedTuple):
     path: Tensor
 
     def distance(self, gram: Tensor) -> Tensor:
-        """Relative distance from the noise equilibrium; shape (...)."""
-        here = grams(self.equilibrium)
-        return torch.linalg.norm(gram - here, dim=-1) / torch.linalg.norm(here)
+        """Relative distance from the noise equilibrium: shape (..., n) -> (...)."""
+        origin = grams(self.equilibrium)
+        return torch.linalg.norm(gram - origin, dim=-1) / torch.linalg.norm(origin)
 
     def share(self, gram: Tensor) -> Tensor:
-        """How much of the predicted way from the noise equilibrium a point has gone; shape (...)."""
-        here = grams(self.equilibrium)
-        way = grams(self.dragged) - here
-        return (gram - here) @ way / way.square().sum()
+        """Component along the predicted displacement, over the predicted displacement: shape (..., n) -> (...)."""
+        origin = grams(self.equilibrium)
+        displacement = grams(self.dragged) - origin
+        return (gram - origin) @ displacement / displacement.square().sum()
 
 
-Outcome = dict[str, Rest]
+Outcome = dict[str, Stationary]
 
 
 def run(config: Config) -> Outcome:
-    """Follow the drift along the valley to its rest, and SGD to its own, in a generic world and three controls."""
+    """Follow the averaged drift and SGD to their stationary points, for the generic world and the three controls."""
     generator = torch.Generator().manual_seed(config.seed)
     worlds = _worlds(config)
     hidden = {name: 1 if name == "one hidden unit" else config.hidden for name in WORLDS}
@@ -93,22 +109,23 @@ def run(config: Config) -> Outcome:
     for lr in config.lrs:
         for size in set(hidden.values()):
             names = [name for name in WORLDS if hidden[name] == size]
-            found = _simulate(config, [(worlds[n], equilibria[n]) for n in names], size, lr, generator)
-            for name, gram in zip(names, found.unflatten(0, (len(names), -1)), strict=True):
+            stack = _simulate(config, [(worlds[n], equilibria[n]) for n in names], size, lr, generator)
+            for name, gram in zip(names, stack.unflatten(0, (len(names), -1)), strict=True):
                 measured[name][lr] = gram
     return {
-        name: Rest(worlds[name], equilibria[name], flows[name][0], measured[name], flows[name][1]) for name in WORLDS
+        name: Stationary(worlds[name], equilibria[name], flows[name][0], measured[name], flows[name][1])
+        for name in WORLDS
     }
 
 
 def claims(config: Config, outcome: Outcome) -> list[Claim]:
-    """What must hold."""
+    """Compare the measurements with the predictions."""
     generic = outcome["generic"]
     predicted = generic.distance(grams(generic.dragged)).item()
-    found = []
+    verdicts = []
     for lr, gram in generic.measured.items():
         shares = generic.share(gram)
-        found.append(
+        verdicts.append(
             Claim(
                 f"generic, lr {lr:g}: share of the predicted drag",
                 predicted=1.0,
@@ -121,10 +138,10 @@ def claims(config: Config, outcome: Outcome) -> list[Claim]:
         )
     finest = min(config.lrs)
     miss = torch.linalg.norm(generic.measured[finest].mean(0) - grams(generic.dragged))
-    found += [
+    verdicts += [
         Claim("generic: predicted distance from I = 0", 0.089, predicted, low=0.05),
         Claim(
-            f"generic, lr {finest:g}: distance from the predicted rest",
+            f"generic, lr {finest:g}: distance from the predicted point",
             predicted=0.0,
             measured=(miss / torch.linalg.norm(grams(generic.equilibrium))).item(),
             high=0.5 * predicted,
@@ -132,127 +149,45 @@ def claims(config: Config, outcome: Outcome) -> list[Claim]:
         ),
     ]
     for name in WORLDS[1:]:
-        rest = outcome[name]
-        gram = rest.measured[finest]
-        found += [
-            Claim(f"{name}: predicted distance", 0.0, rest.distance(grams(rest.dragged)).item(), high=1e-3),
+        point = outcome[name]
+        gram = point.measured[finest]
+        verdicts += [
+            Claim(f"{name}: predicted distance", 0.0, point.distance(grams(point.dragged)).item(), high=1e-3),
             Claim(
                 f"{name}: distance from I = 0",
                 predicted=0.0,
-                measured=rest.distance(gram.mean(0)).item(),
+                measured=point.distance(gram.mean(0)).item(),
                 high=0.4 * predicted,
-                error=_error(rest, gram),
+                error=_error(point, gram),
                 wrong={"the generic drag": predicted},
             ),
         ]
-    return found
+    return verdicts
 
 
 def plot(config: Config, outcome: Outcome) -> Figure:
-    """The predicted way from I = 0 to rest, and where SGD ends, in every world."""
+    """Draw the distance from I = 0 along the averaged drift, and that of SGD, for every world."""
     figure = style.panels(2)
-    way, ends = figure.subplots(1, 2)
-    for (name, rest), mark in zip(outcome.items(), ("-", "--", ":", "-."), strict=True):
-        way.plot(rest.distance(rest.path), linestyle=mark, color="black", linewidth=1.2, label=name)
-    way.set(xlabel="steps of the averaged flow", ylabel="distance from I = 0", title="predicted drag")
-    way.legend(fontsize=7)
-    for position, rest in enumerate(outcome.values()):
-        predicted = rest.distance(grams(rest.dragged)).item()
+    path, ends = figure.subplots(1, 2)
+    for (name, point), mark in zip(outcome.items(), ("-", "--", ":", "-."), strict=True):
+        path.plot(point.distance(point.path), linestyle=mark, color="black", linewidth=1.2, label=name)
+    path.set(xlabel="steps of the averaged flow", ylabel="distance from I = 0", title="predicted drag")
+    path.legend(fontsize=7)
+    for position, point in enumerate(outcome.values()):
+        predicted = point.distance(grams(point.dragged)).item()
         ends.plot([position - 0.3, position + 0.3], [predicted] * 2, **style.PREDICTED)
-        for (lr, gram), mark in zip(rest.measured.items(), "o^s", strict=False):
+        for (lr, gram), mark in zip(point.measured.items(), "o^s", strict=False):
             label = f"SGD, lr {lr:g}" if position == 0 else None
-            ends.plot(position, rest.distance(gram.mean(0)), mark, color=style.MEASURED["color"], label=label)
+            ends.plot(position, point.distance(gram.mean(0)), mark, color=style.MEASURED["color"], label=label)
     ends.set_xticks(range(len(outcome)), [name.replace(" ", "\n", 1) for name in outcome], fontsize=7)
-    ends.set(ylabel="distance from I = 0", title="where SGD rests; dashed: predicted")
+    ends.set(ylabel="distance from I = 0", title="SGD; dashed: predicted")
     ends.legend(fontsize=7)
     return figure
 
 
-def grams(weights: TwoLayer) -> Tensor:
-    """W'W and UU', which no rotation of the hidden units changes, in one vector."""
-    inner, outer = weights.w.mT @ weights.w, weights.u @ weights.u.mT
-    return torch.cat([inner.flatten(-2), outer.flatten(-2)], dim=-1)
-
-
-def valley_flow(world: World, start: TwoLayer, steps: int) -> tuple[TwoLayer, Tensor]:
-    """Follow the averaged drift from a point of the valley until nothing but rotation is left.
-
-    Args:
-        world: The data.
-        start: A point with U W = V.
-        steps: How many steps, of a tenth of the relaxation time of the slowest charge or less.
-
-    Returns:
-        The last point, and W'W and UU' along the way, shape (steps + 1, n).
-    """
-    theta, shapes = torch.cat([start.u.reshape(-1), start.w.reshape(-1)]), (start.u.shape, start.w.shape)
-    path = [grams(start)]
-    for _ in range(steps):
-        drift, rate = valley_drift(world, theta, shapes)
-        theta = _back_to_valley(world, theta + 0.1 / rate * drift, shapes)
-        path.append(grams(_split(theta, shapes)))
-    return _split(theta, shapes), torch.stack(path)
-
-
-def valley_drift(world: World, theta: Tensor, shapes: tuple[torch.Size, torch.Size]) -> tuple[Tensor, float]:
-    r"""The mean velocity along the valley for $2\sigma^2 = 1$, and a rate that bounds how fast it changes.
-
-    Args:
-        world: The data.
-        theta: U and W flattened, at a point of the valley.
-        shapes: Of U and of W.
-
-    Returns:
-        $-\tfrac12 P\,\nabla \mathrm{Tr}[H X]$ of the shape of theta, with $HX + XH = \Sigma$; and the rate.
-    """
-    covariance = world.input_cov
-
-    def mean_loss(theta: Tensor) -> Tensor:
-        u, w = _split(theta, shapes)
-        error = u @ w - world.target
-        return (error @ covariance @ error.mT).trace()
-
-    hessian_of = jacrev(jacrev(mean_loss))
-    normals = _normals(theta, shapes)
-    hessian = 2 * normals @ torch.kron(torch.eye(len(world.target), dtype=theta.dtype), covariance) @ normals.mT
-    noise = 4 * normals @ torch.kron(world.noise_cov, covariance) @ normals.mT
-    values, vectors = torch.linalg.eigh(hessian)
-    fast = values > 1e-9 * values[-1]
-    pairs = values[:, None] + values
-    inner = torch.where(fast[:, None] & fast, vectors.mT @ noise @ vectors / pairs, 0.0)
-    spread = vectors @ inner @ vectors.mT
-    slope = grad(lambda point: (hessian_of(point) * spread).sum())(theta)
-    slow = vectors[:, ~fast]
-    return -0.5 * slow @ (slow.mT @ slope), (noise.trace() / theta.square().sum()).item()
-
-
-def _normals(theta: Tensor, shapes: tuple[torch.Size, torch.Size]) -> Tensor:
-    """The derivatives of every entry of U W, as columns: shape (parameters, entries)."""
-
-    def product(theta: Tensor) -> Tensor:
-        u, w = _split(theta, shapes)
-        return (u @ w).reshape(-1)
-
-    jacobian: Tensor = jacrev(product)(theta)
-    return jacobian.mT
-
-
-def _back_to_valley(world: World, theta: Tensor, shapes: tuple[torch.Size, torch.Size]) -> Tensor:
-    for _ in range(4):
-        u, w = _split(theta, shapes)
-        normals = _normals(theta, shapes)
-        theta = theta - torch.linalg.pinv(normals.mT) @ (u @ w - world.target).reshape(-1)
-    return theta
-
-
-def _split(theta: Tensor, shapes: tuple[torch.Size, torch.Size]) -> TwoLayer:
-    u, w = theta.split([shape.numel() for shape in shapes])
-    return TwoLayer(u.reshape(shapes[0]), w.reshape(shapes[1]))
-
-
 def _worlds(config: Config) -> dict[str, World]:
-    """The same spectra throughout; only directions and label noise differ."""
-    generator = torch.Generator().manual_seed(config.world)  # a setting, not a draw
+    """The four data distributions, with equal spectra of inputs and V; directions and label noise differ."""
+    generator = torch.Generator().manual_seed(config.world)  # a setting, independent of the seed
 
     def basis(columns: int) -> Tensor:
         return torch.linalg.qr(torch.randn(config.size, columns, generator=generator, dtype=torch.float64)).Q
@@ -272,19 +207,19 @@ def _worlds(config: Config) -> dict[str, World]:
 def _simulate(
     config: Config, starts: list[tuple[World, TwoLayer]], hidden: int, lr: float, generator: torch.Generator
 ) -> Tensor:
-    """W'W and UU' of every replica, averaged over the late half of a run and cooled; shape (worlds * replicas, n)."""
+    """`grams` of every replica, averaged over 8 snapshots of the second half of SGD: shape (worlds * replicas, n)."""
     common: dict[str, Any] = {"model": LinearPair(config.size, hidden, config.size), "loss": linear_pair.loss}
-    # The drift goes with the square of the learning rate.
+    # The drift per step is proportional to the square of the learning rate.
     steps = int(config.steps * (max(config.lrs) / lr) ** 2)
-    late = 8
+    snapshots = 8
     params = linear_pair.replicated([start for start in starts for _ in range(config.replicas)])
-    found = []
-    for part in range(late + 1):
-        # A snapshot is cooled by full gradients, which move no charge and let the fast fluctuation die.
+    cooled_grams = []
+    for part in range(snapshots + 1):
+        # Gradient descent from a snapshot conserves the charge, and the fast fluctuation decays.
         params = simulate(
             dynamics=SGD(lr, config.batch_size),
             data=linear_pair.standard_normal(config.size, config.size),
-            steps=steps // 2 if part == 0 else steps // (2 * late),
+            steps=steps // 2 if part == 0 else steps // (2 * snapshots),
             start=params,
             generator=generator,
             record=steps,
@@ -299,11 +234,11 @@ def _simulate(
                 record=steps,
                 **common,
             ).params
-            found.append(grams(linear_pair.weights_of(cooled)))
-    return torch.stack(found).mean(0)
+            cooled_grams.append(grams(linear_pair.weights_of(cooled)))
+    return torch.stack(cooled_grams).mean(0)
 
 
-def _error(rest: Rest, gram: Tensor) -> float:
-    """Standard error of the distance of the mean, along the way out."""
+def _error(point: Stationary, gram: Tensor) -> float:
+    """Upper bound on the standard error of the relative distance: the norm of the standard errors of all entries."""
     spread = gram.std(0).norm() / len(gram) ** 0.5
-    return (spread / torch.linalg.norm(grams(rest.equilibrium))).item()
+    return (spread / torch.linalg.norm(grams(point.equilibrium))).item()

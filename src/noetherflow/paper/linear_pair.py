@@ -1,4 +1,8 @@
-"""Two linear layers in many worlds at once: the ground of several experiments."""
+"""Two linear layers whose replicas have different data distributions, for the experiments F3, F4, F7 and F9.
+
+A `World` is a data distribution with the settings of a step. `LinearPair` holds the numbers of a `World` as parameters,
+so that `simulate` runs replicas of different worlds in one batch.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,22 +24,24 @@ ROTATION = {"hidden": MatrixSymmetry(plus=(Axis("w", 0),), minus=(Axis("u", 1),)
 class LinearPair(nn.Module):
     r"""The loss $c\,(|U W x - y|^2 + \gamma\,(|U|^2 + |W|^2))$ with $y = V x + \epsilon$, for diagonal covariances.
 
-    V, the covariances, c and gamma are dials: parameters that no gradient reaches, so that every replica of a
-    simulation can live in a world of its own. The factor c multiplies the learning rate.
+    V, the covariances, c and gamma are parameters whose gradient is zero (`detach`). `simulate` stacks parameters over
+    replicas, so that V, the covariances, c and gamma may differ between replicas. The factor c multiplies the learning
+    rate.
     """
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
 
-        def filled(*shape: int) -> nn.Parameter:
+        def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.ones(shape, dtype=torch.float64))
 
-        self.w, self.u = filled(hidden, inputs), filled(outputs, hidden)
-        self.target, self.input_scale, self.noise_scale = filled(outputs, inputs), filled(inputs), filled(outputs)
-        self.rate, self.gamma = filled(), filled()
+        self.w, self.u = parameter(hidden, inputs), parameter(outputs, hidden)
+        self.target = parameter(outputs, inputs)
+        self.input_scale, self.noise_scale = parameter(inputs), parameter(outputs)
+        self.rate, self.gamma = parameter(), parameter()
 
     def forward(self, standard: tuple[Tensor, Tensor]) -> Tensor:
-        """The loss of every example, shape (B,), from standard normal inputs and label noises."""
+        """Loss of each example, shape (B,), from standard normal inputs (B, inputs) and label noise (B, outputs)."""
         inputs, noise = standard
         x = inputs * self.input_scale.detach()
         y = x @ self.target.detach().mT + noise * self.noise_scale.detach()
@@ -47,14 +53,14 @@ class LinearPair(nn.Module):
 @final
 @dataclass(frozen=True)
 class World:
-    """A target, the variances of inputs and label noises, and what one replica's steps are like.
+    r"""A data distribution $y = V x + \epsilon$ with diagonal covariances, and the step settings of a replica.
 
     Args:
         target: V, shape (outputs, inputs).
-        input_variances: Diagonal of the input covariance.
-        noise_variances: Diagonal of the covariance of the label noise.
-        rate: Factor on the learning rate.
-        gamma: Weight decay as the theory writes it.
+        input_variances: Diagonal of $\Sigma_x$, shape (inputs,).
+        noise_variances: Diagonal of $\Sigma_\epsilon$, shape (outputs,).
+        rate: Factor c of the learning rate.
+        gamma: Weight decay $\gamma$ of the term $\gamma |\theta|^2$, half of PyTorch's `weight_decay`.
     """
 
     target: Tensor
@@ -65,16 +71,16 @@ class World:
 
     @property
     def input_cov(self) -> Tensor:
-        """Shape (inputs, inputs)."""
+        r"""$\Sigma_x$, shape (inputs, inputs)."""
         return self.input_variances.diag()
 
     @property
     def noise_cov(self) -> Tensor:
-        """Shape (outputs, outputs)."""
+        r"""$\Sigma_\epsilon$, shape (outputs, outputs)."""
         return self.noise_variances.diag()
 
-    def dials(self) -> dict[str, Tensor]:
-        """As parameters of `LinearPair`."""
+    def constants(self) -> dict[str, Tensor]:
+        """The parameters of `LinearPair` that SGD does not change, by name."""
         return {
             "target": self.target,
             "input_scale": self.input_variances.sqrt(),
@@ -87,24 +93,24 @@ class World:
 def rank_one(
     inputs: int, outputs: int, *, length: float, input_ends: Sequence[float], noise_ends: Sequence[float]
 ) -> World:
-    """A target of rank one in which every input and output counts alike, among geometric variances."""
+    """World with constant V of Frobenius norm `length` and geometric variances between the given ends."""
     target = torch.full((outputs, inputs), length / (inputs * outputs) ** 0.5, dtype=torch.float64)
     return World(target, geometric(input_ends, inputs), geometric(noise_ends, outputs))
 
 
 def replicated(replicas: Sequence[tuple[World, TwoLayer]]) -> dict[str, Tensor]:
-    """The start of a simulation: one replica per world and weights."""
-    rows = [world.dials() | {"u": weights.u, "w": weights.w} for world, weights in replicas]
+    """Stack worlds and weights to parameters of shape (replicas, ...), the start of a simulation."""
+    rows = [world.constants() | {"u": weights.u, "w": weights.w} for world, weights in replicas]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def weights_of(params: Params) -> TwoLayer:
-    """The weights of both layers."""
+    """U and W from the parameters of `LinearPair`."""
     return TwoLayer(params["u"], params["w"])
 
 
 def standard_normal(inputs: int, outputs: int) -> Sampler:
-    """A stream of examples for `LinearPair`."""
+    """Sampler of standard normal inputs (count, inputs) and label noise (count, outputs) for `LinearPair`."""
 
     def sample(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         both = torch.randn(count, inputs + outputs, generator=generator, dtype=torch.float64)
@@ -114,11 +120,11 @@ def standard_normal(inputs: int, outputs: int) -> Sampler:
 
 
 def population(inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-    """A data set without noise whose second moment is exactly the identity: its full gradient is the population's."""
+    """Data set without label noise and with second moment 1 of the inputs: its full gradient is the population's."""
     return inputs**0.5 * torch.eye(inputs, dtype=torch.float64), torch.zeros(inputs, outputs, dtype=torch.float64)
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The loss of every example."""
+    """Loss of each example, shape (B,): the model computes the loss itself."""
     values: Tensor = model(batch)
     return values

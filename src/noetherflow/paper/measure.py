@@ -1,4 +1,4 @@
-"""Statistics that the claims are made of, and numbers that settings are made of."""
+"""Statistics of measurements for the claims, and geometric sequences for the settings."""
 
 import math
 from collections.abc import Sequence
@@ -8,21 +8,21 @@ from torch import Tensor
 
 
 def standard_error(values: Tensor) -> float:
-    """Of the mean over replicas; NaN for fewer than two of them."""
+    """Standard error of the mean over the first axis (replicas); NaN for fewer than two replicas."""
     return math.nan if len(values) < 2 else (values.std() / len(values) ** 0.5).item()
 
 
 def slope(x: Tensor, y: Tensor) -> float:
-    """Of the least-squares line through some points."""
+    """Slope of the least-squares line through points (x, y), each of shape (n,)."""
     x = x - x.mean()
     return ((x * y).sum() / x.square().sum()).item()
 
 
 def geometric(ends: Sequence[float], count: int) -> Tensor:
-    """Numbers from one end to the other in equal ratios."""
+    """Geometric sequence of `count` numbers from `ends[0]` to `ends[1]`, float64."""
     return torch.logspace(math.log10(ends[0]), math.log10(ends[1]), count, dtype=torch.float64)
 
 
 def r_squared(x: Tensor, y: Tensor) -> float:
-    """The share of the variance of y that the least-squares line explains."""
+    """Coefficient of determination R^2 of the least-squares line of y on x, each of shape (n,)."""
     return torch.corrcoef(torch.stack([x, y]))[0, 1].square().item()

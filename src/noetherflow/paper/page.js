@@ -1,6 +1,6 @@
 "use strict";
 
-// The table: one filter, and a heading sorts, the other way at the second click.
+// Table: a filter for failed claims. A click on a heading sorts in ascending order, a second click in descending order.
 const table = document.getElementById("verdicts");
 document.getElementById("only-failed").addEventListener("change", (event) => {
   table.classList.toggle("only-failed", event.target.checked);
@@ -8,7 +8,7 @@ document.getElementById("only-failed").addEventListener("change", (event) => {
 table.querySelectorAll("th").forEach((heading, column) => {
   heading.querySelector("button").addEventListener("click", () => {
     const descending = heading.getAttribute("aria-sort") === "ascending";
-    table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
+    table.querySelectorAll("th").forEach((cell) => cell.removeAttribute("aria-sort"));
     heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
     const value = (row) => row.cells[column].dataset.sort;
     const rows = [...table.tBodies[0].rows].sort((a, b) => compare(value(a), value(b)) * (descending ? -1 : 1));
@@ -21,21 +21,21 @@ function compare(a, b) {
   return Number.isNaN(x) || Number.isNaN(y) ? a.localeCompare(b, "en", { numeric: true }) : x < y ? -1 : Number(x > y);
 }
 
-// The figures: what was measured in colours, what was predicted dashed and in the colour of the text.
+// Plots: measurements in colours, predictions dashed in the colour of the text.
 const COLOURS = ["#2f86a6", "#d1603d", "#5f9440", "#9a6cb4", "#b98a14", "#6478d6", "#c4598f", "#7d8288"];
 const DASHES = ["dash", "dot", "dashdot", "longdash"];
 
 function traces(panel, ink) {
-  const named = (kept) => [...new Set(panel.curves.filter(kept).map((curve) => curve.group || curve.name))];
-  const groups = named((curve) => curve.kind !== "prediction");
-  const predictions = named((curve) => curve.kind === "prediction");
-  const met = new Set();
+  const names = (condition) => [...new Set(panel.curves.filter(condition).map((curve) => curve.group || curve.name))];
+  const groups = names((curve) => curve.kind !== "prediction");
+  const predictions = names((curve) => curve.kind === "prediction");
+  const seen = new Set();
   return panel.curves.map((curve) => {
     const group = curve.group || curve.name;
     const predicted = curve.kind === "prediction";
     const colour = predicted ? ink : COLOURS[groups.indexOf(group) % COLOURS.length];
-    const first = !met.has(group);
-    met.add(group);
+    const first = !seen.has(group);
+    seen.add(group);
     const name = curve.group && curve.group !== curve.name ? curve.group + ", " + curve.name : curve.name;
     return {
       type: "scatter", x: curve.x, y: curve.y, name: group, legendgroup: group, showlegend: first,
@@ -56,7 +56,7 @@ function layout(panel, ink, ground, line) {
     title: { text: title }, type: log ? "log" : "linear", exponentformat: log ? "power" : "none",
     gridcolor: line, zeroline: false, linecolor: ink, automargin: true,
   });
-  const made = {
+  const result = {
     title: { text: panel.title, font: { size: 15 } },
     xaxis: axis(panel.x_label, panel.log_x),
     yaxis: axis(panel.y_label, panel.log_y),
@@ -65,19 +65,19 @@ function layout(panel, ink, ground, line) {
     legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" },
   };
   if (panel.ticks.length) {
-    Object.assign(made.xaxis, { tickvals: panel.ticks.map((tick) => tick[0]), ticktext: panel.ticks.map((tick) => tick[1]) });
+    Object.assign(result.xaxis, { tickvals: panel.ticks.map((tick) => tick[0]), ticktext: panel.ticks.map((tick) => tick[1]) });
   }
-  if (panel.equal) Object.assign(made.yaxis, { scaleanchor: "x", scaleratio: 1 });
-  return made;
+  if (panel.equal) Object.assign(result.yaxis, { scaleanchor: "x", scaleratio: 1 });
+  return result;
 }
 
 function draw() {
   const style = getComputedStyle(document.documentElement);
   const [ink, ground, line] = ["--text", "--ground", "--line"].map((name) => style.getPropertyValue(name).trim());
-  document.querySelectorAll(".panel").forEach((place) => {
-    const panel = data[place.dataset.figure][Number(place.dataset.panel)];
+  document.querySelectorAll(".panel").forEach((element) => {
+    const panel = data[element.dataset.figure][Number(element.dataset.panel)];
     const options = { responsive: true, displaylogo: false };
-    Plotly.react(place, traces(panel, ink), layout(panel, ink, ground, line), options);
+    Plotly.react(element, traces(panel, ink), layout(panel, ink, ground, line), options);
   });
 }
 

@@ -1,4 +1,4 @@
-"""The report: one page with every verdict and every figure, which needs nothing but itself."""
+"""The report: a self-contained HTML page with the verdict of every claim and with every figure."""
 
 import html
 import json
@@ -13,17 +13,17 @@ from noetherflow import _files
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.results import Result, measured, theory
 
-# The label of a cell is its heading, which stands beside it where the screen is too narrow for a row.
+# `data-label` repeats the column heading: page.css shows it on screens too narrow for a table row.
 _CELL = '<td data-label="{label}" data-sort="{sort}"><span>{text}</span></td>'
 
 
 def write(path: Path, results: Sequence[Result], notes: Mapping[str, str]) -> None:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Args:
-        path: The HTML file; the SVG files of the results are beside it.
-        results: What is shown, in this order.
-        notes: Why there is nothing to show of other figures, by their names.
+        path: The HTML file. Its folder holds the SVG files of the results.
+        results: The results to show, in this order.
+        notes: For each figure without a result, the reason.
     """
     library = plotly() if any(result.panels for result in results) else ""
     failed = [(result, claim) for result in results for claim in result.claims if not claim.holds]
@@ -37,7 +37,7 @@ def write(path: Path, results: Sequence[Result], notes: Mapping[str, str]) -> No
             f'<p class="note"><strong>{html.escape(name)}</strong> {html.escape(note)}</p>'
             for name, note in notes.items()
         ),
-        "figures": "\n".join(_section(result, path.parent, drawn=bool(library)) for result in results),
+        "figures": "\n".join(_section(result, path.parent, interactive=bool(library)) for result in results),
         "data": _embedded({result.name: result.panels for result in results} if library else {}),
     }
     with _files.atomic(path) as temporary:
@@ -45,7 +45,7 @@ def write(path: Path, results: Sequence[Result], notes: Mapping[str, str]) -> No
 
 
 def plotly() -> str:
-    """The source of plotly.js; empty where the package is not installed, and the page has pictures only."""
+    """The source of plotly.js; empty if plotly is not installed. Without plotly.js the page shows SVG figures."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -55,9 +55,10 @@ def plotly() -> str:
 
 
 def _summary(results: Sequence[Result], failed: Sequence[tuple[Result, Claim]]) -> str:
+    """HTML of the number of claims and the list of failed claims."""
     total = sum(len(result.claims) for result in results)
     if not failed:
-        return f'<p class="holds">{_count(total)} checked, all hold.</p>' if total else "<p>Nothing to show yet.</p>"
+        return f'<p class="holds">{_count(total)} checked, all hold.</p>' if total else "<p>No results yet.</p>"
     items = "".join(
         f'<li><a href="#{result.name}">{html.escape(result.name)}</a> {html.escape(claim.text)}: '
         f'<strong class="fails">FAILS</strong> with {html.escape(measured(claim))}, '
@@ -68,10 +69,12 @@ def _summary(results: Sequence[Result], failed: Sequence[tuple[Result, Claim]]) 
 
 
 def _count(claims: int) -> str:
+    """The number of claims with its noun, such as "2 claims"."""
     return f"{claims} claim{'s' * (claims != 1)}"
 
 
 def _row(result: Result, number: int) -> str:
+    """HTML of the table row of a claim."""
     claim = result.claims[number]
     verdict = "holds" if claim.holds else "fails"
     shown = "holds" if claim.holds else f"<strong>FAILS</strong> with {html.escape(measured(claim))}"
@@ -89,11 +92,12 @@ def _row(result: Result, number: int) -> str:
 
 
 def _sortable(value: float) -> str:
-    """A number as JavaScript reads it."""
+    """A number as text that the JavaScript function `Number` parses."""
     return repr(value) if math.isfinite(value) else "NaN" if value != value else f"{'-' * (value < 0)}Infinity"
 
 
-def _section(result: Result, folder: Path, *, drawn: bool) -> str:
+def _section(result: Result, folder: Path, *, interactive: bool) -> str:
+    """HTML of the section of a figure: plots or SVG, settings, versions and the command."""
     name, failed = html.escape(result.name), sum(not claim.holds for claim in result.claims)
     settings = "".join(
         f"<dt>{html.escape(key)}</dt><dd>{html.escape(_setting(value))}</dd>" for key, value in result.settings.items()
@@ -104,8 +108,8 @@ def _section(result: Result, folder: Path, *, drawn: bool) -> str:
 <h2>{name} <span>{html.escape(result.title)}</span></h2>
 <p>{_count(len(result.claims))}, {verdict}. {"Reduced size" if result.quick else "Full size"},
 seed {html.escape(_setting(result.settings.get("seed")))}, {result.seconds:.1f} s.</p>
-{_panels(result) if drawn and result.panels else _picture(result.name, folder)}
-<details><summary>Settings, versions, and the command to run it again</summary>
+{_panels(result) if interactive and result.panels else _picture(result.name, folder)}
+<details><summary>Settings, versions, and the command that repeats the run</summary>
 <pre><code>{html.escape(result.command)}</code></pre>
 <p>{html.escape(versions)}</p>
 <dl>{settings}</dl>
@@ -114,34 +118,36 @@ seed {html.escape(_setting(result.settings.get("seed")))}, {result.seconds:.1f} 
 
 
 def _setting(value: object) -> str:
+    """The value of a setting as text; tuples are separated by commas."""
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _panels(result: Result) -> str:
-    """Room for each panel, which the script fills."""
+    """HTML elements, one for each panel, into which page.js draws."""
     name = html.escape(result.name)
-    room = "".join(
+    elements = "".join(
         f'<figure class="panel" data-figure="{name}" data-panel="{number}" role="img" '
         f'aria-label="{html.escape(panel["title"])}"></figure>'
         for number, panel in enumerate(result.panels)
     )
-    return f'<div class="panels">{room}</div>'
+    return f'<div class="panels">{elements}</div>'
 
 
 def _picture(name: str, folder: Path) -> str:
-    """The SVG as part of the page, with a switch that makes it larger than the screen."""
+    """HTML of an inline SVG figure with a checkbox that enlarges the figure beyond the width of the screen."""
     svg = (folder / f"{name}.svg").read_text(encoding="utf-8")
     svg = svg[svg.index("<svg") :]
-    # Pictures on one page share one space of ids, and each begins to count anew.
+    # All SVG figures of the page share a namespace of ids, and matplotlib reuses ids: prefix the name of the figure.
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     return f"""<div class="picture"><label><input type="checkbox"> enlarge</label>
 <div class="scroll">{svg}</div></div>"""
 
 
 def _embedded(content: object) -> str:
-    """JSON that can stand inside a script element, whatever its strings say."""
+    """JSON for a script element; `<` is escaped so that no string can close the element."""
     return json.dumps(_files.finite(content), allow_nan=False).replace("<", "\\u003c")
 
 
 def _asset(name: str) -> str:
+    """Text of a file of this folder."""
     return resources.files("noetherflow.paper").joinpath(name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What came out of an experiment: as a file that says what it was made with, and as a table."""
+"""Results of experiments: JSON files with settings and versions, a key that detects stale results, and a table."""
 
 import functools
 import hashlib
@@ -14,31 +14,31 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from noetherflow import _files
-from noetherflow.paper import experiment
 from noetherflow.paper.claim import Claim
 
-# These start experiments or show results, and enter no number. A figure's settings are in its key by themselves.
-BYSTANDERS = {"cli.py", "__main__.py", "_progress.py", "paper/curves.py", "paper/experiment.py", "paper/page.py"}
+# Files that start experiments or show results. No number depends on them, so that `code_version` leaves them out.
+# The settings of a figure, which `experiment.py` parses, are a part of `key_of`.
+DISPLAY_FILES = {"_cli.py", "__main__.py", "_progress.py", "paper/curves.py", "paper/experiment.py", "paper/page.py"}
 PICTURES = (".png", ".svg")
 
 
 @final
 @dataclass(frozen=True)
 class Result:
-    """One finished experiment.
+    """The result of a finished experiment.
 
     Args:
-        name: The figure.
-        title: The question it asks.
-        quick: Whether the settings started from the reduced ones.
-        settings: All of them, by name.
-        command: What runs it again.
-        claims: The verdicts.
-        panels: Curves for the page, as JSON; none if the picture shows more than curves.
-        seconds: Wall time.
-        versions: What it was computed with.
-        code: `code_version` at that time.
-        key: `key_of` its settings and that code.
+        name: Name of the figure, such as "f1".
+        title: Title of the experiment.
+        quick: Whether the defaults of the settings were the reduced sizes.
+        settings: Every setting, by name.
+        command: Shell command that repeats the experiment.
+        claims: The claims with their measured values.
+        panels: `Panel.to_json` of each panel of the figure; empty if the figure shows images.
+        seconds: Wall time in seconds.
+        versions: Versions of Python and the packages.
+        code: `code_version` at the time of the run.
+        key: `key_of` the figure, the settings and the code.
     """
 
     name: str
@@ -55,26 +55,31 @@ class Result:
 
 
 def code_version(name: str) -> str:
-    """A hash of all code that can enter a figure's numbers, and of the version of torch.
+    """Hash the code on which the numbers of a figure depend, and the version of torch.
 
-    The files of the other figures are left out, so that work on one of them does not make all results stale.
+    A figure f2 owns the files `paper/f2_*.py`. The files of all remaining figures are left out: a change of f3 does not
+    make the result of f2 stale.
+
+    Args:
+        name: Name of the figure.
 
     Returns:
         16 hexadecimal digits.
     """
     root = Path(__file__).parents[1]
-    others = {path.name for path in (root / "paper").glob("f[0-9]*_*.py")} - {f"{experiment.FIGURES[name]}.py"}
-    return _hash_of(root, frozenset(BYSTANDERS | {f"paper/{other}" for other in others}))
+    figure_files = {path.name for path in (root / "paper").glob("f[0-9]*_*.py")}
+    unrelated = {f"paper/{file}" for file in figure_files if not file.startswith(f"{name}_")}
+    return _hash_of(root, frozenset(DISPLAY_FILES | unrelated))
 
 
 def key_of(name: str, settings: dict[str, Any], code: str) -> str:
-    """What a result depends on, as a hash: two runs of one key have the same numbers."""
+    """Hash the figure, its settings and its code: two runs with equal keys give equal numbers."""
     content = json.dumps([name, settings, code], sort_keys=True, default=repr)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def write(result: Result, out: Path) -> None:
-    """Write a result's JSON, whole or not at all; the pictures have to be there."""
+    """Write the JSON file of a result atomically; write the pictures before this call."""
     content = {
         "figure": result.name,
         "title": result.title,
@@ -89,14 +94,14 @@ def write(result: Result, out: Path) -> None:
         "key": result.key,
     }
     text = json.dumps(_files.finite(content), indent=2, allow_nan=False)
-    # A line for each panel: a line for each number would make the file ten times as long, and nobody reads them.
+    # One line for each panel: `indent` would write a line for each number and make the file ten times as long.
     panels = ",\n    ".join(json.dumps(_files.finite(panel), allow_nan=False) for panel in result.panels)
     with _files.atomic(out / f"{result.name}.json") as temporary:
         temporary.write_text(f'{text[:-2]},\n  "panels": [{panels}]\n}}\n', encoding="utf-8")
 
 
 def read(name: str, out: Path) -> Result | None:
-    """A result written before; None if there is none, if it cannot be read, or if its pictures are gone."""
+    """Read a stored result; None if the file is missing, damaged or inconsistent, or if a picture is missing."""
     try:
         content = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
         claims = tuple(_claim_from_json(claim) for claim in content["claims"])
@@ -113,16 +118,16 @@ def read(name: str, out: Path) -> Result | None:
             code=content["code"],
             key=content["key"],
         )
-        written = [claim["holds"] for claim in content["claims"]]
+        stored = [claim["holds"] for claim in content["claims"]]
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    whole = all((out / f"{name}{suffix}").is_file() for suffix in PICTURES)
-    # A verdict is computed, never believed.
-    return result if whole and result.name == name and written == [claim.holds for claim in claims] else None
+    complete = all((out / f"{name}{suffix}").is_file() for suffix in PICTURES)
+    # Verdicts are computed again: a file whose stored verdicts differ has been edited or damaged.
+    return result if complete and result.name == name and stored == [claim.holds for claim in claims] else None
 
 
 def table(results: Sequence[Result]) -> Table:
-    """The verdicts: figure, claim, predicted, measured with its error, band, verdict."""
+    """Table of claims with the columns figure, claim, theory, measured with standard error, band, verdict."""
     rows = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     rows.add_column("", no_wrap=True)
     rows.add_column("claim", overflow="fold")
@@ -136,43 +141,45 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def theory(claim: Claim) -> str:
-    """The predicted number as people write it."""
+    """The predicted value as text, with three significant digits."""
     return f"{claim.predicted:.3g}"
 
 
 def measured(claim: Claim) -> str:
-    """The measured number as people write it, with its error."""
+    """The measured value as text, with three significant digits and its standard error."""
     return f"{claim.measured:.3g}" + (f" ± {claim.error:.1g}" if claim.error is not None else "")
 
 
 def verdict(result: Result) -> str:
-    """One line for one experiment."""
+    """The number of claims that hold, and the wall time, as text."""
     held = sum(claim.holds for claim in result.claims)
     return f"{held} of {len(result.claims)} claims hold ({result.seconds:.0f} s)"
 
 
+# Cached: the hash must stay that of the code that this process imported, even if the files change afterwards.
 @functools.cache
-def _hash_of(root: Path, without: frozenset[str]) -> str:
-    """Once per process: what is imported does not change with the files."""
+def _hash_of(root: Path, excluded: frozenset[str]) -> str:
+    """Hash the version of torch and all Python files below a folder except the excluded files."""
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if name not in without:
+        if name not in excluded:
             digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
 def _claim_to_json(claim: Claim) -> dict[str, Any]:
-    """As the claim says; what JSON has no word for is null, and beside it is said what it was."""
+    """JSON types of a claim. JSON has no infinity and no NaN: `not_finite` stores such values as text."""
     content = claim.to_json()
-    lost = {
+    not_finite = {
         name: str(value) for name, value in content.items() if isinstance(value, float) and not math.isfinite(value)
     }
-    return content | ({"not_finite": lost} if lost else {})
+    return content | ({"not_finite": not_finite} if not_finite else {})
 
 
 def _claim_from_json(content: dict[str, Any]) -> Claim:
-    lost = {name: float(value) for name, value in content.get("not_finite", {}).items()}
-    wrong = {what: math.nan if value is None else value for what, value in content["wrong"].items()}
+    """Inverse of `_claim_to_json`."""
+    not_finite = {name: float(value) for name, value in content.get("not_finite", {}).items()}
+    wrong = {mistake: math.nan if value is None else value for mistake, value in content["wrong"].items()}
     names = ("text", "predicted", "measured", "low", "high", "error")
-    return Claim(**({name: content[name] for name in names} | lost), wrong=wrong)
+    return Claim(**({name: content[name] for name in names} | not_finite), wrong=wrong)

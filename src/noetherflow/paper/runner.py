@@ -1,4 +1,4 @@
-"""Running experiments: what is finished is kept, and one that raises does not take the others with it."""
+"""Run experiments: reuse stored results, and report an experiment that raises without losing the remaining results."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,15 @@ from noetherflow.paper.results import Result
 @final
 @dataclass(frozen=True)
 class Task:
-    """One experiment to run, with the code version it was planned under: code that changes since makes it stale."""
+    """An experiment to run.
+
+    Args:
+        name: Name of the figure.
+        config: Settings.
+        out: Folder for the results.
+        quick: Whether the defaults of the settings were the reduced sizes.
+        code: `results.code_version` when the run was planned. Code that changes during the run makes the result stale.
+    """
 
     name: str
     config: Any
@@ -38,11 +46,19 @@ class Task:
 @final
 @dataclass(frozen=True)
 class Ending:
-    """How one experiment ended: with a result, kept from before or new, or with an error and where it was raised."""
+    """The end of an experiment: a result or an error.
+
+    Args:
+        name: Name of the figure.
+        result: The result; None after an error.
+        cached: Whether the result was read from the folder instead of computed.
+        error: Type and message of the error; empty for a result.
+        trace: Traceback of an unexpected error; empty for a result or a `NoetherflowError`.
+    """
 
     name: str
     result: Result | None = None
-    kept: bool = False
+    cached: bool = False
     error: str = ""
     trace: str = ""
 
@@ -50,51 +66,54 @@ class Ending:
 def run(
     configs: Mapping[str, Any], out: Path, *, quick: bool, force: bool = False, jobs: int = 1
 ) -> Generator[Ending, None, None]:
-    """Run experiments, or keep what is in the folder already, and keep the page in that folder up to date.
+    """Run experiments without a valid stored result, and update the report page after each experiment.
 
     Args:
         configs: Settings of each figure.
-        out: Folder for the results.
-        quick: Whether the settings started from the reduced ones.
-        force: Whether to run also what is finished.
-        jobs: How many processes; with one, everything runs in this process. The numbers are the same.
+        out: Folder for the results and the page.
+        quick: Whether the defaults of the settings were the reduced sizes.
+        force: Whether to run every experiment, with or without a stored result.
+        jobs: Number of processes. With 1, the experiments run in this process. The numbers do not depend on `jobs`.
 
     Yields:
-        One ending per figure, as they come; those that were kept come first.
+        An ending for each figure: first the stored results, then each experiment when it ends.
     """
     tasks = [Task(name, config, out, quick, results.code_version(name)) for name, config in configs.items()]
     endings: dict[str, Ending] = {}
     if not force:
-        kept = {task.name: results.read(task.name, out) for task in tasks}
+        stored = {task.name: results.read(task.name, out) for task in tasks}
         endings = {
-            task.name: Ending(task.name, result, kept=True)
+            task.name: Ending(task.name, result, cached=True)
             for task in tasks
-            if (result := kept[task.name]) is not None and result.key == _key(task)
+            if (result := stored[task.name]) is not None and result.key == _key(task)
         }
     todo = [task for task in tasks if task.name not in endings]
-    # At once, so that no page from before shows a verdict that no longer stands.
+    # Before the first experiment: a page of an earlier run may show verdicts of older code.
     _write_page(out, configs, endings)
     yield from endings.values()
-    # Closed whichever way this ends, so that no process is left behind.
-    with contextlib.closing(_pooled(todo, jobs) if min(jobs, len(todo)) > 1 else map_here(todo)) as coming:
-        for ending in coming:
+    # `closing` ends the worker processes after an error or an interrupt, too.
+    with contextlib.closing(_pooled(todo, jobs) if min(jobs, len(todo)) > 1 else run_serially(todo)) as pending:
+        for ending in pending:
             endings[ending.name] = ending
             _write_page(out, configs, endings)
             yield ending
 
 
-def map_here(tasks: Sequence[Task]) -> Generator[Ending, None, None]:
-    """One after the other in this process.
+def run_serially(tasks: Sequence[Task]) -> Generator[Ending, None, None]:
+    """Run tasks in sequence in this process.
+
+    Args:
+        tasks: The experiments.
 
     Yields:
-        An ending per task.
+        An ending for each task.
     """
     for task in tasks:
         yield attempt(task)
 
 
 def attempt(task: Task) -> Ending:
-    """Run one experiment; an error it raises is its ending."""
+    """Run an experiment; an exception becomes an ending with an error."""
     try:
         return Ending(task.name, execute(task))
     except NoetherflowError as error:
@@ -104,15 +123,15 @@ def attempt(task: Task) -> Ending:
 
 
 def execute(task: Task) -> Result:
-    """Run one experiment and write its PNG, SVG and JSON, each whole or not at all."""
+    """Run an experiment and write its PNG, SVG and JSON files, each atomically."""
     module, name = experiment.load(task.name), task.name
     start = time.perf_counter()
-    # One thread, always: sums in another order differ in the last digit, and the number of cores is no setting.
+    # One thread: the order of summation depends on the number of threads, and changes the last digit of a sum.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         outcome = module.run(task.config)
-        found = tuple(module.claims(task.config, outcome))
+        claims = tuple(module.claims(task.config, outcome))
         seconds = time.perf_counter() - start
         figure = module.plot(task.config, outcome)
         panels = curves.panels_of(figure)
@@ -124,14 +143,14 @@ def execute(task: Task) -> Result:
         quick=task.quick,
         settings=_files.finite(dataclasses.asdict(task.config)),
         command=experiment.command(name, task.config, task.out, quick=task.quick),
-        claims=found,
+        claims=claims,
         panels=tuple(panel.to_json() for panel in panels),
         seconds=seconds,
         versions=_versions.versions(),
         code=task.code,
         key=_key(task),
     )
-    # First out, last in: a JSON file says that the pictures beside it are its own.
+    # Remove the JSON file first and write it last: a JSON file guarantees that the pictures belong to the same run.
     (task.out / f"{name}.json").unlink(missing_ok=True)
     for suffix in results.PICTURES:
         with _files.atomic(task.out / f"{name}{suffix}") as temporary:
@@ -141,22 +160,22 @@ def execute(task: Task) -> Result:
 
 
 def _pooled(tasks: Sequence[Task], jobs: int) -> Generator[Ending, None, None]:
-    """In some processes at a time, as they end."""
-    # Not forked: a copy of a process whose threads hold locks hangs.
+    """Run tasks in worker processes; yields an ending when a task ends."""
+    # Spawn instead of fork: a forked copy of a process whose threads hold locks can hang.
     context = multiprocessing.get_context("spawn")
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_start_worker)
-    lost = []
+    unfinished = []
     try:
         waiting = {pool.submit(attempt, task): task for task in tasks}
         for future in as_completed(waiting):
             try:
                 yield future.result()
             except BrokenProcessPool:
-                lost.append(waiting[future])
+                unfinished.append(waiting[future])
         pool.shutdown()
     finally:
-        # Nothing is left to end where all went well. After an interrupt or an error here nobody waits for the rest.
+        # After success no process is left. After an interrupt or an error, end the workers instead of waiting for them.
         pool.shutdown(wait=False, cancel_futures=True)
         left = set(multiprocessing.active_children()) - before
         for process in left:
@@ -164,21 +183,22 @@ def _pooled(tasks: Sequence[Task], jobs: int) -> Generator[Ending, None, None]:
         for process in left:
             process.join(5)
             process.kill()
-    if len(tasks) == 1 and lost:
-        yield Ending(tasks[0].name, error="its process died: killed, or out of memory")
+    if len(tasks) == 1 and unfinished:
+        yield Ending(tasks[0].name, error="the worker process died: it was killed, or out of memory")
         return
-    # A process that dies takes the pool with it, and does not say whose it was: each gets a pool of its own.
-    for task in lost:
+    # A process that dies breaks the pool, which does not report the task that died: run each task in a separate pool.
+    for task in unfinished:
         yield from _pooled([task], 1)
 
 
 def _start_worker() -> None:
-    """An interrupt is the parent's affair, and where the parent is killed its workers do not wait for work forever."""
+    """Ignore SIGINT, which the parent handles, and exit when the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
+    """Wait for the end of the parent process, then end this process."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -186,11 +206,12 @@ def _end_with_parent() -> None:
 
 
 def _key(task: Task) -> str:
+    """`results.key_of` for a task."""
     return results.key_of(task.name, dataclasses.asdict(task.config), task.code)
 
 
 def _write_page(out: Path, configs: Mapping[str, Any], endings: Mapping[str, Ending]) -> None:
-    """All figures of the folder, whether asked for this time or before, as far as they still stand."""
+    """Write the page: each result of the folder with the current code version, and a note for each other figure."""
     shown: list[Result] = []
     notes: dict[str, str] = {}
     for name in experiment.FIGURES:
@@ -199,7 +220,7 @@ def _write_page(out: Path, configs: Mapping[str, Any], endings: Mapping[str, End
         if result is not None and result.code == results.code_version(name):
             shown.append(result)
         elif result is not None:
-            notes[name] = f"out of date: the code has changed since. Run {result.command}"
+            notes[name] = f"out of date: the code has changed since the run. Run {result.command}"
         elif ending is not None:
             notes[name] = ending.error
         else:
