@@ -134,7 +134,7 @@ class _Tensor(Codec):
             raise _expected("the key of a tensor", tree, where)
         tensor = take(tree)
         if tensor is None:
-            raise Misfit(f"{where} refers to a tensor {_shown(tree)}, which is not there or belongs to another place")
+            raise Misfit(f"{where} refers to a tensor {shown(tree)}, which is not there or belongs to another place")
         return tensor
 
 
@@ -249,18 +249,17 @@ class _Abstract(Codec):
     def decode(self, tree: Any, where: str, take: Take) -> Any:
         if not isinstance(tree, dict) or tree.keys() != {"class", "package", "arguments"}:
             raise _expected("an object with the entries class, package, arguments", tree, where)
-        kind: Any = self._find(tree["class"], tree["package"], where)
-        return codec_of(kind).decode(tree["arguments"], where, take)
+        return codec_of(self._find(tree["class"], tree["package"], where)).decode(tree["arguments"], where, take)
 
-    def _find(self, name: Any, package: Any, where: str) -> type:
+    def _find(self, name: Any, package: Any, where: str) -> Any:
         named = [kind for kind in _subclasses(self.kind) if kind.__qualname__ == name]
         same = [kind for kind in named if _package(kind) == package]
         # A script is __main__ where it runs, and has its name where it is imported.
         script = [kind for kind in named if "__main__" in (_package(kind), package) and _package(kind) != _OURS]
         if same or len(script) == 1:
             return (same or script)[-1]  # a class that a notebook defined again replaces its predecessors
-        remedy = f"import the module of {_shown(package)} that defines the class"
-        raise Misfit(f"{where} is of the class {_shown(name)}, which is not an imported {self.kind.__name__}: {remedy}")
+        remedy = f"import the module of {shown(package)} that defines the class"
+        raise Misfit(f"{where} is of the class {shown(name)}, which is not an imported {self.kind.__name__}: {remedy}")
 
 
 @functools.cache
@@ -288,11 +287,11 @@ def _package(kind: type) -> str:
 
 
 def _expected(wanted: str, given: Any, where: str) -> Misfit:
-    return Misfit(f"{where}: expected {wanted}, got {_shown(given)}")
+    return Misfit(f"{where}: expected {wanted}, got {shown(given)}")
 
 
-def _shown(value: Any) -> str:
-    """A value in an error message: short, on one line."""
+def shown(value: Any) -> str:
+    """A value in an error message, short."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, (list, tuple)):

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from noetherflow import _files, _versions
-from noetherflow._codec import Misfit, codec_of
+from noetherflow._codec import Misfit, codec_of, shown
 from noetherflow._errors import FileError, NoetherflowError
 
 T = TypeVar("T")
@@ -136,17 +136,17 @@ def _content(text: str, kind: str) -> dict[str, Any]:
         raise Misfit(f"it is damaged, as its description has not the entries kind, format, versions, result, {_AGAIN}")
     version = content["format"]
     if type(version) is not int or version < 1:
-        raise Misfit(f"it is damaged, as its format is {_short(version)} and not a number from 1, {_AGAIN}")
+        raise Misfit(f"it is damaged, as its format is {shown(version)} and not a number from 1, {_AGAIN}")
     if version > _FORMAT:
         raise Misfit(f"it has format {version} and this release reads {_FORMAT} or less, upgrade noetherflow")
     if content["kind"] != kind:
-        raise Misfit(f"it holds a result of the class {_short(content['kind'])}, load it with that class")
+        raise Misfit(f"it holds a result of the class {shown(content['kind'])}, load it with that class")
     return content
 
 
 def _require_all_used(left: dict[str, Tensor]) -> None:
     if left:
-        raise Misfit(f"no place refers to the tensors {', '.join(map(_short, left))}")
+        raise Misfit(f"no place refers to the tensors {', '.join(map(shown, left))}")
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
@@ -168,11 +168,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _line(message: str) -> str:
