@@ -17,7 +17,7 @@ FLOORS = [
     {"noise", "discover"},
     {"_drift", "linear"},
     {"equilibrium"},
-    {"_rebalance", "simulation"},
+    {"_rebalance", "simulation", "_analysis"},
     {"_analyze"},
     {"report"},
     {"paper"},

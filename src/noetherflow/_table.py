@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-_GAP = 2
-# A column that folds keeps this many characters while another column can still be narrowed.
-_LEAST = 14
+# Spaces between columns: 2 where they fit, else 1.
+_GAPS = (2, 1)
+# A column that folds keeps this many characters as long as a column that does not fold can be narrowed.
+_LEAST = 8
 
 
 @final
@@ -59,12 +60,12 @@ class Table:
         headed = any(column.heading for column in self.columns)
         grid = [tuple(column.heading for column in self.columns)] * headed + list(self.rows)
         cells = [[_legible(cell).split("\n") for cell in row] for row in grid]
-        widths = _widths(self.columns, cells, width)
+        widths, gap = _widths(self.columns, cells, width)
         lines = _fold(_legible(self.title), width) if self.title else []
         for index, row in enumerate(cells):
-            lines += _lay_out(row, self.columns, widths)
+            lines += _lay_out(row, self.columns, widths, gap)
             if headed and index == 0:
-                lines.append("-" * (sum(widths) + _GAP * (len(widths) - 1)))
+                lines.append("-" * (sum(widths) + gap * (len(widths) - 1)))
         for note in self.notes:
             lines += _fold(_legible(note), width)
         return "\n".join(lines)
@@ -104,18 +105,20 @@ def steps(count: float) -> str:
     return f"{count:,.0f}" if count < 1e7 else "never" if count == float("inf") else f"{count:.1e}"
 
 
-def _widths(columns: Sequence[Column], cells: Sequence[Sequence[Sequence[str]]], width: int) -> list[int]:
-    """The width of every column: that of its longest line, narrowed until the table fits."""
-    room = max(width - _GAP * (len(columns) - 1), len(columns))
-    widths = [min(room, max([_size(line) for row in cells for line in row[k]], default=0)) for k in range(len(columns))]
+def _widths(columns: Sequence[Column], cells: Sequence[Sequence[Sequence[str]]], width: int) -> tuple[list[int], int]:
+    """The width of every column, that of its longest line, narrowed until the table fits; and the gap between two."""
+    sizes = [max([_size(line) for row in cells for line in row[k]], default=0) for k in range(len(columns))]
+    gap = next((gap for gap in _GAPS if sum(sizes) + gap * (len(columns) - 1) <= width), _GAPS[-1])
+    room = max(width - gap * (len(columns) - 1), len(columns))
+    widths = [min(size, room) for size in sizes]
     while sum(widths) > room:
         foldable = [k for k, column in enumerate(columns) if column.folds and widths[k] > _LEAST]
         widest = max(foldable or range(len(columns)), key=widths.__getitem__)
         widths[widest] -= 1
-    return widths
+    return widths, gap
 
 
-def _lay_out(row: Sequence[Sequence[str]], columns: Sequence[Column], widths: Sequence[int]) -> list[str]:
+def _lay_out(row: Sequence[Sequence[str]], columns: Sequence[Column], widths: Sequence[int], gap: int) -> list[str]:
     """The lines of one row: cells folded to their widths, then padded."""
     folded = [[part for line in cell for part in _fold(line, size)] for cell, size in zip(row, widths, strict=True)]
     lines = []
@@ -125,7 +128,7 @@ def _lay_out(row: Sequence[Sequence[str]], columns: Sequence[Column], widths: Se
             piece = parts[index] if index < len(parts) else ""
             padding = " " * (size - _size(piece))
             pieces.append(padding + piece if column.right else piece + padding)
-        lines.append((" " * _GAP).join(pieces).rstrip())
+        lines.append((" " * gap).join(pieces).rstrip())
     return lines
 
 
