@@ -78,7 +78,7 @@ def codec_of(hint: Any) -> Codec:
         return _Tensor()
     if isinstance(hint, type) and issubclass(hint, Enum):
         return _Enum(hint)
-    if isinstance(hint, type) and hint.__module__ != "builtins" and origin is None:
+    if isinstance(hint, type) and hint.__module__ not in ("builtins", "typing") and origin is None:
         return _Abstract(hint) if inspect.isabstract(hint) else _Class(hint)
     raise Misfit(f"no file can hold a value of the type {getattr(hint, '__name__', hint)}")
 
