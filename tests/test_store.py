@@ -195,8 +195,6 @@ def test_other_programs_can_read_the_numbers(noise: nf.NoiseMoments, tmp_path: P
 
 def test_moments_hold_neither_a_loss_nor_a_batch(noise: nf.NoiseMoments) -> None:
     assert not vars(noise).keys() & {"witness", "loss", "batch"}
-    sizes = {name: tensor.numel() for name, tensor in noise.mean.items()}
-    assert len(pickle.dumps(noise)) < 40 * sum(sizes.values()) + 20_000
 
 
 # Across processes.

@@ -1,7 +1,6 @@
 """Plain tables: cells stand under their headings, lines fit the width, hostile text is harmless."""
 
 import ast
-import html.parser
 import os
 import re
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from html_cells import cells_of
 from noetherflow import _table
 from noetherflow._table import Column, Table, html_of, steps, text_of
 
@@ -31,42 +31,6 @@ second layer     3  10.25
 def wide_size(line: str) -> int:
     """The width of a line on a terminal, for the characters of these tests."""
     return sum(2 if character in "漢字" else 0 if character == "\u0301" else 1 for character in line)
-
-
-class Cells(html.parser.HTMLParser):
-    """Text and alignment of every cell, and every tag."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[list[tuple[str, str]]] = []
-        self.tags: list[str] = []
-        self.notes: list[str] = []
-        self.caption = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append(("", str(dict(attrs)["style"]).removeprefix("text-align:")))
-        if tag == "p":
-            self.notes.append("")
-
-    def handle_data(self, data: str) -> None:
-        inside = [tag for tag in self.tags if tag in ("td", "th", "p", "caption")][-1:]
-        if inside == ["p"]:
-            self.notes[-1] += data.strip()
-        elif inside == ["caption"]:
-            self.caption += data.strip()
-        elif inside and self.rows[-1]:
-            text, side = self.rows[-1][-1]
-            self.rows[-1][-1] = (text + data.strip(), side)
-
-
-def cells_of(text: str) -> Cells:
-    parser = Cells()
-    parser.feed(text)
-    return parser
 
 
 def test_a_table_as_text_to_the_character() -> None:

@@ -25,7 +25,7 @@ def halves(symmetry: Symmetry, grams: Grams) -> Grams:
     nothing = Grams(*map(torch.zeros_like, grams))
     plus = symmetry.charge_of(Grams(grams.plus, nothing.minus))
     minus = symmetry.charge_of(Grams(nothing.plus, grams.minus))
-    return Grams(total(plus), -total(minus))
+    return Grams(total(plus), 0.0 - total(minus))  # 0, not -0, without a minus side
 
 
 def total(coordinates: Tensor) -> Tensor:
