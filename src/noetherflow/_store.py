@@ -59,7 +59,7 @@ def load(kind: type[T], path: str | Path, check: Callable[[T], None] | None = No
     Args:
         kind: The class of the result.
         path: The file.
-        check: Raises a NoetherflowError if the parts of the result do not belong together.
+        check: Raises if the parts of the result do not belong together.
 
     Returns:
         The result; its tensors are on the CPU, each in memory of its own.
@@ -72,9 +72,7 @@ def load(kind: type[T], path: str | Path, check: Callable[[T], None] | None = No
     try:
         content, tensors = _read(path, kind.__name__)
         result: T = codec_of(hint).decode(content["result"], kind.__name__, lambda key: tensors.pop(key, None))
-        _require_all_used(tensors)
-        if check is not None:
-            check(result)
+        _require_consistent(result, tensors, check)
     except OSError as error:
         raise FileError(_line(f"{path} cannot be read: {error}; check the path and its permissions")) from error
     except NoetherflowError as error:
@@ -144,9 +142,15 @@ def _content(text: str, kind: str) -> dict[str, Any]:
     return content
 
 
-def _require_all_used(left: dict[str, Tensor]) -> None:
+def _require_consistent(result: T, left: dict[str, Tensor], check: Callable[[T], None] | None) -> None:
+    """Raise if tensors are left to which no place of a result refers, or if its parts do not belong together."""
     if left:
         raise Misfit(f"no place refers to the tensors {', '.join(map(shown, left))}")
+    try:
+        if check is not None:
+            check(result)
+    except Exception as error:  # whatever a symmetry, also a user's, says of tensors that it does not fit
+        raise Misfit(str(error) or type(error).__name__) from error
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
