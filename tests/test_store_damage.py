@@ -169,6 +169,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         setting(*HIDDEN, "class", to="Rotation"),
         "'Rotation', which is not an imported",
     ),
+    "a class of a script with a name of ours": (setting(*HIDDEN, "package", to="__main__"), "not an imported Symmetry"),
     "a symmetry of an abstract class": (setting(*HIDDEN, "class", to="AxisSymmetry"), "not an imported Symmetry"),
     "a symmetry without a class": (dropping(*HIDDEN, "class"), "expected an object with the entries class"),
     "a symmetry that names no parameter": (
@@ -278,6 +279,13 @@ def test_a_path_without_a_file_is_refused_in_a_sentence(tmp_path: Path) -> None:
     refused(nf.NoiseMoments, tmp_path / ("x" * 5000), "cannot be read")
     with pytest.raises(nf.FileError, match="no such file"):
         nf.NoiseMoments.load("a\0b")
+
+
+def test_a_message_stays_on_one_line_where_a_path_or_a_name_does_not(noise: nf.NoiseMoments, tmp_path: Path) -> None:
+    for name in ("a\nb", "a\r\nb\u2028c"):
+        with pytest.raises(nf.FileError) as caught:
+            nf.NoiseMoments.load(tmp_path / name)
+        assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
