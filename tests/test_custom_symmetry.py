@@ -1,7 +1,9 @@
 """Symmetries that a user wrote go through the package like those that it ships: from noise to rebalance."""
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import scipy.optimize
@@ -12,6 +14,7 @@ import checks
 import noetherflow as nf
 import oracles
 from cases import Case, case, make, squared_error
+from same import require_same
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,25 @@ def test_it_is_reported_under_its_own_name() -> None:
     one = hyperbolic()
     report = nf.analyze(one.model, one.loss, one.loader(), nf.SGD(0.1, 5), one.symmetries).reports[0]
     assert (report.kind, report.dimension, report.status) == ("hyperbolic", 1, "converged")
+
+
+@pytest.mark.parametrize("build", [pairs, hyperbolic])
+def test_its_analysis_travels_in_a_file_and_in_a_pickle(build: object, tmp_path: Path) -> None:
+    one = build()
+    analysis = nf.analyze(one.model, one.loss, one.loader(), nf.SGD(0.1, 5), one.symmetries)
+    analysis.save(tmp_path / "analysis.safetensors")
+    loaded = nf.Analysis.load(tmp_path / "analysis.safetensors")
+    require_same(loaded, analysis)
+    require_same(pickle.loads(pickle.dumps(analysis)), analysis)
+    require_same(loaded.noise.merge(analysis.noise), analysis.noise.merge(analysis.noise))
+
+
+def test_parameters_that_it_refuses_are_refused_by_a_file(tmp_path: Path) -> None:
+    noise = checks.noise_of(hyperbolic())
+    wrong = replace(noise, mean=noise.mean | {"u": noise.mean["u"][:2]})
+    wrong.save(tmp_path / "noise.safetensors")
+    with pytest.raises(nf.FileError, match="cannot be loaded: "):
+        nf.NoiseMoments.load(tmp_path / "noise.safetensors")
 
 
 def test_what_joins_entries_of_several_tensors_is_refused_by_the_meters() -> None:

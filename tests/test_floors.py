@@ -9,15 +9,15 @@ SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = "noetherflow"
 # What lies directly in src/noetherflow, file or folder, from the ground up. docs/design.md says what each floor is for.
 FLOORS = [
-    {"_types", "_errors", "_optimizers", "_spd", "_progress", "_batch", "_files", "_versions"},
-    {"_params", "_per_example"},
+    {"_types", "_errors", "_optimizers", "_spd", "_progress", "_batch", "_files", "_versions", "_table", "_codec"},
+    {"_params", "_per_example", "_store"},
     {"symmetry"},
     {"_verify"},
     {"detect"},
     {"noise", "discover"},
     {"_drift", "linear"},
     {"equilibrium"},
-    {"_rebalance", "simulation"},
+    {"_rebalance", "simulation", "_analysis"},
     {"_analyze"},
     {"report"},
     {"paper"},

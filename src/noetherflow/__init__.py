@@ -1,12 +1,14 @@
 """noetherflow: parameter symmetry and gradient noise in deep learning."""
 
 from noetherflow import linear
-from noetherflow._analyze import Analysis, SymmetryReport, analyze
+from noetherflow._analysis import Analysis, SymmetryReport
+from noetherflow._analyze import analyze
 from noetherflow._drift import drift, expected_step
 from noetherflow._errors import (
     CoupledExamplesError,
     EmptyDataError,
     EquilibriumError,
+    FileError,
     FrozenParameterError,
     FunctionChangedError,
     LossError,
@@ -66,6 +68,7 @@ __all__ = [
     "Equilibrium",
     "EquilibriumError",
     "Explanation",
+    "FileError",
     "Finding",
     "FrozenParameterError",
     "FunctionChangedError",

@@ -1,14 +1,11 @@
 """Everything about a model's symmetries under SGD, in one call."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from noetherflow import _files, _versions
+from noetherflow._analysis import Analysis, SymmetryReport
 from noetherflow._batch import cast, peek
 from noetherflow._drift import drift
 from noetherflow._errors import NotASymmetryError
@@ -19,108 +16,13 @@ from noetherflow._types import Batch, Loss
 from noetherflow._verify import Residual, verify_symmetry
 from noetherflow.detect.find import explain, warn_of_rejected
 from noetherflow.equilibrium import Equilibrium, solve_equilibrium
+from noetherflow.equilibrium.result import median_and_slowest, root_mean_square
 from noetherflow.noise import NoiseMoments, estimate_noise
+from noetherflow.noise.table import halves, total
 from noetherflow.symmetry import Symmetry
 
 # An exact symmetry leaves about 1e-14 in float64.
 _EXACT = 1e-9
-
-
-@final
-@dataclass(frozen=True)
-class SymmetryReport:
-    """One row of the table: what SGD does to one symmetry.
-
-    Args:
-        name: The name it was given.
-        kind: The word for its class, such as `diagonal`.
-        dimension: Number of independent generators.
-        residual: Largest relative change of any example's loss; see `verify_symmetry`.
-        charge: The charge, all coordinates added.
-        noise_plus: Gradient noise on the plus side, per example.
-        noise_minus: Gradient noise on the minus side, per example.
-        noise_error: Standard error of the difference of the two.
-        drift: Root mean square over coordinates of the charge's drift, per SGD step.
-        distance: Root mean square over coordinates of log-scale x to the equilibrium: weights are e^{x} off.
-        relaxation_steps: SGD steps in which a departure shrinks by e: the median over coordinates.
-        slowest_steps: The same for the slowest coordinate that has an equilibrium.
-        status: How the search for the equilibrium ended.
-        message: What it left alone and why.
-
-    Examples:
-        >>> import noetherflow as nf
-        >>> nf.SymmetryReport.__dataclass_fields__["drift"].name
-        'drift'
-    """
-
-    name: str
-    kind: str
-    dimension: int
-    residual: float
-    charge: float
-    noise_plus: float
-    noise_minus: float
-    noise_error: float
-    drift: float
-    distance: float
-    relaxation_steps: float
-    slowest_steps: float
-    status: str
-    message: str
-
-
-@final
-@dataclass(frozen=True)
-class Analysis:
-    """What `analyze` found: one report per symmetry, totals, and all that is needed to look further.
-
-    Args:
-        reports: One per symmetry.
-        equilibrium: Where SGD takes the model.
-        noise: The measured moments.
-        sgd: The settings.
-        initial: The parameters as they were, float64.
-
-    Examples:
-        >>> import torch, noetherflow as nf
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
-        >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(9)]
-        >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
-        >>> analysis = nf.analyze(net, loss, batches, nf.SGD(lr=0.1, batch_size=8))
-        >>> analysis.to_json()["totals"]["noise_trace_ratio"] < 1
-        True
-    """
-
-    reports: tuple[SymmetryReport, ...]
-    equilibrium: Equilibrium
-    noise: NoiseMoments
-    sgd: SGD
-    initial: dict[str, Tensor] = field(repr=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything in the table, with settings and versions, as plain JSON types; infinities become null."""
-        equilibrium = self.equilibrium
-        return _files.finite(
-            {
-                "settings": asdict(self.sgd) | {"gamma": self.sgd.gamma, "temperature": self.sgd.temperature},
-                "examples": self.noise.count,
-                "symmetries": [asdict(report) for report in self.reports],
-                "totals": {
-                    "noise_trace_before": equilibrium.trace_before,
-                    "noise_trace_after": equilibrium.trace_after,
-                    "noise_trace_ratio": equilibrium.trace_after / equilibrium.trace_before,
-                    "potential_before": equilibrium.potential_before,
-                    "potential_after": equilibrium.potential_after,
-                    "newton_steps": equilibrium.iterations,
-                    "status": equilibrium.status.name.lower(),
-                },
-                "versions": _versions.versions(),
-            }
-        )
-
-    def save_json(self, path: str | Path) -> None:
-        """Write `to_json` to a file, whole or not at all."""
-        _files.write_json(path, self.to_json())
 
 
 def analyze(
@@ -143,7 +45,7 @@ def analyze(
         progress: Show a progress bar on a terminal.
 
     Returns:
-        The analysis: print it with `noetherflow.report.table.render`, or write it with `save_json`.
+        The analysis: print it for a table, or write it with `save` or `save_json`.
 
     Raises:
         EmptyDataError: If the loader yields nothing.
@@ -211,34 +113,22 @@ def _report(
     sgd: SGD,
 ) -> SymmetryReport:
     symmetry = equilibrium.symmetries[name]
-    sides = noise.grams[name]
-    times = equilibrium.relaxation_steps[name].reshape(-1)
-    finite = times[torch.isfinite(times)]
+    noise_plus, noise_minus = halves(symmetry, noise.grams[name])
+    median, slowest = median_and_slowest(equilibrium.relaxation_steps[name])
     outcome = equilibrium.outcomes[name]
     return SymmetryReport(
         name=name,
         kind=symmetry.label,
         dimension=symmetry.dimension(params),
         residual=float(residual),
-        charge=_total(symmetry.charge(params)),
-        noise_plus=_total(sides.plus),
-        noise_minus=_total(sides.minus),
+        charge=float(total(symmetry.charge(params))),
+        noise_plus=float(noise_plus),
+        noise_minus=float(noise_minus),
         noise_error=float(noise.standard_errors[name].net.square().sum().sqrt()),
-        drift=_rms(rate) * sgd.effective_lr,
-        distance=_rms(equilibrium.coordinates[name]),
-        relaxation_steps=float(finite.median()) if len(finite) else float("inf"),
-        slowest_steps=float(finite.max()) if len(finite) else float("inf"),
+        drift=root_mean_square(rate) * sgd.effective_lr,
+        distance=equilibrium.distance[name],
+        relaxation_steps=median,
+        slowest_steps=slowest,
         status=outcome.status.name.lower(),
         message=outcome.message,
     )
-
-
-def _total(coordinates: Tensor) -> float:
-    """A number, the sum of a vector, the trace of a matrix."""
-    return float(coordinates.trace() if coordinates.ndim == 2 else coordinates.sum())
-
-
-def _rms(coordinates: Tensor) -> float:
-    """Root mean square over coordinates, or over the eigenvalues of a matrix."""
-    rows = coordinates.shape[0] if coordinates.ndim else 1
-    return float((coordinates.square().sum() / rows).sqrt())

@@ -48,9 +48,9 @@ def analyze(
         model, loss, loader, sgd, declared = load_build(file)
         first, loader = peek(loader)
         analysis = run_analysis(model, loss, loader, sgd, declared)
-        from noetherflow.report import figure, table
+        from noetherflow.report import figure
 
-        _console.print(table.render(analysis))
+        typer.echo(str(analysis))
         analysis.save_json(out / f"{file.stem}.json")
         written = [out / f"{file.stem}.json", *figure.save(analysis, out / file.stem)]
         if save is not None:
@@ -78,8 +78,7 @@ def symmetries(
     if as_json:
         typer.echo(json.dumps(explanation.to_json(), indent=2))
         return
-    for table in explanation.tables():
-        _console.print(table)
+    typer.echo(str(explanation))
     if explanation.rejected:
         _errors.print(f"[red]{len(explanation.rejected)} candidates did not stand the test of numbers[/red]")
 

@@ -55,3 +55,7 @@ class TraceError(NoetherflowError, RuntimeError):
 
 class UserFileError(NoetherflowError, ValueError):
     """A file given on the command line does not define what it should."""
+
+
+class FileError(NoetherflowError, ValueError):
+    """A file cannot be read or written, or does not hold the result that was expected."""

@@ -46,6 +46,10 @@ class Residual(float):
         self.loss, self.gradient, self.example = loss, gradient, example
         return self
 
+    def __getnewargs__(self) -> tuple[float, float, int]:  # type: ignore[override]
+        """The parts, from which pickle and copy make the residual again; a float gives only its value."""
+        return self.loss, self.gradient, self.example
+
 
 def verify_symmetry(
     model: nn.Module,

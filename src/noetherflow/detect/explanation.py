@@ -1,12 +1,11 @@
 """What was found, as values and as a table."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
+from noetherflow import _store
+from noetherflow._table import Column, Table, html_of, text_of
 from noetherflow._verify import Residual
 from noetherflow.symmetry import Axis, Symmetry
 from noetherflow.symmetry.axes import AxisSymmetry
@@ -86,10 +85,6 @@ class Explanation:
         """The symmetries by name."""
         return {one.name: one.symmetry for one in self.found}
 
-    def tables(self) -> list[Table]:
-        """The symmetries; and the axes on which none acts, with the reason."""
-        return [_symmetries(self.found, self.rejected), _axes(self.axes)]
-
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {
@@ -101,37 +96,67 @@ class Explanation:
             ],
         }
 
+    def save(self, path: str | Path) -> None:
+        """Write the explanation to a file (safetensors and JSON, no pickle), completely or not at all.
+
+        Args:
+            path: The file, by custom `*.safetensors`.
+
+        Raises:
+            FileError: If the file cannot be written.
+        """
+        _store.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Explanation":
+        """Read an explanation that `save` wrote, equal to the last bit.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The explanation.
+
+        Raises:
+            FileError: If the file is missing, damaged, or holds something else.
+        """
+        return _store.load(cls, path)
+
     def __str__(self) -> str:
-        """The tables as text."""
-        console = Console(width=120)
-        with console.capture() as capture:
-            for table in self.tables():
-                console.print(table)
-        return capture.get()
+        return text_of(_tables(self))
+
+    def _repr_html_(self) -> str:
+        return html_of(_tables(self))
 
 
-def _symmetries(found: tuple[Finding, ...], rejected: tuple[Finding, ...]) -> Table:
-    table = Table(title="Symmetries", title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("symmetry", "kind", "plus", "minus", "resid", "note"):
-        table.add_column(heading, overflow="fold", justify="right" if heading == "resid" else "left")
-    for one in (*found, *rejected):
-        kind = one.symmetry.label
-        note = "REJECTED" if one in rejected else one.small or one.diagonal
-        plus, minus = ("\n".join(map(_shown, axes)) for axes in (one.symmetry.plus, one.symmetry.minus))
-        table.add_row(one.name, kind, plus, minus, f"{one.residual:.0e}", note)
-    return table
-
-
-def _axes(axes: tuple[AxisNote, ...]) -> Table:
-    table = Table(
-        title="Axes on which none acts", title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False
+def _tables(explanation: Explanation) -> tuple[Table, ...]:
+    """The symmetries; and the axes on which no symmetry acts, with the reason."""
+    rows = [
+        *(_row(finding, finding.small or finding.diagonal) for finding in explanation.found),
+        *(_row(finding, "REJECTED") for finding in explanation.rejected),
+    ]
+    columns = (
+        Column("symmetry", folds=True),
+        Column("kind"),
+        Column("plus", folds=True),
+        Column("minus", folds=True),
+        Column("resid", right=True),
+        Column("note", folds=True),
     )
-    for heading in ("parameter", "axis", "because of"):
-        table.add_column(heading, overflow="fold")
-    for one in axes:
-        if not one.symmetries:
-            table.add_row(one.parameter, str(one.axis), one.reason)
-    return table
+    empty = [note for note in explanation.axes if not note.symmetries]
+    return (
+        Table("Symmetries", columns, tuple(rows)),
+        Table(
+            "Axes on which none acts",
+            (Column("parameter", folds=True), Column("axis"), Column("because of", folds=True)),
+            tuple((note.parameter, str(note.axis), note.reason) for note in empty),
+        ),
+    )
+
+
+def _row(finding: Finding, note: str) -> tuple[str, ...]:
+    plus, minus = ("\n".join(map(_shown, axes)) for axes in (finding.symmetry.plus, finding.symmetry.minus))
+    return finding.name, finding.symmetry.label, plus, minus, f"{finding.residual:.0e}", note
 
 
 def _shown(axis: Axis) -> str:

@@ -3,10 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import NamedTuple, final
 
+import torch
 from torch import Tensor
 
+from noetherflow import _store
+from noetherflow._errors import ParameterShapeError
+from noetherflow._table import Column, Table, html_of, steps, text_of
 from noetherflow.symmetry import Symmetry
 
 
@@ -118,3 +123,122 @@ class Equilibrium:
     def message(self) -> str:
         """One line per symmetry whose search did not end well."""
         return "\n".join(f"{name}: {outcome.message}" for name, outcome in self.outcomes.items() if outcome.message)
+
+    @property
+    def distance(self) -> dict[str, float]:
+        """Per symmetry, the root mean square of x over coordinates: weights are a factor e^{x} from the equilibrium."""
+        return {name: root_mean_square(x) for name, x in self.coordinates.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the equilibrium to a file (safetensors and JSON, no pickle), completely or not at all.
+
+        Args:
+            path: The file, by custom `*.safetensors`.
+
+        Raises:
+            FileError: If the file cannot be written.
+        """
+        _store.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Equilibrium":
+        """Read an equilibrium that `save` wrote, equal to the last bit.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The equilibrium, on the CPU.
+
+        Raises:
+            FileError: If the file is missing, damaged, or holds something else.
+        """
+        return _store.load(cls, path, require_consistent)
+
+    def __str__(self) -> str:
+        return text_of(_tables(self))
+
+    def _repr_html_(self) -> str:
+        return html_of(_tables(self))
+
+
+def root_mean_square(coordinates: Tensor) -> float:
+    """Root mean square over coordinates, or over the eigenvalues of a matrix."""
+    rows = coordinates.shape[0] if coordinates.ndim else 1
+    return float((coordinates.square().sum() / rows).sqrt())
+
+
+def median_and_slowest(times: Tensor) -> tuple[float, float]:
+    """The median and the largest of the finite relaxation times; infinity if none is finite."""
+    finite = times[torch.isfinite(times)]
+    return (float(finite.median()), float(finite.max())) if len(finite) else (float("inf"), float("inf"))
+
+
+def ratio(after: float, before: float) -> float:
+    """A quotient; NaN where there was nothing before."""
+    return after / before if before else float("nan")
+
+
+def totals(equilibrium: Equilibrium, title: str) -> Table:
+    """Noise and potential of all parameters, now and at the equilibrium."""
+    pairs = (
+        ("gradient noise, Tr Sigma per example", equilibrium.trace_before, equilibrium.trace_after),
+        ("potential, decay and noise together", equilibrium.potential_before, equilibrium.potential_after),
+    )
+    columns = (Column("total", folds=True), *(Column(h, right=True) for h in ("now", "equilibrium", "ratio")))
+    rows = ((n, f"{now:.6g}", f"{then:.6g}", f"{ratio(then, now):.4f}") for n, now, then in pairs)
+    return Table(title, columns, tuple(rows))
+
+
+def require_consistent(equilibrium: Equilibrium) -> None:
+    """Raise unless the parts of an equilibrium, read from a file, belong together.
+
+    Args:
+        equilibrium: The equilibrium.
+
+    Raises:
+        ParameterShapeError: If an entry is missing, too many, or not float64 of the expected shape.
+        ParameterNameError: If a symmetry names parameters that are not there.
+    """
+    names = equilibrium.symmetries.keys()
+    for what in ("coordinates", "outcomes", "drift", "relaxation_steps"):
+        if getattr(equilibrium, what).keys() != names:
+            given = sorted(getattr(equilibrium, what))
+            raise ParameterShapeError(f"{what} belongs to the symmetries {given}, expected {sorted(names)}")
+    for name, symmetry in equilibrium.symmetries.items():
+        symmetry.check(equilibrium.params)
+        x = symmetry.identity(equilibrium.params)
+        for what in ("coordinates", "drift"):
+            tensor = getattr(equilibrium, what)[name]
+            if tensor.shape != x.shape or tensor.dtype != torch.float64:
+                raise ParameterShapeError(
+                    f"{what}[{name!r}] has dtype {tensor.dtype}, shape {tuple(tensor.shape)}, expected float64, "
+                    f"{tuple(x.shape)}"
+                )
+
+
+def _tables(equilibrium: Equilibrium) -> tuple[Table, ...]:
+    """How the search ended for each symmetry, how far and how slow the way is; totals; what the columns mean."""
+    legend = (
+        ("dist", "distance, rms of x; weights are a factor e^x from the equilibrium"),
+        ("steps", "median relaxation time: steps in which a departure shrinks by e"),
+        ("slowest", "the same for the slowest coordinate that has an equilibrium"),
+    )
+    rows, notes = [], []
+    for name, outcome in equilibrium.outcomes.items():
+        median, slowest = median_and_slowest(equilibrium.relaxation_steps[name])
+        status = outcome.status.name.lower().replace("_", " ")
+        # A star points to the note below.
+        starred = name + "*" * bool(outcome.message)
+        rows.append((starred, status, f"{equilibrium.distance[name]:.3f}", steps(median), steps(slowest)))
+        notes += [f"* {name}: {outcome.message}"] * bool(outcome.message)
+    columns = (
+        Column("symmetry", folds=True),
+        Column("status"),
+        *(Column(heading, right=True) for heading, _ in legend),
+    )
+    return (
+        Table("Noise equilibrium", columns, tuple(rows), tuple(notes)),
+        totals(equilibrium, f"All parameters ({equilibrium.iterations} Newton steps)"),
+        Table("", (Column("", right=True), Column("", folds=True)), legend),
+    )

@@ -2,14 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from noetherflow import _store
 from noetherflow._errors import EmptyDataError, ParameterNameError, SettingsError
+from noetherflow._table import html_of, text_of
 from noetherflow._types import Params
 from noetherflow.noise.asked import names_with_variances
+from noetherflow.noise.consistency import require_consistent
+from noetherflow.noise.table import tables_of
 from noetherflow.symmetry import Grams, Symmetry
 
 
@@ -224,6 +229,38 @@ class NoiseMoments:
             scatter={name: self.scatter[name] for name in kept},
             spreads={name: self.spreads[name] for name in kept},
         )
+
+    def save(self, path: str | Path) -> None:
+        """Write the moments to a file (safetensors and JSON, no pickle), completely or not at all.
+
+        Args:
+            path: The file, by custom `*.safetensors`.
+
+        Raises:
+            FileError: If the file cannot be written.
+        """
+        _store.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "NoiseMoments":
+        """Read moments that `save` wrote, equal to the last bit; merge them with those of other processes.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The moments, on the CPU.
+
+        Raises:
+            FileError: If the file is missing, damaged, or holds something else.
+        """
+        return _store.load(cls, path, require_consistent)
+
+    def __str__(self) -> str:
+        return text_of(tables_of(self))
+
+    def _repr_html_(self) -> str:
+        return html_of(tables_of(self))
 
 
 def _spread(charges: Grams) -> Spread:

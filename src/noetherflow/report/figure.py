@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from noetherflow import _files
-from noetherflow._analyze import Analysis
+from noetherflow._analysis import Analysis
 from noetherflow._drift import forces
 
 matplotlib.rcParams["svg.hashsalt"] = "noetherflow"

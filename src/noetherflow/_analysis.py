@@ -1,0 +1,186 @@
+"""What `analyze` returns: as values, as a table, as files."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+from torch import Tensor
+
+from noetherflow import _files, _store, _versions
+from noetherflow._errors import ParameterShapeError
+from noetherflow._optimizers import SGD
+from noetherflow._table import Column, Table, html_of, steps, text_of
+from noetherflow.equilibrium.result import Equilibrium, ratio, totals
+from noetherflow.equilibrium.result import require_consistent as require_consistent_equilibrium
+from noetherflow.noise import NoiseMoments
+from noetherflow.noise.consistency import require_consistent as require_consistent_noise
+
+
+@final
+@dataclass(frozen=True)
+class SymmetryReport:
+    """One row of the table: what SGD does to one symmetry.
+
+    Args:
+        name: The name it was given.
+        kind: The word for its class, such as `diagonal`.
+        dimension: Number of independent generators.
+        residual: Largest relative change of any example's loss; see `verify_symmetry`.
+        charge: The charge, all coordinates added.
+        noise_plus: Gradient noise on the plus side, per example.
+        noise_minus: Gradient noise on the minus side, per example.
+        noise_error: Standard error of the difference of the two.
+        drift: Root mean square over coordinates of the charge's drift, per SGD step.
+        distance: Root mean square over coordinates of log-scale x to the equilibrium: weights are e^{x} off.
+        relaxation_steps: SGD steps in which a departure shrinks by e: the median over coordinates.
+        slowest_steps: The same for the slowest coordinate that has an equilibrium.
+        status: How the search for the equilibrium ended.
+        message: What it left alone and why.
+
+    Examples:
+        >>> import noetherflow as nf
+        >>> nf.SymmetryReport.__dataclass_fields__["drift"].name
+        'drift'
+    """
+
+    name: str
+    kind: str
+    dimension: int
+    residual: float
+    charge: float
+    noise_plus: float
+    noise_minus: float
+    noise_error: float
+    drift: float
+    distance: float
+    relaxation_steps: float
+    slowest_steps: float
+    status: str
+    message: str
+
+
+@final
+@dataclass(frozen=True)
+class Analysis:
+    """What `analyze` found: one report per symmetry, totals, and all that is needed to look further.
+
+    Args:
+        reports: One per symmetry.
+        equilibrium: Where SGD takes the model.
+        noise: The measured moments.
+        sgd: The settings.
+        initial: The parameters as they were, float64.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(9)]
+        >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
+        >>> analysis = nf.analyze(net, loss, batches, nf.SGD(lr=0.1, batch_size=8))
+        >>> analysis.to_json()["totals"]["noise_trace_ratio"] < 1
+        True
+    """
+
+    reports: tuple[SymmetryReport, ...]
+    equilibrium: Equilibrium
+    noise: NoiseMoments
+    sgd: SGD
+    initial: dict[str, Tensor] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything in the table, with settings and versions, as plain JSON types; infinities become null."""
+        equilibrium = self.equilibrium
+        return _files.finite(
+            {
+                "settings": asdict(self.sgd) | {"gamma": self.sgd.gamma, "temperature": self.sgd.temperature},
+                "examples": self.noise.count,
+                "symmetries": [asdict(report) for report in self.reports],
+                "totals": {
+                    "noise_trace_before": equilibrium.trace_before,
+                    "noise_trace_after": equilibrium.trace_after,
+                    "noise_trace_ratio": ratio(equilibrium.trace_after, equilibrium.trace_before),
+                    "potential_before": equilibrium.potential_before,
+                    "potential_after": equilibrium.potential_after,
+                    "newton_steps": equilibrium.iterations,
+                    "status": equilibrium.status.name.lower(),
+                },
+                "versions": _versions.versions(),
+            }
+        )
+
+    def save_json(self, path: str | Path) -> None:
+        """Write `to_json` to a file, whole or not at all."""
+        _files.write_json(path, self.to_json())
+
+    def save(self, path: str | Path) -> None:
+        """Write the analysis to a file (safetensors and JSON, no pickle), completely or not at all.
+
+        Args:
+            path: The file, by custom `*.safetensors`.
+
+        Raises:
+            FileError: If the file cannot be written.
+        """
+        _store.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Analysis":
+        """Read an analysis that `save` wrote, equal to the last bit.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The analysis, on the CPU.
+
+        Raises:
+            FileError: If the file is missing, damaged, or holds something else.
+        """
+        return _store.load(cls, path, _require_consistent)
+
+    def __str__(self) -> str:
+        return text_of(_tables(self))
+
+    def _repr_html_(self) -> str:
+        return html_of(_tables(self))
+
+
+# Heading, explanation under the table, and what stands in the cell.
+_COLUMNS: tuple[tuple[str, str, Callable[[SymmetryReport], str]], ...] = (
+    ("size", "independent generators", lambda r: str(r.dimension)),
+    ("resid", "residual: largest relative change of any example's loss", lambda r: f"{r.residual:.0e}"),
+    ("charge", "squared weights on the plus side less those on the minus side", lambda r: f"{r.charge:+.3g}"),
+    ("noise+", "gradient noise on the plus side, per example", lambda r: f"{r.noise_plus:.3g}"),
+    ("noise-", "and on the minus side", lambda r: f"{r.noise_minus:.3g}"),
+    ("drift", "of the charge per step, rms over coordinates", lambda r: f"{r.drift:.1e}"),
+    ("dist", "distance, rms of x; weights are a factor e^x from the equilibrium", lambda r: f"{r.distance:.3f}"),
+    ("steps", "median relaxation time: steps in which a departure shrinks by e", lambda r: steps(r.relaxation_steps)),
+)
+
+
+def _tables(analysis: Analysis) -> tuple[Table, ...]:
+    """A row per symmetry with notes on those without an equilibrium; totals; what the columns mean."""
+    columns = (Column("symmetry", folds=True), *(Column(heading, right=True) for heading, _, _ in _COLUMNS))
+    # A star points to the note below.
+    rows = ((r.name + "*" * bool(r.message), *(cell(r) for _, _, cell in _COLUMNS)) for r in analysis.reports)
+    notes = (f"* {report.name}: {report.message}" for report in analysis.reports if report.message)
+    title = f"All parameters ({analysis.noise.count} examples, {analysis.equilibrium.iterations} Newton steps)"
+    legend = tuple((heading, meaning) for heading, meaning, _ in _COLUMNS)
+    return (
+        Table("Symmetries under SGD", columns, tuple(rows), tuple(notes)),
+        totals(analysis.equilibrium, title),
+        Table("", (Column("", right=True), Column("", folds=True)), legend),
+    )
+
+
+def _require_consistent(analysis: Analysis) -> None:
+    """Raise unless the parts of an analysis, read from a file, belong together."""
+    require_consistent_noise(analysis.noise)
+    require_consistent_equilibrium(analysis.equilibrium)
+    names = [report.name for report in analysis.reports]
+    if not set(names) == analysis.noise.symmetries.keys() == analysis.equilibrium.symmetries.keys():
+        raise ParameterShapeError(f"the reports {names} are not those of the symmetries {[*analysis.noise.symmetries]}")
+    shapes, expected = ({n: t.shape for n, t in p.items()} for p in (analysis.initial, analysis.equilibrium.params))
+    if shapes != expected:
+        raise ParameterShapeError(f"the parameters have the shapes {shapes} now and {expected} at the equilibrium")

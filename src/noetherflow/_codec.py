@@ -1,0 +1,300 @@
+"""Values as JSON with references to tensors, and back, as type annotations say.
+
+The annotation of the field that holds a value describes the value, so a file names no code: its JSON holds numbers,
+text and references, and every class comes from an annotation. The exception is an abstract class: its subclass is
+looked up by name among the imported subclasses. A tree that does not fit its annotation raises `Misfit`.
+
+| annotation | JSON |
+|---|---|
+| `None`, `bool`, `int`, `str` | itself |
+| `float` | a number, read back to the last bit; for NaN and infinities the bits, as 16 hexadecimal digits |
+| `Tensor` | the key of the tensor |
+| `tuple[X, ...]`, `tuple[X, Y]`, `list[X]` | an array |
+| `dict[str, X]` | an object, in order |
+| an `Enum` | the name of the member |
+| another class | an object: the arguments of the constructor by name, each read from the attribute of that name |
+| an abstract class | the name of the subclass, and the object |
+"""
+
+import collections.abc
+import dataclasses
+import functools
+import inspect
+import math
+import struct
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, final
+
+from torch import Tensor
+
+from noetherflow._errors import NoetherflowError
+
+Put = Callable[[str, Tensor], str]
+"""Keeps a tensor, given the place where it stands; returns its key."""
+
+Take = Callable[[str], Tensor | None]
+"""The tensor of a key; None if there is none."""
+
+
+_OURS = __name__.partition(".")[0]
+
+
+class Misfit(NoetherflowError):
+    """A value, or a tree read from a file, that does not fit the annotation of its place."""
+
+
+class Codec(ABC):
+    """Writes the values of one annotation as trees, and reads them."""
+
+    @abstractmethod
+    def encode(self, value: Any, where: str, put: Put) -> Any:
+        """The tree of a value; raises `Misfit` naming `where` it stands."""
+
+    @abstractmethod
+    def decode(self, tree: Any, where: str, take: Take) -> Any:
+        """The value of a tree; raises `Misfit` naming `where` it stands."""
+
+
+def codec_of(hint: Any) -> Codec:
+    """The codec of an annotation; raises `Misfit` if a file cannot hold its values."""
+    arguments, origin = typing.get_args(hint), typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType) and len(arguments) == 2 and type(None) in arguments:
+        return _Optional(codec_of(next(option for option in arguments if option is not type(None))))
+    if origin in (dict, collections.abc.Mapping) and arguments[:1] == (str,):
+        return _Dictionary(codec_of(arguments[1]))
+    if origin in (list, tuple, collections.abc.Sequence) and arguments:
+        kind = list if origin is list else tuple
+        fixed = origin is tuple and arguments[-1] is not ...
+        return _Sequence(kind, tuple(codec_of(hint) for hint in (arguments if fixed else arguments[:1])), fixed)
+    if hint in (bool, int, str):
+        return _Plain(hint)
+    if hint is float:
+        return _Float()
+    if hint is Tensor:
+        return _Tensor()
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return _Enum(hint)
+    if isinstance(hint, type) and hint.__module__ not in ("builtins", "typing") and origin is None:
+        return _Abstract(hint) if inspect.isabstract(hint) else _Class(hint)
+    raise Misfit(f"no file can hold a value of the type {getattr(hint, '__name__', hint)}")
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class _Plain(Codec):
+    kind: type
+
+    def encode(self, value: Any, where: str, put: Put) -> Any:
+        # numpy has integers of its own. A bool is an int in Python, and here it is not.
+        if self.kind is int and hasattr(value, "__index__") and not isinstance(value, (bool, Tensor)):
+            value = int(value)
+        return self._checked(value, where)
+
+    def decode(self, tree: Any, where: str, take: Take) -> Any:
+        return self._checked(tree, where)
+
+    def _checked(self, value: Any, where: str) -> Any:
+        if type(value) is not self.kind:
+            raise _expected(f"a value of the type {self.kind.__name__}", value, where)
+        return value
+
+
+@final
+class _Float(Codec):
+    def encode(self, value: Any, where: str, put: Put) -> Any:
+        if type(value) is int:  # an integer where a float is annotated is good Python, and stays one
+            return value
+        if not isinstance(value, float):
+            raise _expected("a number", value, where)
+        return float(value) if math.isfinite(value) else struct.pack(">d", value).hex()
+
+    def decode(self, tree: Any, where: str, take: Take) -> Any:
+        if type(tree) is int or (type(tree) is float and math.isfinite(tree)):
+            return tree
+        if isinstance(tree, str) and len(tree) == 16 and set(tree) <= set("0123456789abcdef"):
+            (value,) = struct.unpack(">d", bytes.fromhex(tree))
+            if not math.isfinite(value):
+                return value
+        raise _expected("a number", tree, where)
+
+
+@final
+class _Tensor(Codec):
+    def encode(self, value: Any, where: str, put: Put) -> Any:
+        if not isinstance(value, Tensor):
+            raise _expected("a tensor", value, where)
+        return put(where, value)
+
+    def decode(self, tree: Any, where: str, take: Take) -> Any:
+        if not isinstance(tree, str):
+            raise _expected("the key of a tensor", tree, where)
+        tensor = take(tree)
+        if tensor is None:
+            raise Misfit(f"{where} refers to a tensor {shown(tree)}, which is not there or belongs to another place")
+        return tensor
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class _Optional(Codec):
+    inner: Codec
+
+    def encode(self, value: Any, where: str, put: Put) -> Any:
+        return None if value is None else self.inner.encode(value, where, put)
+
+    def decode(self, tree: Any, where: str, take: Take) -> Any:
+        return None if tree is None else self.inner.decode(tree, where, take)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class _Dictionary(Codec):
+    inner: Codec
+
+    def encode(self, value: Any, where: str, put: Put) -> Any:
+        if not isinstance(value, collections.abc.Mapping) or not all(type(key) is str for key in value):
+            raise _expected("a mapping from names", value, where)
+        return {key: self.inner.encode(entry, f"{where}[{key!r}]", put) for key, entry in value.items()}
+
+    def decode(self, tree: Any, where: str, take: Take) -> Any:
+        if not isinstance(tree, dict):
+            raise _expected("an object", tree, where)
+        return {key: self.inner.decode(entry, f"{where}[{key!r}]", take) for key, entry in tree.items()}
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class _Sequence(Codec):
+    """A list or tuple: of a fixed length with a codec per entry, or of any length with one codec for all entries."""
+
+    kind: type
+    inner: tuple[Codec, ...]
+    fixed: bool
+
+    def encode(self, value: Any, where: str, put: Put) -> Any:
+        return [codec.encode(entry, place, put) for codec, entry, place in self._entries(value, where)]
+
+    def decode(self, tree: Any, where: str, take: Take) -> Any:
+        return self.kind(codec.decode(entry, place, take) for codec, entry, place in self._entries(tree, where))
+
+    def _entries(self, given: Any, where: str) -> list[tuple[Codec, Any, str]]:
+        if not isinstance(given, (list, tuple)) or (self.fixed and len(given) != len(self.inner)):
+            raise _expected(f"a sequence{f' of length {len(self.inner)}' * self.fixed}", given, where)
+        codecs = self.inner if self.fixed else self.inner * len(given)
+        return [(codec, entry, f"{where}[{k}]") for k, (codec, entry) in enumerate(zip(codecs, given, strict=True))]
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class _Enum(Codec):
+    kind: type[Enum]
+
+    def encode(self, value: Any, where: str, put: Put) -> Any:
+        if not isinstance(value, self.kind):
+            raise _expected(f"a member of {self.kind.__name__}", value, where)
+        return value.name
+
+    def decode(self, tree: Any, where: str, take: Take) -> Any:
+        if not isinstance(tree, str) or tree not in self.kind.__members__:
+            raise _expected(f"one of {', '.join(self.kind.__members__)}", tree, where)
+        return self.kind[tree]
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class _Class(Codec):
+    """A dataclass, a NamedTuple, or a class whose constructor's arguments are attributes of the same names."""
+
+    kind: Any
+
+    def encode(self, value: Any, where: str, put: Put) -> Any:
+        parameters, tree = _parameters(self.kind), {}
+        if type(value) is not self.kind:
+            raise _expected(f"a value of the type {self.kind.__name__}", value, where)
+        for name, codec in parameters.items():
+            if not hasattr(value, name):
+                raise Misfit(f"{where} has no attribute {name!r}, which has to hold that argument of its constructor")
+            tree[name] = codec.encode(getattr(value, name), f"{where}.{name}", put)
+        return tree
+
+    def decode(self, tree: Any, where: str, take: Take) -> Any:
+        parameters = _parameters(self.kind)
+        if not isinstance(tree, dict) or tree.keys() != parameters.keys():
+            raise _expected(f"an object with the entries {', '.join(parameters)}", tree, where)
+        arguments = {name: codec.decode(tree[name], f"{where}.{name}", take) for name, codec in parameters.items()}
+        try:
+            return self.kind(**arguments)
+        except Exception as error:  # whatever a constructor, also a user's, says of its arguments
+            raise Misfit(f"{where} is not a {self.kind.__name__}: {error}") from error
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class _Abstract(Codec):
+    """An object of any imported subclass of an abstract class."""
+
+    kind: Any
+
+    def encode(self, value: Any, where: str, put: Put) -> Any:
+        if not isinstance(value, self.kind):
+            raise _expected(f"a {self.kind.__name__}", value, where)
+        kind: Any = type(value)
+        arguments = codec_of(kind).encode(value, where, put)
+        return {"class": kind.__qualname__, "package": _package(kind), "arguments": arguments}
+
+    def decode(self, tree: Any, where: str, take: Take) -> Any:
+        if not isinstance(tree, dict) or tree.keys() != {"class", "package", "arguments"}:
+            raise _expected("an object with the entries class, package, arguments", tree, where)
+        return codec_of(self._find(tree["class"], tree["package"], where)).decode(tree["arguments"], where, take)
+
+    def _find(self, name: Any, package: Any, where: str) -> Any:
+        named = [kind for kind in _subclasses(self.kind) if kind.__qualname__ == name]
+        same = [kind for kind in named if _package(kind) == package]
+        # A script is __main__ where it runs, and has its name where it is imported.
+        script = [kind for kind in named if "__main__" in (_package(kind), package) and _package(kind) != _OURS]
+        if same or len(script) == 1:
+            return (same or script)[-1]  # a class that a notebook defined again replaces its predecessors
+        remedy = f"import the module of {shown(package)} that defines the class"
+        raise Misfit(f"{where} is of the class {shown(name)}, which is not an imported {self.kind.__name__}: {remedy}")
+
+
+@functools.cache
+def _parameters(kind: Any) -> dict[str, Codec]:
+    """The codecs of the arguments of a constructor, by name."""
+    fields = dataclasses.is_dataclass(kind) or hasattr(kind, "_fields")
+    described = kind if fields else kind.__new__ if kind.__init__ is object.__init__ else kind.__init__
+    try:
+        hints = typing.get_type_hints(described)
+        return {name: codec_of(hints[name]) for name in inspect.signature(kind).parameters}
+    except (NameError, KeyError, TypeError, ValueError, Misfit) as error:
+        wanted = "every argument of its constructor needs an annotation that a file can hold"
+        raise Misfit(f"a {kind.__name__} cannot be written: {wanted} ({error})") from error
+
+
+def _subclasses(kind: type) -> list[type]:
+    """All subclasses that are imported and can be made, in order of definition."""
+    direct: list[type] = kind.__subclasses__()
+    below = [further for each in direct for further in (each, *_subclasses(each))]
+    return [each for each in dict.fromkeys(below) if not inspect.isabstract(each)]
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _expected(wanted: str, given: Any, where: str) -> Misfit:
+    return Misfit(f"{where}: expected {wanted}, got {shown(given)}")
+
+
+def shown(value: Any) -> str:
+    """A value in an error message, short."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__} of length {len(value)}"
+    text = f"entries {', '.join(map(str, value)) or 'none'}" if isinstance(value, dict) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

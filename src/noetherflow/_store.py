@@ -1,0 +1,179 @@
+"""Results as files: a safetensors file whose metadata hold JSON and a checksum.
+
+| entry of the metadata | what it holds |
+|---|---|
+| `noetherflow` | JSON: kind (class), format (version), versions, and the result as `_codec` writes it |
+| `sha256` | the digest of that JSON and of all tensors: keys, dtypes, shapes, bytes |
+
+safetensors itself checks that a file is complete, but not that its numbers are those that were written. Nothing in a
+file names code, and nothing is unpickled. A file is read to its end and checked before any object is returned.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from noetherflow import _files, _versions
+from noetherflow._codec import Misfit, codec_of, shown
+from noetherflow._errors import FileError, NoetherflowError
+
+T = TypeVar("T")
+# Raised by one with every change after which an older release would read a file wrongly, or not at all.
+_FORMAT = 1
+_AGAIN = "save the result again"
+_JSON, _DIGEST = "noetherflow", "sha256"
+
+
+def save(result: object, path: str | Path) -> None:
+    """Write a result to a file, completely or not at all.
+
+    Args:
+        result: An object of a class that `_codec` can describe. Tensors are written from any device.
+        path: The file; missing folders are made.
+
+    Raises:
+        FileError: If the result holds what a file cannot, or if the file cannot be written.
+    """
+    kind = type(result).__name__
+    tensors = _Tensors()
+    try:
+        tree = codec_of(type(result)).encode(result, kind, tensors.put)
+        versions = _versions.versions()
+        text = json.dumps({"kind": kind, "format": _FORMAT, "versions": versions, "result": tree}, allow_nan=False)
+        with _files.atomic(path) as temporary:
+            save_file(tensors.kept, temporary, {_JSON: text, _DIGEST: _digest(text, tensors.kept)})
+    except (Misfit, OSError, ValueError, SafetensorError) as error:
+        raise FileError(_line(f"{path}: the {kind} cannot be saved there: {error}")) from error
+
+
+def load(kind: type[T], path: str | Path, check: Callable[[T], None] | None = None) -> T:
+    """Read a result that `save` wrote.
+
+    Args:
+        kind: The class of the result.
+        path: The file.
+        check: Raises if the parts of the result do not belong together.
+
+    Returns:
+        The result; its tensors are on the CPU, each in memory of its own.
+
+    Raises:
+        FileError: If there is no such file, or if it does not hold a complete, undamaged result of this class that this
+            release can read. The message is one sentence.
+    """
+    hint: Any = kind
+    try:
+        content, tensors = _read(path, kind.__name__)
+        result: T = codec_of(hint).decode(content["result"], kind.__name__, lambda key: tensors.pop(key, None))
+        _require_consistent(result, tensors, check)
+    except OSError as error:
+        raise FileError(_line(f"{path} cannot be read: {error}; check the path and its permissions")) from error
+    except NoetherflowError as error:
+        expected = f"expected a file written by {kind.__name__}.save"
+        raise FileError(_line(f"{path} cannot be loaded: {error}; {expected}")) from error
+    return result
+
+
+class _Tensors:
+    """Tensors to be written, by key."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+        self._storages: set[int] = set()
+
+    def put(self, where: str, tensor: Tensor) -> str:
+        """Keep a copy on the CPU where a tensor is not dense, contiguous and in memory of its own there."""
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+            raise Misfit(f"{where} is a tensor of layout {tensor.layout} on {tensor.device}, expected a dense tensor")
+        if tensor.dtype is torch.complex128:
+            raise Misfit(f"{where} is a tensor of complex128, which safetensors does not know")
+        dense = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        # safetensors refuses tensors that share memory.
+        if dense.untyped_storage().data_ptr() in self._storages:
+            dense = dense.clone()
+        self._storages.add(dense.untyped_storage().data_ptr())
+        # The place makes a file legible to other programs; the number makes the key unique.
+        key = f"{len(self.kept)} {where}".encode("ascii", "backslashreplace").decode()
+        self.kept[key] = dense
+        return key
+
+
+def _read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The JSON and the tensors of a file that holds an undamaged result of a class, in a format known here."""
+    if not Path(path).is_file():
+        raise Misfit("it is a folder or a device" if Path(path).exists() else "there is no such file, correct the path")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            if not {_JSON, _DIGEST} <= metadata.keys():
+                raise Misfit("it is a safetensors file of another program")
+            content = _content(metadata[_JSON], kind)
+            # Copies: what safetensors returns are views of the file, which another program may overwrite.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise Misfit(f"it is truncated, damaged or of another kind ({error}), {_AGAIN}") from error
+    if _digest(metadata[_JSON], tensors) != metadata[_DIGEST]:
+        raise Misfit(f"it is damaged, as its contents do not have the checksum written with them, {_AGAIN}")
+    return content, tensors
+
+
+def _content(text: str, kind: str) -> dict[str, Any]:
+    """The JSON of a file, if it describes a result of a class in a format known here."""
+    try:
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise Misfit(f"it is damaged, as its description is not JSON ({error}), {_AGAIN}") from error
+    if not isinstance(content, dict) or content.keys() != {"kind", "format", "versions", "result"}:
+        raise Misfit(f"it is damaged, as its description has not the entries kind, format, versions, result, {_AGAIN}")
+    version = content["format"]
+    if type(version) is not int or version < 1:
+        raise Misfit(f"it is damaged, as its format is {shown(version)} and not a number from 1, {_AGAIN}")
+    if version > _FORMAT:
+        raise Misfit(f"it has format {version} and this release reads {_FORMAT} or less, upgrade noetherflow")
+    if content["kind"] != kind:
+        raise Misfit(f"it holds a result of the class {shown(content['kind'])}, load it with that class")
+    return content
+
+
+def _require_consistent(result: T, left: dict[str, Tensor], check: Callable[[T], None] | None) -> None:
+    """Raise if tensors are left to which no place of a result refers, or if its parts do not belong together."""
+    if left:
+        raise Misfit(f"no place refers to the tensors {', '.join(map(shown, left))}")
+    try:
+        if check is not None:
+            check(result)
+    except Exception as error:  # whatever a symmetry, also a user's, says of tensors that it does not fit
+        raise Misfit(str(error) or type(error).__name__) from error
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    """A checksum of all that a file holds."""
+    digest = hashlib.sha256(json.dumps(text).encode())
+    for key in sorted(tensors):
+        numbers: Any = tensors[key].reshape(-1).view(torch.uint8).numpy()
+        digest.update(json.dumps([key, str(tensors[key].dtype), list(tensors[key].shape)]).encode())
+        digest.update(numbers)
+    return digest.hexdigest()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("an entry is there twice")
+    return entries
+
+
+def _refuse(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _line(message: str) -> str:
+    """A message on one line."""
+    return " ".join(message.splitlines())
