@@ -25,7 +25,7 @@ COMMAND = re.compile(
 FILE = re.compile(r"^```python\n# (\w+\.py)\b", re.MULTILINE)
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w]|\.\d)")
 # Models are trained in float32. The order in which a processor adds changes the last bits of every step, and training
-# amplifies the difference. So numbers may differ by 1 %, or by 1 in their last digit after the point.
+# amplifies the difference (4e-7 of Tr Sigma between two sets of instructions of a processor). So numbers may differ by 1 %, or by 1 in their last digit after the point.
 RELATIVE = 0.01
 # A number with one digit and an exponent, such as 7e-16, is a rounding error. Its size depends on the processor.
 ROUNDING = 1e-5
@@ -154,7 +154,7 @@ def _value(text: str) -> float:
 
 
 def _last_digit(text: str) -> float:
-    """The size of 1 in the last digit, 1e-6 for 5.7e-05; 0 for whole numbers, which are counts or have digits enough."""
+    """The size of 1 in the last digit, 1e-6 for 5.7e-05; 0 for whole numbers."""
     digits, _, exponent = text.partition("e")
     _, point, fraction = digits.partition(".")
     return 10.0 ** (int(exponent or 0) - len(fraction)) if point else 0.0
