@@ -1,5 +1,6 @@
 """The programs printed in README and docs run, and print what the pages say."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import pages
 from cases import case
+from test_floors import FLOORS
 
 ROOT = Path(__file__).parents[1]
 # Complete programs: their blocks run one after the other, and their output is compared.
@@ -103,3 +105,16 @@ def test_a_page_is_brought_up_to_date(tmp_path: Path) -> None:
     page.write_text(PROGRAM.replace("2.000 metres", "3.000 metres"), "utf-8")
     pages.write(page)
     assert page.read_text("utf-8") == PROGRAM
+
+
+def floors_of(page: str) -> list[set[str]]:
+    """Files and folders by floor, as the table of docs/design.md has them, from the ground up."""
+    rows = re.findall(r"^\| (\d+) \|[^|]*\|([^|]*)\|$", page, re.MULTILINE)
+    by_floor = {int(floor): set(re.findall(r"`(\w+)(?:\.py|/)`", cell)) for floor, cell in rows}
+    return [by_floor[floor] for floor in sorted(by_floor)]
+
+
+def test_the_design_page_lists_every_file_on_its_floor() -> None:
+    page = (ROOT / "docs/design.md").read_text("utf-8")
+    assert floors_of(page) == FLOORS
+    assert floors_of(page.replace("`_drift.py`", "`_draft.py`")) != FLOORS
