@@ -25,7 +25,8 @@ COMMAND = re.compile(
 FILE = re.compile(r"^```python\n# (\w+\.py)\b", re.MULTILINE)
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w]|\.\d)")
 # Models are trained in float32. The order in which a processor adds changes the last bits of every step, and training
-# amplifies the difference (4e-7 of Tr Sigma between two sets of instructions of a processor). So numbers may differ by 1 %, or by 1 in their last digit after the point.
+# amplifies the difference: Tr Sigma of the first ten minutes differs by 2e-8 between two instruction sets of a
+# processor, the change of a loss by more. So numbers may differ by 1 %, or by 1 in their last digit after the point.
 RELATIVE = 0.01
 # A number with one digit and an exponent, such as 7e-16, is a rounding error. Its size depends on the processor.
 ROUNDING = 1e-5

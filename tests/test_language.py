@@ -1,7 +1,7 @@
 """Names are nouns and words are those of the field: in pages, in examples, and in folders of the source.
 
-Only what a program can tell is enforced. Words such as `page`, `turn` or `alone` also have an ordinary meaning, and are left
-to a reader. Code inside prose is not read: file names and the names of removed functions may stand there.
+Only what a program can tell is enforced. Words such as `page`, `turn` or `alone` also have an ordinary meaning, and are
+left to a reader. Code inside prose is not read: file names and the names of removed functions may stand there.
 """
 
 import ast
