@@ -25,7 +25,7 @@ class NoiseFactors(NamedTuple):
 
     $$\Gamma_U = E[G G^T] - E[G] E[G]^T , \qquad \Gamma_W = E[G^T G] - E[G]^T E[G]$$
 
-    Args:
+    Attributes:
         u: $\Gamma_U$, shape (outputs, outputs).
         w: $\Gamma_W$, shape (inputs, inputs).
     """
@@ -37,7 +37,7 @@ class NoiseFactors(NamedTuple):
 class TwoLayer(NamedTuple):
     """The weights of a two-layer linear network x -> U W x.
 
-    Args:
+    Attributes:
         u: U, the weights of the second layer, shape (outputs, hidden).
         w: W, the weights of the first layer, shape (hidden, inputs).
     """
