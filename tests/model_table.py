@@ -190,7 +190,7 @@ class Doubled(torch.autograd.Function):
 
 class HandWritten(Net):
     def hidden(self, x: Tensor) -> Tensor:
-        return Doubled.apply(x, self.middle.weight).relu()
+        return (Doubled.apply(x, self.middle.weight) + self.middle.bias).relu()
 
 
 class Narrow(Net):
@@ -254,9 +254,12 @@ def next_token(model: nn.Module, batch: Tensor) -> Tensor:
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"n_embd": 12, "n_layer": 2, "n_head": 2, "vocab_size": 13, "n_positions": 8}
+    sizes = {"n_embd": 12, "n_layer": 2, "n_head": 2, "vocab_size": 13, "n_positions": 8, "bos_token_id": 0}
+    sizes["eos_token_id"] = 0
     model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Renamed in transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
     return model.train()
 
 

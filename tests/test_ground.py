@@ -99,36 +99,6 @@ def test_aliases_lead_to_the_first_name() -> None:
     assert _params.aliases(net)["b.bias"] == "b.bias"
 
 
-def test_the_model_is_a_function_that_leaves_the_module_alone() -> None:
-    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    losses = _params.bind(net, lambda model, x: model(x).sum(1))
-    before = net[1].running_mean.clone()
-    params = _params.snapshot(net, None)
-    losses(params, torch.randn(8, 3))
-    assert torch.equal(net[1].running_mean, before)
-    with pytest.raises(ParameterNameError, match="misspelt"):
-        losses(params | {"misspelt": torch.zeros(1)}, torch.randn(8, 3))
-
-
-def test_a_module_under_two_names_is_left_alone() -> None:
-    """functional_call alone would leave the second value it puts there."""
-    shared = nn.Linear(2, 2)
-    shared.register_buffer("offset", torch.zeros(2))
-    model = nn.Sequential(shared, nn.ReLU(), shared).double()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    losses = _params.bind(model, lambda model, x: model(x).sum(1), torch.float64)
-    params = {name: 3 * tensor for name, tensor in _params.snapshot(model).items()}
-    x = torch.randn(4, 2).double()
-    moved = losses(params, x)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 3
-    torch.testing.assert_close(moved, model(x).sum(1).detach())
-    with pytest.raises(ParameterNameError, match=r"2\.weight"):
-        losses({**params, "2.weight": params["0.weight"]}, x)
-
-
 def test_progress_is_silent_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     assert list(_progress.track(range(3), "counting")) == [0, 1, 2]
     assert capfd.readouterr() == ("", "")

@@ -7,7 +7,7 @@ from torch import nn
 import checks
 import noetherflow as nf
 from cases import Case, case, cases, mlp, rescaling, squared_error
-from noetherflow._verify import cosine
+from noetherflow._residual import cosine
 
 
 @pytest.mark.parametrize("one", cases(), ids=str)

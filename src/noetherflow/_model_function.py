@@ -1,8 +1,8 @@
 """A model as a function of its parameters: the losses of examples and their gradients, backward pass included.
 
-Layers under `torch.utils.checkpoint` compute their forward pass again in the backward pass, and look their parameters up
-once more. The backward pass therefore has to run while the given parameters are in place: forward and backward pass share
-one `torch.func.functional_call`.
+Layers under `torch.utils.checkpoint` compute their forward pass again in the backward pass, and look their parameters
+up once more. The backward pass therefore has to run while the given parameters are in place: forward and backward pass
+share one `torch.func.functional_call`.
 """
 
 import re
@@ -20,7 +20,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from noetherflow._batch import is_per_example, tensors_of, with_tensors
 from noetherflow._errors import LossError
 from noetherflow._params import in_dtype, require_finite, require_names, snapshot
-from noetherflow._precision import Watch
+from noetherflow._precision import TOLERANCES, Tolerance, Watch, coarsest
 from noetherflow._types import Batch, Loss, Params
 
 _T = TypeVar("_T")
@@ -42,7 +42,10 @@ class ModelFunction:
     Attributes:
         params: A copy of all parameters, by canonical name.
         trained: The entries of `params` that require gradients.
-        reentrant: Whether a backward pass met a layer under a reentrant checkpoint, which accepts no list of inputs.
+        precision: The coarsest floating-point type in which the loss is computed, whatever type the losses have; until
+            `observe` was called, that of the parameters.
+        reentrant: Whether a graph held a layer under a reentrant checkpoint, whose backward pass accepts no list of
+            inputs.
 
     Raises:
         NonFiniteError: If a parameter is NaN or infinite.
@@ -60,6 +63,7 @@ class ModelFunction:
         self.params = snapshot(model, dtype)
         require_finite(self.params, "parameter")
         self.trained = {name: self.params[name] for name, one in model.named_parameters() if one.requires_grad}
+        self.precision = coarsest(one.dtype for one in self.params.values())
         self.reentrant = False
         self._holder = _Holder(model, loss)
         self._places, others = _places(self._holder, model)
@@ -89,7 +93,7 @@ class ModelFunction:
         return result
 
     def then(self, params: Params, batch: Batch, action: Callable[[Tensor], None]) -> Tensor:
-        """The losses, shape (B,), after an action on them, such as a backward pass, while the parameters are in place."""
+        """The losses, shape (B,), after an action on them (a backward pass) while the parameters are in place."""
 
         def run() -> Tensor:
             losses = self._holder.losses(batch)
@@ -165,12 +169,19 @@ class ModelFunction:
         """
         return self._each(params, tensors, rebuild, [True] * (1 + len(tensors)), "same")[1]
 
-    def precision(self, params: Params, batch: Batch) -> torch.dtype:
-        """The coarsest floating-point type in which the loss of a batch is computed, whatever type the losses have."""
-        leaves = {name: _leaf(tensor) for name, tensor in params.items()}
+    def observe(self, batch: Batch) -> "ModelFunction":
+        """Evaluate the losses of a batch once, and note how they are computed: `precision` and `reentrant`."""
+        leaves = {name: _leaf(tensor) for name, tensor in self.params.items()}
         with torch.enable_grad(), self._explained(), Watch() as watch:
             losses = self(leaves, batch)
-        return watch.coarsest(losses)
+        self.precision = coarsest({*watch.seen, losses.dtype})
+        self.reentrant = losses.grad_fn is not None and _is_reentrant(_nodes(losses.grad_fn))
+        return self
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """What rounding leaves in the type in which the loss is computed."""
+        return TOLERANCES[self.precision]
 
     def _each(
         self,
@@ -204,9 +215,10 @@ class ModelFunction:
                 # Checkpoints, functions without setup_context, recurrent layers, branches on values. What is a mistake
                 # of the loss is raised again by the loop.
                 self._one_by_one = True
-        count = next(len(one) for one, mine in zip((*params.values(), *tensors), _spread(stacked, params)) if mine)
+        inputs = zip((next(iter(params.values())), *tensors), stacked, strict=True)
+        leading = next(one for one, mine in inputs if mine)
         found = []
-        for index in range(count):
+        for index in range(len(leading)):
             here = {name: one[index] for name, one in params.items()} if stacked[0] else params
             single = [one[index] if mine else one for one, mine in zip(tensors, stacked[1:], strict=True)]
             losses, gradient = self.gradient(here, rebuild(single))
@@ -228,8 +240,7 @@ class ModelFunction:
             if total.grad_fn is None:
                 return
             nodes = _nodes(total.grad_fn)
-            if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
-                self.reentrant = True
+            if _is_reentrant(nodes):
                 _accumulate(total, nodes, leaves.values())
                 found.update({name: leaf.grad for name, leaf in leaves.items()})
             else:
@@ -305,11 +316,6 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.is_floating_point())
 
 
-def _spread(stacked: Sequence[bool], params: Params) -> list[bool]:
-    """The flags of parameters (the first) and of tensors, one for each tensor."""
-    return [stacked[0]] * len(params) + list(stacked[1:])
-
-
 def _nodes(root: Node) -> set[Node]:
     """All nodes of an autograd graph."""
     seen, waiting = {root}, [root]
@@ -319,6 +325,10 @@ def _nodes(root: Node) -> set[Node]:
                 seen.add(node)
                 waiting.append(node)
     return seen
+
+
+def _is_reentrant(nodes: Collection[Node]) -> bool:
+    return any(node.name() == "CheckpointFunctionBackward" for node in nodes)
 
 
 def _accumulate(total: Tensor, nodes: Collection[Node], leaves: Collection[Tensor]) -> None:

@@ -1,12 +1,12 @@
 """The floating-point type in which a computation runs, and what rounding in that type leaves."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 
 @final
@@ -32,6 +32,12 @@ TOLERANCES = {
 }
 
 
+def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The floating-point type with the largest machine epsilon; float64 if there is none."""
+    known = [one for one in dtypes if one in TOLERANCES]
+    return max(known, key=lambda one: torch.finfo(one).eps, default=torch.float64)
+
+
 @final
 class Watch(TorchFunctionMode):
     """A block in which the floating-point types of all calls are noted that have to do with parameters.
@@ -42,7 +48,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: set[torch.dtype] = set()
+        self.seen: set[torch.dtype] = set()
 
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -53,12 +59,8 @@ class Watch(TorchFunctionMode):
         given = _tensors((args, kwargs))
         returned = _tensors(result)
         if any(one.requires_grad or isinstance(one, nn.Parameter) for one in (*given, *returned)):
-            self._seen |= {one.dtype for one in (*given, *returned)}
+            self.seen |= {one.dtype for one in (*given, *returned)}
         return result
-
-    def coarsest(self, losses: Tensor) -> torch.dtype:
-        """The type with the largest machine epsilon of all that were seen, and that of the losses."""
-        return max((self._seen | {losses.dtype}) & TOLERANCES.keys(), key=lambda one: torch.finfo(one).eps)
 
 
 def _tensors(value: Any) -> list[Tensor]:
