@@ -18,22 +18,20 @@ class Row:
     """A model, its loss and its data.
 
     Args:
-        name: What is special about it.
         model: The model.
         loss: Its loss.
         batch: Its data.
         precision: The type in which the loss is computed, which sets what rounding may leave.
         plain: For a model that cannot be copied to float64: the same parameters in a module that can.
-        symmetric: Whether a symmetry is expected.
+        chosen: A word in the names of the symmetries that are moved, if all of them have no joint equilibrium.
     """
 
-    name: str
     model: nn.Module
     loss: nf.Loss
     batch: Any
     precision: torch.dtype = torch.float32
     plain: nn.Module | None = None
-    symmetric: bool = True
+    chosen: str = ""
 
     def double(self) -> nn.Module:
         """An independent copy in float64."""
@@ -115,7 +113,7 @@ class Taught(Net):
 class TwoNames(Net):
     def __init__(self) -> None:
         super().__init__()
-        self.middle = nn.Linear(5, 5)
+        self.middle = nn.Linear(5, 5, bias=False)
         self.other, self.outer = self.middle, nn.Linear(5, 3)
 
     def hidden(self, x: Tensor) -> Tensor:
@@ -193,6 +191,31 @@ class HandWritten(Net):
         return (Doubled.apply(x, self.middle.weight) + self.middle.bias).relu()
 
 
+class Reading(torch.autograd.Function):
+    """Written for torch.func; the backward pass reads the weight of a layer."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor:
+        return x @ weight.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, _, ctx.layer = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return gradient @ ctx.layer.weight, gradient.mT @ x, None
+
+
+class ReadsItsLayer(Net):
+    def hidden(self, x: Tensor) -> Tensor:
+        return (Reading.apply(x, self.middle.weight, self.middle) + self.middle.bias).relu()
+
+
 class Narrow(Net):
     """Computes its middle layer in one type, whatever the type of its parameters."""
 
@@ -224,7 +247,7 @@ class WeightedError(nn.Module):
 
     def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
-        return self.scale * ((model(x) - y).square() * self.weights).sum(1)
+        return self.scale * ((model(x) - y).square() @ self.weights)
 
 
 def autocast_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -274,17 +297,24 @@ def _pairs(*shape: int, outputs: int = 3, count: int = 24) -> tuple[Tensor, Tens
     return torch.randn(count, *(shape or (4,))), torch.randn(count, outputs)
 
 
-def _row(name: str, model: nn.Module, loss: nf.Loss = squared_error, **more: Any) -> Row:
-    return Row(name, model, loss, **({"batch": _pairs()} | more))
+def _row(model: nn.Module, loss: nf.Loss = squared_error, **more: Any) -> Row:
+    return Row(model, loss, **({"batch": _pairs()} | more))
 
 
-def _sixteen(name: str, dtype: torch.dtype, loss: nf.Loss = squared_error) -> Row:
-    return _row(name, mlp(4, 5, 3).to(dtype), loss, batch=tuple(one.to(dtype) for one in _pairs()), precision=dtype)
+def _sixteen(dtype: torch.dtype, loss: nf.Loss = squared_error) -> Row:
+    return _row(mlp(4, 5, 3).to(dtype), loss, batch=tuple(one.to(dtype) for one in _pairs()), precision=dtype)
 
 
 def _compiled() -> Row:
     plain = Checkpointed()
-    return _row("compiled", torch.compile(plain, backend="eager"), plain=plain)
+    return _row(torch.compile(plain, backend="eager"), plain=plain)
+
+
+def _narrow(dtype: torch.dtype) -> Row:
+    plain = Net().double()
+    model = Narrow(dtype).double()
+    model.load_state_dict(plain.state_dict())
+    return _row(model, plain=plain, batch=tuple(x.double() for x in _pairs()), precision=dtype)
 
 
 def _normalised() -> nn.Module:
@@ -314,42 +344,45 @@ def _dict() -> dict[str, Tensor]:
 
 
 BFLOAT = torch.bfloat16
-MAKERS: tuple[Callable[[], Row], ...] = (
-    lambda: _row("checkpoint", Checkpointed()),
-    lambda: _row("reentrant checkpoint", Checkpointed(reentrant=True)),
-    lambda: _row("nested checkpoints", Nested()),
-    lambda: _row("checkpoint and tied weights", CheckpointedTied()),
-    lambda: _row("checkpoint and frozen layer", _frozen()),
-    lambda: _row("autocast in the model", Autocast(), precision=BFLOAT),
-    lambda: _row("autocast around the loss", mlp(4, 5, 3), autocast_error, precision=BFLOAT),
-    lambda: _row("mask without gradient", Masked()),
-    lambda: _row("teacher without gradient", Taught()),
-    lambda: _sixteen("bfloat16", BFLOAT),
-    lambda: _sixteen("bfloat16, loss in float32", BFLOAT, error_in(torch.float32)),
-    lambda: _sixteen("float16", torch.float16),
-    lambda: _row("loss in float64", mlp(4, 5, 3), error_in(torch.float64)),
-    lambda: _row("module under two names", TwoNames()),
-    lambda: _row("tied weights", Tied()),
-    lambda: _row("module twice in a list", Listed()),
-    lambda: _row("weight_norm", _weight_norm()),
-    lambda: _row("frozen integers", FrozenIndex()),
-    lambda: _row("BatchNorm in eval", _normalised()),
-    lambda: _row("buffers written", Counting()),
-    lambda: _row("ReLU in place", nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))),
-    _compiled,
-    lambda: _row("GPT-2, gradient checkpointing", gpt2(), next_token, batch=_tokens()),
-    lambda: _row("Llama in bfloat16", llama(), next_token, batch=_tokens(), precision=BFLOAT),
-    lambda: _row("batch is a dict", Checkpointed(), dict_error, batch=_dict()),
-    lambda: _row("loss is a module", Checkpointed(), WeightedError()),
-    lambda: _row("function by hand", HandWritten()),
-    lambda: _row("always float32", Narrow(torch.float32).double(), batch=tuple(x.double() for x in _pairs())),
-    lambda: _row("LSTM", Last(), batch=_pairs(5, 4)),
-    lambda: _row("classes", Checkpointed(), cross_entropy, batch=(_pairs()[0], torch.randint(3, (24,)))),
-)
+_MAKERS: dict[str, Callable[[], Row]] = {
+    "checkpoint": lambda: _row(Checkpointed()),
+    "reentrant checkpoint": lambda: _row(Checkpointed(reentrant=True)),
+    "nested checkpoints": lambda: _row(Nested()),
+    "checkpoint and tied weights": lambda: _row(CheckpointedTied()),
+    "checkpoint and frozen layer": lambda: _row(_frozen()),
+    "autocast in the model": lambda: _row(Autocast(), precision=BFLOAT),
+    "autocast around the loss": lambda: _row(mlp(4, 5, 3), autocast_error, precision=BFLOAT),
+    "mask without gradient": lambda: _row(Masked()),
+    "teacher without gradient": lambda: _row(Taught()),
+    "bfloat16": lambda: _sixteen(BFLOAT),
+    "bfloat16, loss in float32": lambda: _sixteen(BFLOAT, error_in(torch.float32)),
+    "float16": lambda: _sixteen(torch.float16),
+    "loss in float64": lambda: _row(mlp(4, 5, 3), error_in(torch.float64)),
+    "module under two names": lambda: _row(TwoNames()),
+    "tied weights": lambda: _row(Tied()),
+    "module twice in a list": lambda: _row(Listed()),
+    "weight_norm": lambda: _row(_weight_norm()),
+    "frozen integers": lambda: _row(FrozenIndex()),
+    "BatchNorm in eval": lambda: _row(_normalised()),
+    "buffers written": lambda: _row(Counting()),
+    "ReLU in place": lambda: _row(nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))),
+    "compiled": _compiled,
+    "GPT-2, gradient checkpointing": lambda: _row(gpt2(), next_token, batch=_tokens(), chosen="head"),
+    "Llama in bfloat16": lambda: _row(llama(), next_token, batch=_tokens(), precision=BFLOAT, chosen="head"),
+    "batch is a dict": lambda: _row(Checkpointed(), dict_error, batch=_dict()),
+    "loss is a module": lambda: _row(Checkpointed(), WeightedError()),
+    "function by hand": lambda: _row(HandWritten()),
+    "function that reads its layer": lambda: _row(ReadsItsLayer()),
+    "always float32": lambda: _narrow(torch.float32),
+    "always bfloat16": lambda: _narrow(BFLOAT),
+    "LSTM": lambda: _row(Last(), batch=_pairs(5, 4)),
+    "classes": lambda: _row(Checkpointed(), cross_entropy, batch=(_pairs()[0], torch.randint(3, (24,)))),
+}
+NAMES = list(_MAKERS)
 
 
-def rows() -> list[Row]:
-    """Every row, made anew from one seed; the global generator stays as it is."""
+def row(name: str) -> Row:
+    """A row, made anew from one seed; the global generator stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return [make() for make in MAKERS]
+        return _MAKERS[name]()

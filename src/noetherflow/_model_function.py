@@ -14,9 +14,9 @@ from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.func import functional_call, grad_and_value, vmap
 
+from noetherflow._autograd import accumulate, is_reentrant, nodes_of
 from noetherflow._batch import is_per_example, tensors_of, with_tensors
 from noetherflow._errors import LossError
 from noetherflow._params import in_dtype, require_finite, require_names, snapshot
@@ -104,7 +104,9 @@ class ModelFunction:
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
         """The losses, shape (B,), without a graph."""
-        with torch.no_grad(), self._explained():
+        with torch.no_grad(), self._explained(), warnings.catch_warnings():
+            # Reentrant checkpoints say so of every forward pass that is not meant to be differentiated.
+            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
             return self(params, batch)
 
     def gradient(
@@ -175,7 +177,7 @@ class ModelFunction:
         with torch.enable_grad(), self._explained(), Watch() as watch:
             losses = self(leaves, batch)
         self.precision = coarsest({*watch.seen, losses.dtype})
-        self.reentrant = losses.grad_fn is not None and _is_reentrant(_nodes(losses.grad_fn))
+        self.reentrant = losses.grad_fn is not None and is_reentrant(nodes_of(losses.grad_fn))
         return self
 
     @property
@@ -239,9 +241,9 @@ class ModelFunction:
             total = losses.sum() if weights is None else (weights * losses).sum()
             if total.grad_fn is None:
                 return
-            nodes = _nodes(total.grad_fn)
-            if _is_reentrant(nodes):
-                _accumulate(total, nodes, leaves.values())
+            nodes = nodes_of(total.grad_fn)
+            if is_reentrant(nodes):
+                accumulate(total, nodes, leaves.values())
                 found.update({name: leaf.grad for name, leaf in leaves.items()})
             else:
                 gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
@@ -314,30 +316,3 @@ def _places(holder: nn.Module, model: nn.Module) -> tuple[dict[str, str], dict[s
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.is_floating_point())
-
-
-def _nodes(root: Node) -> set[Node]:
-    """All nodes of an autograd graph."""
-    seen, waiting = {root}, [root]
-    while waiting:
-        for node, _ in waiting.pop().next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                waiting.append(node)
-    return seen
-
-
-def _is_reentrant(nodes: Collection[Node]) -> bool:
-    return any(node.name() == "CheckpointFunctionBackward" for node in nodes)
-
-
-def _accumulate(total: Tensor, nodes: Collection[Node], leaves: Collection[Tensor]) -> None:
-    """A backward pass into `.grad` of these leaves, the only kind that a reentrant checkpoint allows."""
-    mine = {id(leaf) for leaf in leaves}
-    others = [one.variable for one in nodes if hasattr(one, "variable") and id(one.variable) not in mine]
-    before = [one.grad for one in others]
-    for one in others:
-        one.grad = None
-    total.backward()
-    for one, gradient in zip(others, before, strict=True):
-        one.grad = gradient

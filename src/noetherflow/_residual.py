@@ -1,5 +1,6 @@
 """How far from a symmetry: cosines of gradients, relative changes of losses, and symmetries that share entries."""
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -24,8 +25,10 @@ def cosine(gradients: Params, direction: Params, *, batched: bool = False) -> Te
         Shape (), or (B,). 0 where g or v vanishes, infinity where g or v is not finite.
     """
     names = list(direction)
-    g, g_size = _unit([gradients[name] if batched else gradients[name].unsqueeze(0) for name in names])
-    v, v_size = _unit([direction[name].unsqueeze(0) for name in names])
+    stacks = [gradients[name] if batched else gradients[name].unsqueeze(0) for name in names]
+    dtype = functools.reduce(torch.promote_types, [one.dtype for one in (*stacks, *direction.values())], torch.float32)
+    g, g_size = _unit(stacks, dtype)
+    v, v_size = _unit([direction[name].unsqueeze(0) for name in names], dtype)
     along = torch.stack([one @ other[0] for one, other in zip(g, v, strict=True)]).sum(0)
     norms = [torch.stack([one.square().sum(1) for one in side]).sum(0).sqrt() for side in (g, v)]
     result = (along.abs() / (norms[0] * norms[1])).nan_to_num(nan=torch.inf)
@@ -33,9 +36,9 @@ def cosine(gradients: Params, direction: Params, *, batched: bool = False) -> Te
     return result if batched else result[0]
 
 
-def _unit(tensors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+def _unit(tensors: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """Stacks flattened to (B, n) over the largest entry of each example, and that entry, shape (B,)."""
-    flat = [one.flatten(1).to(torch.promote_types(one.dtype, torch.float32)) for one in tensors]
+    flat = [one.flatten(1).to(dtype) for one in tensors]
     largest = torch.stack([one.abs().amax(1) for one in flat if one.numel()]).amax(0)
     return [one / largest[:, None] for one in flat], largest
 
