@@ -356,3 +356,39 @@ def test_a_mechanism_taken_away_is_noticed(monkeypatch: pytest.MonkeyPatch, twin
     monkeypatch.setattr(where, what, instead, raising=False)
     with pytest.raises((AssertionError, RuntimeError, IndexError, UserWarning, nf.NoetherflowError)):
         check(row)
+
+
+# Other callers that evaluate a model at parameters that are not the model's.
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_replicas_of_a_checkpointed_model_move_as_those_of_a_plain_model(reentrant: bool) -> None:
+    checkpointed, net = Checkpointed(reentrant).double(), Net().double()
+    net.load_state_dict(checkpointed.state_dict())
+    data = double(model_table.row("checkpoint").batch)
+    start = {n: p.detach() * (1 + 0.2 * torch.randn(3, *p.shape).double()) for n, p in net.named_parameters()}
+    found, expected = (
+        nf.simulate(model, squared_error, data, nf.GradientDescent(lr=0.01), steps=20, start=start, progress=False)
+        for model in (checkpointed, net)
+    )
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-12, atol=0)
+    assert expected.loss[-1].max() < expected.loss[0].min()
+    for name, stack in expected.params.items():
+        torch.testing.assert_close(found.params[name], stack, rtol=1e-11, atol=1e-13)
+
+
+def test_a_checkpointed_model_has_the_generators_of_a_plain_model() -> None:
+    class Small(nn.Module):
+        def __init__(self, again: bool) -> None:
+            super().__init__()
+            self.into, self.out, self.again = nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False), again
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.utils.checkpoint.checkpoint(self.into, x, use_reentrant=False) if self.again else self.into(x)
+            return self.out(h.relu())
+
+    batch = torch.randn(6, 2).double(), torch.randn(6, 1).double()
+    found, expected = (nf.discover_generators(Small(again).double(), squared_error, batch) for again in (True, False))
+    assert len(expected.symmetric) == 2
+    spans = [one.symmetric.flatten(1).mT @ one.symmetric.flatten(1) for one in (found, expected)]
+    torch.testing.assert_close(*spans, rtol=0, atol=1e-9)
