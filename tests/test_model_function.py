@@ -327,12 +327,12 @@ TWINS: dict[str, tuple[Any, str, Any, Any, list[str]]] = {
         _model_function, "is_reentrant", lambda nodes: False, gradients_are_right, ["reentrant checkpoint"],
     ),
     "one place for a tied weight": (
-        _model_function, "_places", first_place_only, gradients_are_right, ["tied weights", "buffers written"],
+        _model_function, "places_of", first_place_only, gradients_are_right, ["tied weights", "buffers written"],
     ),
     "two places for one module": (
-        _model_function, "_places", all_places, gradients_are_right, ["module under two names"],
+        _model_function, "places_of", all_places, gradients_are_right, ["module under two names"],
     ),
-    "the loss has no state": (_model_function, "_places", first_place_only, go_through, ["loss is a module"]),
+    "the loss has no state": (_model_function, "places_of", first_place_only, go_through, ["loss is a module"]),
     "all types converted": (_params, "in_dtype", cast_all, go_through, ["frozen integers"]),
     "types unwatched": (
         Watch, "__torch_function__", unwatched, gradients_are_right,

@@ -19,6 +19,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from noetherflow._autograd import accumulate, is_reentrant, nodes_of
 from noetherflow._batch import is_per_example, tensors_of, with_tensors
 from noetherflow._errors import LossError
+from noetherflow._holder import Holder, places_of
 from noetherflow._params import in_dtype, require_finite, require_names, snapshot
 from noetherflow._precision import TOLERANCES, Tolerance, Watch, coarsest
 from noetherflow._types import Batch, Loss, Params
@@ -65,8 +66,8 @@ class ModelFunction:
         self.trained = {name: self.params[name] for name, one in model.named_parameters() if one.requires_grad}
         self.precision = coarsest(one.dtype for one in self.params.values())
         self.reentrant = False
-        self._holder = _Holder(model, loss)
-        self._places, others = _places(self._holder, model)
+        self._holder = Holder(model, loss)
+        self._places, others = places_of(self._holder, model)
         # Of buffers, every call gets a copy: a module may write into them. Parameters of a loss are constants.
         self._buffers = {id(one): in_dtype(one.detach().clone(), dtype) for one in self._holder.buffers()}
         self._others = {place: id(one) for place, one in others.items()}
@@ -274,44 +275,6 @@ def eager() -> AbstractContextManager[Any, Any]:
     if "torch._dynamo" not in sys.modules:
         return nullcontext()  # nothing is compiled; loading the compiler takes a second and much memory
     return torch.compiler.set_stance("force_eager")
-
-
-@final
-class _Holder(nn.Module):
-    """A model and its loss in one module, whose forward pass is whatever has to happen with parameters in place."""
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-
-    def losses(self, batch: Batch) -> Tensor:
-        return self.loss(self.model, batch)
-
-    def forward(self, action: Callable[[], Any]) -> Any:
-        return action()
-
-
-def _places(holder: nn.Module, model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Where every parameter and buffer has to be put.
-
-    A tied weight has several places. A module that is itself registered under several names has one: functional_call
-    would take what it put there first for the original, and leave it there.
-
-    Returns:
-        Canonical name by place, for the parameters of the model; the tensor by place, for all others.
-    """
-    canonical = {id(tensor): name for name, tensor in model.named_parameters()}
-    places, others = {}, {}
-    for prefix, module in holder.named_modules():
-        for listed in (module.named_parameters, module.named_buffers):
-            for name, tensor in listed(recurse=False, remove_duplicate=False):
-                place = f"{prefix}.{name}" if prefix else name
-                if id(tensor) in canonical:
-                    places[place] = canonical[id(tensor)]
-                else:
-                    others[place] = tensor
-    return places, others
 
 
 def _leaf(tensor: Tensor) -> Tensor:
