@@ -1,5 +1,7 @@
 """Residuals: of gradients and losses of any size, in every function that asks for them."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -154,3 +156,9 @@ def test_squares_that_vanish_are_noticed(monkeypatch: pytest.MonkeyPatch, caller
     monkeypatch.setattr(where, "cosine", unscaled)
     with pytest.raises((AssertionError, nf.NotASymmetryError)):
         test_a_symmetry_is_one_whatever_the_size_of_the_loss(caller, 1e-170)
+
+
+def test_a_residual_names_the_type_of_the_computation_and_travels_with_it() -> None:
+    residual = nf.Residual(loss=1e-3, gradient=2e-3, example=4, precision=torch.bfloat16)
+    for copied in (copy.deepcopy(residual), pickle.loads(pickle.dumps(residual))):
+        assert (copied.loss, copied.gradient, copied.example, copied.precision) == (1e-3, 2e-3, 4, torch.bfloat16)

@@ -51,9 +51,9 @@ class Residual(float):
         self.loss, self.gradient, self.example, self.precision = loss, gradient, example, precision
         return self
 
-    def __getnewargs__(self) -> tuple[float, float, int]:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple[float, float, int, torch.dtype]:  # type: ignore[override]
         """The parts, from which pickle and copy make the residual again; a float gives only its value."""
-        return self.loss, self.gradient, self.example
+        return self.loss, self.gradient, self.example, self.precision
 
 
 def verify_symmetry(
