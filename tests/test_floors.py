@@ -9,9 +9,11 @@ SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = "noetherflow"
 # What lies directly in src/noetherflow, file or folder, from the ground up. docs/design.md says what each floor is for.
 FLOORS = [
-    {"_types", "_errors", "_optimizers", "_spd", "_progress", "_batch", "_files", "_versions", "_table", "_codec"},
+    {"_types", "_errors", "_optimizers", "_spd", "_progress", "_batch", "_files", "_versions", "_table", "_codec"}
+    | {"_autograd", "_holder", "_precision"},
     {"_params", "_per_example", "_store"},
-    {"symmetry"},
+    {"_model_function", "symmetry"},
+    {"_residual"},
     {"_verify"},
     {"detect"},
     {"noise", "discover"},

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from noetherflow import ParameterNameError, _batch, _files, _params, _progress, _versions
+from noetherflow._model_function import ModelFunction
 
 
 def test_tensors_come_out_and_go_back_in_the_same_order() -> None:
@@ -101,13 +102,12 @@ def test_aliases_lead_to_the_first_name() -> None:
 
 def test_the_model_is_a_function_that_leaves_the_module_alone() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    losses = _params.bind(net, lambda model, x: model(x).sum(1))
+    function = ModelFunction(net, lambda model, x: model(x).sum(1))
     before = net[1].running_mean.clone()
-    params = _params.snapshot(net, None)
-    losses(params, torch.randn(8, 3))
+    function.losses(function.params, torch.randn(8, 3))
     assert torch.equal(net[1].running_mean, before)
     with pytest.raises(ParameterNameError, match="misspelt"):
-        losses(params | {"misspelt": torch.zeros(1)}, torch.randn(8, 3))
+        function.losses({"misspelt": torch.zeros(1)}, torch.randn(8, 3))
 
 
 def test_a_module_under_two_names_is_left_alone() -> None:
@@ -116,17 +116,25 @@ def test_a_module_under_two_names_is_left_alone() -> None:
     shared.register_buffer("offset", torch.zeros(2))
     model = nn.Sequential(shared, nn.ReLU(), shared).double()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    losses = _params.bind(model, lambda model, x: model(x).sum(1), torch.float64)
-    params = {name: 3 * tensor for name, tensor in _params.snapshot(model).items()}
+    function = ModelFunction(model, lambda model, x: model(x).sum(1), torch.float64)
+    params = {name: 3 * tensor for name, tensor in function.params.items()}
     x = torch.randn(4, 2).double()
-    moved = losses(params, x)
+    moved = function.losses(params, x)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 3
     torch.testing.assert_close(moved, model(x).sum(1).detach())
     with pytest.raises(ParameterNameError, match=r"2\.weight"):
-        losses({**params, "2.weight": params["0.weight"]}, x)
+        function.losses({**params, "2.weight": params["0.weight"]}, x)
+
+
+def test_only_what_has_a_fraction_is_converted() -> None:
+    kinds = {"f": torch.ones(2), "c": torch.ones(2) * 1j, "i": torch.arange(2), "b": torch.tensor([True])}
+    copies = _params.snapshot(kinds)
+    assert [one.dtype for one in copies.values()] == [torch.float64, torch.complex128, torch.int64, torch.bool]
+    assert all(torch.equal(one, copies[name].to(one.dtype)) for name, one in kinds.items())
+    assert all(copies[name].data_ptr() != one.data_ptr() for name, one in kinds.items())
 
 
 def test_progress_is_silent_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,21 +1,18 @@
-"""The loss and the gradient of every single example, exactly, and what stands in the way of them."""
+"""What stands in the way of losses and gradients of single examples, and functions of every example."""
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad_and_value, vmap
+from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from noetherflow._batch import is_per_example, tensors_of, with_tensors
 from noetherflow._errors import CoupledExamplesError, EmptyDataError, LossError, NonFiniteError
-from noetherflow._types import Batch, Params
-
-Losses = Callable[[Params, Batch], Tensor]
+from noetherflow._types import Params
 
 
 def require_uncoupled(model: nn.Module) -> None:
@@ -53,54 +50,18 @@ def require_losses(values: Tensor, where: str) -> int:
     return len(values)
 
 
-def require_differentiable(losses: Losses, params: Params, batch: Batch, needed: set[str], where: str) -> None:
-    """Raise if the loss is detached from the parameters, or reaches one of the needed parameters in no way."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
-    with torch.enable_grad():
-        total = losses(leaves, batch).sum()
-    if not total.requires_grad:
+def require_differentiable(unreached: Collection[str], params: Params, needed: set[str], where: str) -> None:
+    """Raise if the loss is detached from all parameters, or from a parameter on which a symmetry acts."""
+    if len(unreached) == len(params):
         raise LossError(
             f"{where}: the loss does not depend differentiably on any trainable parameter. Look for .detach(), "
             ".item(), argmax or torch.no_grad() in the loss or the model"
         )
-    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    unused = [name for name, gradient in zip(leaves, gradients, strict=True) if gradient is None and name in needed]
+    unused = [name for name in unreached if name in needed]
     if unused:
         raise LossError(
             f"{where}: the loss does not depend on {unused}, on which a symmetry acts: no gradient reaches them"
         )
-
-
-def example_gradients(
-    losses: Losses, params: Params, batch: Batch, size: int, examples: slice, where: str
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of some examples of a batch, shape (b,), and its gradients, shape (b, *parameter shape) by name.
-
-    Every example is evaluated alone, as a batch of one, vectorised over the slice. Tensors whose leading dimension is
-    not the size of the whole batch are shared by all examples.
-
-    Returns:
-        Losses and gradients.
-
-    Raises:
-        LossError: If no tensor of the batch has an entry per example.
-    """
-    leaves = tensors_of(batch)
-    own = [is_per_example(leaf, size) for leaf in leaves]
-    if not any(own):
-        shapes = [tuple(leaf.shape) for leaf in leaves]
-        raise LossError(
-            f"{where}: the loss has {size} examples, but no tensor of the batch has that leading dimension: {shapes}"
-        )
-
-    def one(params: Params, *example: Tensor) -> Tensor:
-        single = [leaf.unsqueeze(0) if mine else leaf for leaf, mine in zip(example, own, strict=True)]
-        return losses(params, with_tensors(batch, single)).sum()
-
-    chosen = [leaf[examples] if mine else leaf for leaf, mine in zip(leaves, own, strict=True)]
-    shared = (True, *(not mine for mine in own))
-    gradients, values = each(grad_and_value(one), (dict(params), *chosen), shared, randomness="different")
-    return values, gradients
 
 
 def each(function: Callable[..., Any], inputs: tuple[Any, ...], shared: tuple[bool, ...], randomness: str) -> Any:
@@ -135,11 +96,11 @@ def each(function: Callable[..., Any], inputs: tuple[Any, ...], shared: tuple[bo
     return tree_map(lambda *parts: torch.stack(parts), *results)
 
 
-def require_independent(alone: Tensor, together: Tensor, where: str) -> None:
-    """Raise if examples have another loss on their own than within their batch."""
+def require_independent(alone: Tensor, together: Tensor, where: str, tolerance: float) -> None:
+    """Raise if examples have another loss on their own than within their batch, beyond a relative tolerance."""
+    alone, together = alone.double(), together.double()
     difference = (alone - together).abs()
     scale = together.abs().mean() + together.abs()
-    tolerance = torch.finfo(together.dtype).eps ** 0.5
     worst = int((difference / scale.clamp_min(torch.finfo(together.dtype).tiny)).argmax())
     if not difference[worst] <= tolerance * scale[worst]:
         raise CoupledExamplesError(

@@ -5,8 +5,10 @@ from torch import Tensor, nn
 
 from noetherflow._batch import cast
 from noetherflow._errors import EquilibriumError, FunctionChangedError, SettingsError
+from noetherflow._model_function import ModelFunction
 from noetherflow._params import require_names, snapshot
 from noetherflow._per_example import own_randomness, require_losses
+from noetherflow._residual import relative_change
 from noetherflow._types import Batch, Loss
 from noetherflow.equilibrium import Equilibrium, Status
 
@@ -25,8 +27,8 @@ def rebalance_(
     r"""Move a model to its noise equilibrium in place, and check that no example's loss has changed.
 
     The group element found by `solve_equilibrium` is applied to the parameters as they are now,
-    $\theta \to e^{Q_x}\theta$. The loss of every example of a batch is compared before and after, and if one changed
-    by more than the tolerance everything is put back.
+    $\theta \to e^{Q_x}\theta$. The loss of every example of a batch is computed before and after, and the model is
+    moved only if no loss changes by more than the tolerance.
 
     Args:
         model: The model, changed in place.
@@ -35,7 +37,8 @@ def rebalance_(
         batch: The examples on which the function is checked.
         optimizer: A `torch.optim.SGD` whose momentum moves along; it transforms like a gradient, by $e^{-Q_x}$.
         tolerance: Largest change of an example's loss that is accepted, relative to that loss or to the batch's mean,
-            whichever is larger. By default the square root of the machine epsilon of the model's dtype.
+            whichever is larger. By default the square root of the machine epsilon of the coarsest floating-point
+            type in which the loss is computed.
 
     Returns:
         The largest relative change of an example's loss.
@@ -62,38 +65,34 @@ def rebalance_(
     if equilibrium.status in _UNUSABLE:
         raise EquilibriumError(f"there is no equilibrium to move to: {equilibrium.status.value}\n{equilibrium.message}")
     named = dict(model.named_parameters())
-    before = snapshot(model, None)
     for symmetry in equilibrium.symmetries.values():
         require_names(named, symmetry.names, "the equilibrium")
-    dtype = next(iter(named.values())).dtype
-    tolerance = torch.finfo(dtype).eps ** 0.5 if tolerance is None else tolerance
     buffers = None if optimizer is None else _momenta(optimizer, named)
-
-    loss_before = _losses(model, loss, batch)
-    _assign(named, _moved(equilibrium, before, 1.0))
-    try:
-        loss_after = _losses(model, loss, batch)
-        scale = torch.maximum(loss_before.abs(), loss_before.abs().mean()).clamp_min(
-            torch.finfo(loss_before.dtype).tiny
+    function = ModelFunction(model, loss)
+    moved = {name: one.to(named[name].dtype) for name, one in _moved(equilibrium, function.params, 1.0).items()}
+    batch = cast(batch, None, next(iter(named.values())).device)
+    loss_before = _losses(function, function.params, batch)
+    if tolerance is None:
+        with own_randomness(next(iter(named.values())).device, seed=0):
+            tolerance = function.observe(batch).tolerance.rounding
+    loss_after = _losses(function, moved, batch)
+    change = relative_change(loss_before, loss_after)
+    worst = int(change.argmax())
+    if not change[worst] <= tolerance:
+        raise FunctionChangedError(
+            f"the loss of example {worst} would change from {loss_before[worst].item():.6g} to "
+            f"{loss_after[worst].item():.6g}, relative {change[worst].item():.2e} > tolerance {tolerance:.2e}; "
+            "the model stays as it was. Either (a) a declared symmetry is not one: check it with verify_symmetry; "
+            "or (b) the type in which the loss is computed is too coarse for so large a move: raise the tolerance"
         )
-        change = ((loss_after - loss_before).abs() / scale).nan_to_num(nan=torch.inf)
-        worst = int(change.argmax())
-        if not change[worst] <= tolerance:
-            raise FunctionChangedError(
-                f"the loss of example {worst} would change from {loss_before[worst].item():.6g} to "
-                f"{loss_after[worst].item():.6g}, relative {change[worst].item():.2e} > tolerance {tolerance:.2e}; "
-                "the model was put back. Either (a) a declared symmetry is not one: check it with verify_symmetry; "
-                "or (b) the model's dtype is too coarse for so large a move: raise the tolerance"
-            )
-    except BaseException:
-        _assign(named, before)
-        raise
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(moved[name])
     if buffers is not None:
         with torch.no_grad():
-            for name, moved in _moved(
-                equilibrium, {name: buffer.detach() for name, buffer in buffers.items()}, -1.0
-            ).items():
-                buffers[name].copy_(moved)
+            momenta = _moved(equilibrium, {name: buffer.detach() for name, buffer in buffers.items()}, -1.0)
+            for name, momentum in momenta.items():
+                buffers[name].copy_(momentum)
     return change[worst].item()
 
 
@@ -105,21 +104,10 @@ def _moved(equilibrium: Equilibrium, tensors: dict[str, Tensor], sign: float) ->
     return moved
 
 
-def _assign(named: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(values[name])
-
-
-def _losses(model: nn.Module, loss: Loss, batch: Batch) -> Tensor:
-    parameter = next(model.parameters())
-    # The same seed before and after, so that dropout drops the same units; buffers are put back, since train mode may
-    # move them.
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    with own_randomness(parameter.device, seed=0), torch.no_grad():
-        values = loss(model, cast(batch, None, parameter.device))
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
+def _losses(function: ModelFunction, params: dict[str, Tensor], batch: Batch) -> Tensor:
+    # The same seed before and after, so that dropout drops the same units.
+    with own_randomness(next(iter(params.values())).device, seed=0):
+        values = function.losses(params, batch)
     require_losses(values, "rebalance_")
     return values.double()
 

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from noetherflow import _spd
 from noetherflow._batch import cast, select
-from noetherflow._params import aliases, bind, require_finite, snapshot
-from noetherflow._per_example import Losses, own_randomness, require_losses
+from noetherflow._model_function import ModelFunction
+from noetherflow._params import aliases
+from noetherflow._per_example import own_randomness, require_losses
+from noetherflow._residual import cosine, relative_change
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.symmetry import Symmetry
 
@@ -28,6 +30,8 @@ class Residual(float):
             that loss or of the batch's mean, whichever is larger.
         gradient: Largest cosine between the gradient of a single example and the direction of motion Q theta.
         example: Index in the batch of the example that is worst.
+        precision: The coarsest floating-point type in which the losses were computed: an exact symmetry leaves rounding
+            of this type.
 
     Examples:
         >>> import noetherflow as nf
@@ -39,16 +43,17 @@ class Residual(float):
     loss: float
     gradient: float
     example: int
+    precision: torch.dtype
 
-    def __new__(cls, loss: float, gradient: float, example: int) -> "Residual":
+    def __new__(cls, loss: float, gradient: float, example: int, precision: torch.dtype = torch.float64) -> "Residual":
         """Combine both parts."""
         self = super().__new__(cls, max(loss, gradient))
-        self.loss, self.gradient, self.example = loss, gradient, example
+        self.loss, self.gradient, self.example, self.precision = loss, gradient, example, precision
         return self
 
-    def __getnewargs__(self) -> tuple[float, float, int]:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple[float, float, int, torch.dtype]:  # type: ignore[override]
         """The parts, from which pickle and copy make the residual again; a float gives only its value."""
-        return self.loss, self.gradient, self.example
+        return self.loss, self.gradient, self.example, self.precision
 
 
 def verify_symmetry(
@@ -65,7 +70,8 @@ def verify_symmetry(
 
     A symmetry leaves $\ell(e^{Q_x}\theta, z) = \ell(\theta, z)$ for every example z, and so
     $\nabla\ell \cdot Q_x\theta = 0$. Both are tried on random coordinates x, on a copy of the model in float64: an
-    exact symmetry leaves only rounding, about 1e-14.
+    exact symmetry leaves only rounding, about 1e-14. A model that computes in a coarser type whatever the type of its
+    parameters, such as a normalisation in float32, leaves rounding of that type: see `Residual.precision`.
 
     Args:
         model: The model, in the mode (train or eval) in which the question is asked. It is not changed.
@@ -101,25 +107,25 @@ def verify_symmetry(
     Source: Ziyin et al. (2024), the definition of an exponential symmetry.
     """
     symmetry = symmetry.rename(aliases(model))
-    params = snapshot(model, dtype)
-    require_finite(params, "parameter")
+    function = ModelFunction(model, loss, dtype)
+    params = function.params
     symmetry.check(params)
     device = next(iter(params.values())).device
     batch = cast(batch, dtype, device)
-    losses = bind(model, loss, dtype)
     generator = generator or torch.Generator().manual_seed(0)
     # The same seed before every evaluation, so that dropout drops the same units before and after.
-    with own_randomness(device, seed=0), torch.no_grad():
-        before = losses(params, batch)
-    size = require_losses(before, "verify_symmetry")
+    with own_randomness(device, seed=0):
+        before = function.losses(params, batch)
+        size = require_losses(before, "verify_symmetry")
+        function.observe(select(batch, torch.zeros(1, dtype=torch.long, device=device), size))
     change = torch.zeros_like(before)
     for x in random_coordinates(symmetry, params, draws, generator):
-        with own_randomness(device, seed=0), torch.no_grad():
-            after = losses(symmetry.act(x, params), batch)
+        with own_randomness(device, seed=0):
+            after = function.losses(symmetry.act(x, params), batch)
         change = torch.maximum(change, relative_change(before, after))
-    cosine = _worst_cosines(symmetry, losses, params, batch, size, generator)
-    worst = torch.maximum(change, cosine)
-    return Residual(change.max().item(), cosine.max().item(), int(worst.argmax()))
+    cosines = _worst_cosines(symmetry, function, batch, size, generator)
+    worst = torch.maximum(change, cosines)
+    return Residual(change.max().item(), cosines.max().item(), int(worst.argmax()), function.precision)
 
 
 def random_coordinates(symmetry: Symmetry, params: Params, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -134,42 +140,18 @@ def random_coordinates(symmetry: Symmetry, params: Params, draws: int, generator
         yield x.to(identity)
 
 
-def relative_change(before: Tensor, after: Tensor) -> Tensor:
-    """How much each loss has changed, relative to itself or to the mean of all, whichever is larger."""
-    scale = torch.maximum(before.abs(), before.abs().mean()).clamp_min(torch.finfo(before.dtype).tiny)
-    return ((after - before).abs() / scale).nan_to_num(nan=torch.inf)
-
-
-def cosine(gradients: Params, direction: Params) -> Tensor:
-    """|g . v| / (|g| |v|) over the parameters that v moves; 0 where one of them vanishes."""
-    pairs = [_of_unit_size([side[name] for name in direction]) for side in (gradients, direction)]
-    along = torch.stack([(g * v).sum() for g, v in zip(*pairs, strict=True)]).sum()
-    sizes = [torch.stack([one.square().sum() for one in side]).sum().sqrt() for side in pairs]
-    return (along.abs() / (sizes[0] * sizes[1])).nan_to_num(nan=0.0)
-
-
-def _of_unit_size(tensors: list[Tensor]) -> list[Tensor]:
-    """Tensors over their largest entry, so that squares neither vanish nor overflow."""
-    largest = torch.stack([one.abs().max() for one in tensors if one.numel()]).max()
-    return [one / largest for one in tensors]
-
-
 def _worst_cosines(
-    symmetry: Symmetry, losses: Losses, params: dict[str, Tensor], batch: Batch, size: int, generator: torch.Generator
+    symmetry: Symmetry, function: ModelFunction, batch: Batch, size: int, generator: torch.Generator
 ) -> Tensor:
     """|g . Q theta| / (|g| |Q theta|) of every example, over the parameters on which the symmetry acts; shape (B,)."""
+    params = {name: function.params[name] for name in symmetry.names}
     (x,) = random_coordinates(symmetry, params, 1, generator)
-    direction = symmetry.generate(x, {name: params[name] for name in symmetry.names})
-    device = next(iter(params.values())).device
+    direction = symmetry.generate(x, params)
     cosines = []
     # One example at a time: this is a certificate for models of any size, and must not need B copies of their
     # gradients.
     for index in range(size):
-        one = select(batch, torch.tensor([index], device=device), size)
-        leaves = {name: tensor.detach().requires_grad_(name in symmetry.names) for name, tensor in params.items()}
-        with own_randomness(device, seed=0), torch.enable_grad():
-            value = losses(leaves, one).sum()
-        touched = [leaves[name] for name in symmetry.names]
-        gradients = torch.autograd.grad(value, touched, allow_unused=True, materialize_grads=True)
-        cosines.append(cosine(dict(zip(symmetry.names, gradients, strict=True)), direction))
+        single = select(batch, torch.tensor([index], device=x.device), size)
+        with own_randomness(x.device, seed=0):
+            cosines.append(cosine(function.gradient(params, single)[1], direction))
     return torch.stack(cosines)

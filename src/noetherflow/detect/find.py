@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from noetherflow._precision import TOLERANCES
 from noetherflow._types import Batch, Loss
 from noetherflow.detect.explanation import AxisNote, Explanation, Finding
 from noetherflow.detect.exponents import Equations, Role
 from noetherflow.detect.families import candidates
 from noetherflow.detect.names import named
-from noetherflow.detect.proof import TOLERANCE, precision, prove
+from noetherflow.detect.proof import prove
 from noetherflow.detect.solve import Solution, solve
 from noetherflow.detect.trace import Graph, trace
 from noetherflow.detect.walk import walk
@@ -110,14 +111,18 @@ def explain(
     allowed = candidates(equations, solution, order)
     names = named(allowed)
     residuals = prove([one.symmetry for one in allowed], model, loss, batch, dtype=dtype) if allowed else []
-    limit = TOLERANCE[precision(model, dtype)]
     found = [
         Finding(name, one.symmetry, residual, one.diagonal, one.small)
         for name, one, residual in zip(names, allowed, residuals, strict=True)
     ]
-    kept = [one for one in found if one.residual <= limit or (one.small and one.residual <= APPROXIMATE)]
+    kept = [one for one in found if _is_proved(one)]
     axes = _axes(model, equations, solution, kept)
     return Explanation(tuple(kept), tuple(one for one in found if one not in kept), tuple(axes))
+
+
+def _is_proved(finding: Finding) -> bool:
+    limit = TOLERANCES[finding.residual.precision].proof
+    return finding.residual <= (max(limit, APPROXIMATE) if finding.small else limit)
 
 
 def _order(graph: Graph, parameters: Iterable[str]) -> dict[str, int]:

@@ -8,14 +8,13 @@ from torch import Tensor, nn
 
 from noetherflow._batch import cast, select
 from noetherflow._errors import CoupledExamplesError
-from noetherflow._params import bind, require_finite, snapshot
+from noetherflow._model_function import ModelFunction
 from noetherflow._per_example import own_randomness, require_losses, require_uncoupled
+from noetherflow._residual import cosine, relative_change
 from noetherflow._types import Batch, Loss
-from noetherflow._verify import Residual, cosine, random_coordinates, relative_change
+from noetherflow._verify import Residual, random_coordinates
 from noetherflow.symmetry import Symmetry
 
-# What rounding leaves, with room, and what a mistake leaves: 1e-3 to 1.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 # Together they are as good a test as one by one, as long as the rounding of so many transformations stays small.
 _TOGETHER = 64
 # Models beyond this size are proved in their own precision: a copy in float64 would take twice the memory.
@@ -43,7 +42,7 @@ def prove(
     return _Proof(model, loss, batch, dtype, draws).of(list(symmetries))
 
 
-def precision(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
+def _dtype(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
     """Where the proof is made: float64 for models that are not too large for it, else their own, float32 at least."""
     if dtype is not None:
         return dtype
@@ -57,12 +56,11 @@ class _Proof:
     """What all symmetries of one model have in common."""
 
     def __init__(self, model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype | None, draws: int) -> None:
-        self._dtype = precision(model, dtype)
-        self._params = snapshot(model, self._dtype)
-        require_finite(self._params, "parameter")
+        dtype = _dtype(model, dtype)
+        self._function = ModelFunction(model, loss, dtype)
+        self._params = self._function.params
         self._device = next(iter(self._params.values())).device
-        self._batch = cast(batch, self._dtype, self._device)
-        self._losses = bind(model, loss, self._dtype)
+        self._batch = cast(batch, dtype, self._device)
         self._draws = draws
         self._generator = torch.Generator().manual_seed(0)
         self._before = self._evaluate(self._params)
@@ -72,6 +70,8 @@ class _Proof:
             self._coupled = False
         except CoupledExamplesError:
             self._coupled = True
+        with own_randomness(self._device, seed=0):
+            self._function.observe(self._batch if self._coupled else self._example(0))
 
     def of(self, symmetries: list[Symmetry]) -> list[Residual]:
         cosines = self._cosines(symmetries)
@@ -79,7 +79,7 @@ class _Proof:
         for first in range(0, len(symmetries), _TOGETHER):
             changes += self._changes(symmetries[first : first + _TOGETHER])
         return [
-            Residual(change, float(each.max()), int(each.argmax()))
+            Residual(change, float(each.max()), int(each.argmax()), self._function.precision)
             for change, each in zip(changes, cosines, strict=True)
         ]
 
@@ -94,7 +94,7 @@ class _Proof:
                 moved = moved | one.act(x, own)
             after = self._evaluate(moved)
             worst = max(worst, float(relative_change(self._before, after).max()))
-        if worst <= TOLERANCE[self._dtype] or len(symmetries) == 1:
+        if worst <= self._function.tolerance.proof or len(symmetries) == 1:
             return [worst] * len(symmetries)
         half = len(symmetries) // 2
         return self._changes(symmetries[:half]) + self._changes(symmetries[half:])
@@ -106,25 +106,18 @@ class _Proof:
             own = {name: self._params[name] for name in one.names}
             (x,) = random_coordinates(one, own, 1, self._generator)
             directions.append(one.generate(x, own))
+        moved = {name: self._params[name] for one in symmetries for name in one.names}
         found = []
         for index in range(1 if self._coupled else self._size):
-            gradients = self._gradients(None if self._coupled else index)
+            with own_randomness(self._device, seed=0):
+                gradients = self._function.gradient(moved, self._batch if self._coupled else self._example(index))[1]
             found.append(torch.stack([cosine(gradients, direction) for direction in directions]))
         return list(torch.stack(found, 1))
 
-    def _gradients(self, index: int | None) -> dict[str, Tensor]:
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self._params.items()}
-        batch = self._batch
-        if index is not None:
-            batch = select(batch, torch.tensor([index], device=self._device), self._size)
-        with own_randomness(self._device, seed=0), torch.enable_grad():
-            value = self._losses(leaves, batch).sum()
-        if not value.requires_grad:
-            return {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
-        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return dict(zip(leaves, found, strict=True))
+    def _example(self, index: int) -> Batch:
+        return select(self._batch, torch.tensor([index], device=self._device), self._size)
 
     def _evaluate(self, params: dict[str, Tensor]) -> Tensor:
         # The same seed every time, so that dropout drops the same units before and after.
-        with own_randomness(self._device, seed=0), torch.no_grad():
-            return self._losses(params, self._batch)
+        with own_randomness(self._device, seed=0):
+            return self._function.losses(params, self._batch)

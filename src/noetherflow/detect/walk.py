@@ -1,16 +1,20 @@
 """Walks through a graph and collects what every operation says about the exponents."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from noetherflow._errors import TraceError
 from noetherflow.detect.call import Call, scaled_in, values
 from noetherflow.detect.exponents import Equations, Joint, Scaled
 from noetherflow.detect.rules import apply
 from noetherflow.detect.trace import Graph
+
+# Regions that change how a computation is done or differentiated, but not its exponents.
+_REGIONS = {"wrap_with_autocast", "wrap_with_set_grad_enabled", "tag_activation_checkpoint"}
 
 
 def walk(graph: Graph, trainable: Mapping[str, bool], *, tolerant: bool = False) -> Equations:
@@ -43,16 +47,39 @@ class _Walk:
         self._found: dict[fx.Node, Any] = {}
 
     def run(self) -> None:
-        for node in self._graph.module.graph.nodes:
+        inputs = [node for node in self._graph.module.graph.nodes if node.op == "placeholder"]
+        for x in scaled_in(self._follow(self._graph.module, [self._input(node) for node in inputs])):
+            self._equations.vanish(x.terms, "the loss")
+
+    def _follow(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        """What a graph returns."""
+        given = iter(inputs)
+        for node in module.graph.nodes:
             if node.op == "placeholder":
-                self._found[node] = self._input(node)
+                self._found[node] = next(given)
             elif node.op == "get_attr":
-                self._found[node] = operator.attrgetter(str(node.target))(self._graph.module)
+                self._found[node] = operator.attrgetter(str(node.target))(module)
             elif node.op == "call_function":
                 self._found[node] = self._call(node)
-            elif node.op == "output":
-                for x in scaled_in(self._resolved(node.args)):
-                    self._equations.vanish(x.terms, "the loss")
+        return self._resolved(next(node for node in module.graph.nodes if node.op == "output").args[0])
+
+    def _enter(self, node: fx.Node, args: Sequence[Any]) -> Any:
+        """What a region returns that the exporter keeps as a graph inside the graph."""
+        name = _name(node)
+        if name not in _REGIONS:
+            raise TraceError(
+                f"the computation of this model has a part that is itself a graph ({name}), about which nothing is "
+                "known, so its symmetries cannot be found; replace torch.cond, torch.while_loop and the like by plain "
+                "PyTorch, or declare symmetries by hand with nf.Axis, and nf.verify_symmetry proves them"
+            )
+        position = next(index for index, one in enumerate(args) if isinstance(one, fx.GraphModule))
+        module, inputs = args[position], args[position + 1 :]
+        result = self._follow(module, inputs)
+        placeholders = [one for one in module.graph.nodes if one.op == "placeholder"]
+        for outer, inner in zip(node.args[position + 1 :], placeholders, strict=True):
+            if isinstance(outer, fx.Node):
+                self._found[outer] = self._found[inner]  # written into, perhaps
+        return result
 
     def _input(self, node: fx.Node) -> Scaled:
         if node.name in self._graph.parameters:
@@ -70,6 +97,8 @@ class _Walk:
         args, kwargs = self._resolved(node.args), self._resolved(dict(node.kwargs))
         if node.target is operator.getitem:
             return args[0][args[1]]
+        if any(isinstance(one, fx.GraphModule) for one in (*args, *kwargs.values())):
+            return self._enter(node, args)
         given = scaled_in((args, kwargs))
         if all(x.constant for x in given):
             with torch.no_grad():

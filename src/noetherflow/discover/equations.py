@@ -7,12 +7,11 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad
 
 from noetherflow._batch import cast, is_per_example, tensors_of, with_tensors
 from noetherflow._errors import FrozenParameterError
-from noetherflow._params import bind, snapshot
-from noetherflow._per_example import each, own_randomness, require_losses
+from noetherflow._model_function import ModelFunction
+from noetherflow._per_example import own_randomness, require_losses
 from noetherflow._progress import track
 from noetherflow._types import Batch, Loss
 
@@ -44,18 +43,16 @@ class Draws:
                 "the model has no parameter that requires gradients: a symmetry acts on what is trained, so there is "
                 "none to be found. Unfreeze parameters with requires_grad_()"
             )
-        everything = snapshot(model)
-        self._params = {name: one for name, one in everything.items() if name in trainable}
-        self._frozen = {name: one for name, one in everything.items() if name not in trainable}
+        self._function = ModelFunction(model, loss, torch.float64)
+        self._params = self._function.trained
         self._generator = generator or torch.Generator().manual_seed(0)
         self.names = tuple(self._params)
         self.shapes = {name: one.shape for name, one in self._params.items()}
         self.size = sum(one.numel() for one in self._params.values())
-        device = next(iter(everything.values())).device
+        device = next(iter(self._params.values())).device
         self._batch = cast(batch, torch.float64, device)
-        self._losses = bind(model, loss, torch.float64)
-        with own_randomness(device, seed=0), torch.no_grad():
-            self._examples = require_losses(self._losses(everything, self._batch), "this search")
+        with own_randomness(device, seed=0):
+            self._examples = require_losses(self._function.losses(self._params, self._batch), "this search")
 
     def rows(self, count: int, features: Features, what: str, progress: bool) -> Tensor:
         """A function of the parameters drawn and the gradients there, both with a leading axis of equations."""
@@ -87,10 +84,7 @@ class Draws:
             else:
                 examples.append(leaf[chosen].unsqueeze(1))
 
-        def one(params: Tensors, *leaves: Tensor) -> Tensor:
-            return self._losses(params | self._frozen, with_tensors(self._batch, list(leaves))).sum()
-
-        return drawn, each(grad(one), (drawn, *examples), (False,) * (1 + len(examples)), randomness="same")
+        return drawn, self._function.gradients_at(drawn, examples, lambda leaves: with_tensors(self._batch, leaves))
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator, dtype=torch.float64)

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from noetherflow._errors import EquilibriumError
 from noetherflow._optimizers import SGD
 from noetherflow._params import require_names, snapshot
+from noetherflow._residual import entangled
 from noetherflow._types import Params
 from noetherflow.equilibrium.commuting import CommutingOrbit
 from noetherflow.equilibrium.dense import DenseOrbit
 from noetherflow.equilibrium.matrix import MatrixOrbit
-from noetherflow.equilibrium.orbit import Orbit, entangled
+from noetherflow.equilibrium.orbit import Orbit
 from noetherflow.equilibrium.result import Equilibrium, OrbitMinimum, Status
 from noetherflow.noise import NoiseMoments
 from noetherflow.symmetry import Action, Symmetry, along_axes

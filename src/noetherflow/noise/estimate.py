@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from noetherflow._batch import cast, peek
+from noetherflow._batch import cast, peek, select
 from noetherflow._errors import EmptyDataError
 from noetherflow._per_example import (
     own_randomness,
@@ -106,7 +106,11 @@ def estimate_noise(
             if random is None:
                 together = subject.losses_of(batch)
                 size = require_losses(together, where)
-                require_differentiable(subject.losses, subject.trained, batch, subject.moved, where)
+                subject.function.observe(select(batch, torch.zeros(1, dtype=torch.long, device=subject.device), size))
+                unreached = subject.function.unreached(subject.trained, batch)
+                require_differentiable(unreached, subject.trained, subject.moved, where)
+                if subject.function.reentrant:
+                    quick = None  # its backward pass runs inside another, where a sum cannot be taken apart
                 random = not torch.equal(together, subject.losses_of(batch))
                 if quick is not None:
                     quick.check(batch, together, random=random, where=where)
@@ -116,7 +120,7 @@ def estimate_noise(
             size = require_losses(together, where)
             moments, alone = exact_moments(subject, batch, size, max_bytes, where, moments)
             if not random:
-                require_independent(alone, together, where)
+                require_independent(alone, together, where, subject.function.tolerance.rounding)
     if quick is not None and quick.count:
         moments = quick.moments() if moments is None else quick.moments().merge(moments)
     if moments is None:

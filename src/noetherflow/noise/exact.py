@@ -1,6 +1,6 @@
 """The oracle: the gradient of every example, formed and kept for a moment."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow._errors import FrozenParameterError, NotASymmetryError
-from noetherflow._params import aliases, bind, require_finite, require_names, snapshot
-from noetherflow._per_example import Losses, example_gradients
+from noetherflow._model_function import ModelFunction
+from noetherflow._params import aliases, require_finite, require_names
+from noetherflow._residual import cosine
 from noetherflow._types import Batch, Loss
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.symmetry import Symmetry
@@ -55,15 +56,13 @@ class Subject:
     """The model under study as a function of its trained parameters, with everything that was checked at the door.
 
     Args:
-        losses: The loss of every example of a batch, as a function of the trained parameters.
-        after: The same, after something was done to the losses while these parameters are in place.
-        trained: These, by canonical name.
+        function: Losses and gradients at any parameters.
+        trained: The parameters to differentiate by, by canonical name.
         symmetries: With canonical names.
         dtype: The floating-point type asked for, or None.
     """
 
-    losses: Losses
-    after: Callable[[Callable[[Tensor], Tensor]], Losses]
+    function: ModelFunction
     trained: dict[str, Tensor]
     symmetries: dict[str, Symmetry]
     dtype: torch.dtype | None
@@ -73,18 +72,9 @@ class Subject:
         cls, model: nn.Module, loss: Loss, symmetries: Mapping[str, Symmetry], dtype: torch.dtype | None
     ) -> "Subject":
         """Check what was given, and take a copy of the parameters."""
-        params = snapshot(model, dtype)
         resolved = resolve(model, symmetries)
-        require_finite(params, "parameter")
-        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        trained = {name: tensor for name, tensor in params.items() if name not in frozen}
-        fixed = {name: tensor for name, tensor in params.items() if name in frozen}
-
-        def after(function: Callable[[Tensor], Tensor]) -> Losses:
-            whole = bind(model, lambda model, batch: function(loss(model, batch)), dtype)
-            return lambda p, batch: whole({**fixed, **p}, batch)
-
-        return cls(after(lambda losses: losses), after, trained, resolved, dtype)
+        function = ModelFunction(model, loss, dtype)
+        return cls(function, function.trained, resolved, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -98,8 +88,7 @@ class Subject:
 
     def losses_of(self, batch: Batch) -> Tensor:
         """The loss of every example, shape (B,)."""
-        with torch.no_grad():
-            return self.losses(self.trained, batch)
+        return self.function.losses(self.trained, batch)
 
     def direction(self) -> dict[str, Tensor]:
         """Some sum of directions in which the loss should not change, one of each symmetry."""
@@ -122,16 +111,12 @@ class Subject:
         """Raise if some example's gradient has a component along a direction in which the loss should not change."""
         for name, symmetry in self.symmetries.items():
             direction = self._direction_of(symmetry)
-            moved = symmetry.names
-            along = torch.stack([(gradients[n] * direction[n]).flatten(1).sum(1) for n in moved]).sum(0)
-            norms = torch.stack([gradients[n].flatten(1).square().sum(1) for n in moved]).sum(0)
-            length = torch.stack([direction[n].square().sum() for n in moved]).sum()
-            cosine = (along.abs() / (norms * length).sqrt()).nan_to_num(nan=0.0)
-            worst = int(cosine.argmax())
-            if not cosine[worst] <= torch.finfo(cosine.dtype).eps ** 0.5:
+            residuals = cosine(gradients, direction, batched=True)
+            worst = int(residuals.argmax())
+            if not residuals[worst] <= self.function.tolerance.rounding:
                 raise NotASymmetryError(
                     f"{name!r} is not a symmetry of this loss: in {where} its residual, the cosine between the "
-                    f"gradient of example {first + worst} and the direction Q theta, is {cosine[worst].item():.2e} "
+                    f"gradient of example {first + worst} and the direction Q theta, is {residuals[worst].item():.2e} "
                     "and should be 0 up to rounding. Look for a forgotten bias or a wrong sign; verify_symmetry "
                     "tries a declaration on one batch"
                 )
@@ -160,7 +145,7 @@ def chunks(
     step = max(1, min(size, max_bytes // (_COPIES * per_example)))
     for start in range(0, size, step):
         examples = slice(start, min(start + step, size))
-        values, gradients = example_gradients(subject.losses, subject.trained, batch, size, examples, where)
+        values, gradients = subject.function.example_gradients(subject.trained, batch, size, examples, where)
         require_finite(gradients, f"{where}: the per-example gradient of")
         yield start, values, gradients
 

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from noetherflow._batch import is_per_example, select, tensors_of
+from noetherflow._model_function import eager
 from noetherflow._per_example import require_independent, require_losses
+from noetherflow._residual import cosine
 from noetherflow._types import Batch
 from noetherflow.noise.asked import asked_of
 from noetherflow.noise.batches import BatchNoise, pooled
 from noetherflow.noise.capture import Capture, Fate
 from noetherflow.noise.exact import Subject, chunks
 from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger
-from noetherflow.noise.modes import Calm, eager
+from noetherflow.noise.modes import Calm
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
 from noetherflow.noise.squares import square, square_stack
@@ -48,7 +50,6 @@ class FastPass:
         self.unknown: dict[str, str] = {}
         self._symmetries = along_axes(subject.symmetries)
         self._subject, self._max_bytes = subject, max_bytes
-        self._differentiated = subject.after(self._differentiate)
         self._capture: Capture | None = None
         self._own: list[int] = []
         self._contents = Contents.of(asked_of(subject.trained, self._symmetries, variances=variances), subject.trained)
@@ -76,21 +77,21 @@ class FastPass:
             CoupledExamplesError: If an example has another loss on its own.
             NotASymmetryError: If a symmetry changes a loss.
         """
-        size = len(together)
+        subject, size = self._subject, len(together)
         self._own = [index for index, leaf in enumerate(tensors_of(batch)) if is_per_example(leaf, size)]
         if not self._own:
             return
         few = torch.arange(min(_CHECKED, size), device=together.device)
         alone, stack = self._one_by_one([select(batch, one[None], size) for one in few], calm=random)
         if not random:
-            require_independent(alone, together[: len(alone)], where)
-        self._subject.require_symmetric(stack, 0, where)
+            require_independent(alone, together[: len(alone)], where, subject.function.tolerance.rounding)
+        subject.require_symmetric(stack, 0, where)
         capture, _ = self._measure(select(batch, few, size), calm=random)
         squares = capture.ledger.row(EACH).squares()
-        rough = torch.finfo(together.dtype).eps ** 0.5
+        rough = subject.function.tolerance.rounding
         truths = {name: one.double().square().sum() for name, one in stack.items()}
         # A gradient that vanishes, as that of a bias which softmax does not see, is nothing but rounding.
-        narrow = min(torch.finfo(together.dtype).eps, torch.finfo(torch.float32).eps)
+        narrow = min(torch.finfo(subject.function.precision).eps, torch.finfo(torch.float32).eps)
         nothing = (_ROUNDING * narrow) ** 2 * torch.stack([*truths.values()]).nansum()
         for name, truth in truths.items():
             found = squares[name].total
@@ -109,7 +110,7 @@ class FastPass:
         if number & (number - 1) == 0 and not self._is_symmetric(ledger, gradients, size):
             return False
         each, whole = ledger.trace
-        if size < 2 or not each - whole / size > torch.finfo(losses.dtype).eps ** 0.5 * each:
+        if size < 2 or not each - whole / size > self._subject.function.tolerance.rounding * each:
             return False
         alone = ledger.row(EACH)
         self._each = alone.scaled(1.0) if self._each is None else self._each.combine(alone, 1.0)
@@ -145,7 +146,7 @@ class FastPass:
         capture = Capture(subject.trained, self._contents, len(own[0]), own, RULES, fate=Fate.KEPT, calm=calm)
         with eager(), torch.enable_grad(), capture:
             self._capture = capture
-            losses = self._differentiated(subject.trained, batch)
+            losses = subject.function.then(subject.trained, batch, self._differentiate)
         self.unknown = capture.unknown | self.unknown
         return capture, losses.detach()
 
@@ -158,12 +159,11 @@ class FastPass:
                 found[name] = torch.zeros_like(one) if gradient is None else gradient
         return found
 
-    def _differentiate(self, losses: Tensor) -> Tensor:
+    def _differentiate(self, losses: Tensor) -> None:
         """The backward pass, in which layers under checkpoint look for their parameters once more."""
         leaves = self._capture.leaves if self._capture else []
         if leaves and isinstance(losses, Tensor) and losses.requires_grad:
             torch.autograd.backward(losses.sum(), inputs=leaves)
-        return losses
 
     def _settle(self) -> None:
         """Put recent batches with all others, in float64."""
@@ -177,12 +177,13 @@ class FastPass:
             self._direction = self._subject.direction()
         if not self._direction:
             return True
-        along = sum(float((gradients[name] * part).sum()) for name, part in self._direction.items())
-        length = sum(float(part.square().sum()) for part in self._direction.values())
+        square = sum(float(gradients[name].double().square().sum()) for name in self._direction)
         squares = ledger.row(EACH).squares()
         total = size * sum(float(squares[name].total) for name in self._direction)
-        kind = next(iter(self._direction.values())).dtype
-        return abs(along) <= torch.finfo(kind).eps ** 0.5 * (length * total) ** 0.5
+        # |g . v| / (|v| sqrt(B sum_b |g_b|^2)) for the sum g of the gradients g_b: at a minimum, g is nothing but
+        # rounding.
+        share = min(1.0, square / total) ** 0.5 if total > 0 else 1.0
+        return float(cosine(gradients, self._direction)) * share <= self._subject.function.tolerance.rounding
 
     def _exactly(self, ledger: Ledger, batch: Batch, size: int, where: str) -> dict[str, Tensor]:
         """The same for all others."""
@@ -191,7 +192,6 @@ class FastPass:
         whole = self._subject
         part = replace(
             whole,
-            losses=lambda params, batch: whole.losses({**whole.trained, **params}, batch),
             trained={name: one for name, one in whole.trained.items() if name in self.unknown},
         )
         sums = {name: ledger.renewed(name, torch.float64) for name in part.trained}
@@ -206,13 +206,8 @@ class FastPass:
 
     def _one_by_one(self, examples: list[Batch], *, calm: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and gradient of each example, by a backward pass of its own."""
-        leaves = {name: one.detach().requires_grad_() for name, one in self._subject.trained.items()}
-        losses, found = [], []
-        for example in examples:
-            with torch.enable_grad(), Calm() if calm else nullcontext(), eager():
-                loss = self._subject.losses(leaves, example).sum()
-            losses.append(loss.detach())
-            found.append(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True))
-        return torch.stack(losses), {
-            name: torch.stack(one) for name, one in zip(leaves, zip(*found, strict=True), strict=True)
-        }
+        subject = self._subject
+        with Calm() if calm else nullcontext():
+            single = [subject.function.gradient(subject.trained, example) for example in examples]
+        losses = torch.stack([losses.sum() for losses, _ in single])
+        return losses, {name: torch.stack([gradient[name] for _, gradient in single]) for name in subject.trained}

@@ -8,6 +8,7 @@ from torch import nn
 
 from noetherflow._batch import is_per_example, tensors_of
 from noetherflow._errors import EmptyDataError, SettingsError
+from noetherflow._model_function import eager
 from noetherflow._per_example import require_uncoupled
 from noetherflow._types import Batch
 from noetherflow.noise.asked import asked_of
@@ -15,7 +16,6 @@ from noetherflow.noise.batches import Pool
 from noetherflow.noise.capture import Capture, Fate
 from noetherflow.noise.exact import resolve
 from noetherflow.noise.ledger import Contents
-from noetherflow.noise.modes import eager
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
 from noetherflow.symmetry import Symmetry, along_axes

@@ -1,8 +1,7 @@
 """Function modes: running a model without dropout, and PyTorch's own Python code under a mode."""
 
-import sys
 import types
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, final
 
 import torch
@@ -25,13 +24,6 @@ def aside() -> AbstractContextManager[Any, Any]:
     both.enter_context(quiet)
     both.enter_context(torch.no_grad())
     return both
-
-
-def eager() -> AbstractContextManager[Any, Any]:
-    """A block in which compiled modules run as they were written, or modes would not see them."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()  # nothing is compiled; loading the compiler takes a second and much memory
-    return torch.compiler.set_stance("force_eager")
 
 
 @final

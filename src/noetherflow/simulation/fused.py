@@ -10,7 +10,7 @@ from torch.func import grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from noetherflow._errors import LossError
-from noetherflow._params import bind
+from noetherflow._model_function import ModelFunction
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.simulation.graph import Recording, condense
 
@@ -21,7 +21,8 @@ _Function = Callable[..., tuple[Tensor, ...]]
 class ReplicaGradients:
     r"""Gradients of $\sum_i c_i \ell_i$ for all replicas together.
 
-    The loss is vectorised over replicas; one backward pass serves all.
+    The loss is vectorised over replicas, and one backward pass serves all. Where `torch.func` cannot vectorise a model,
+    each replica has a backward pass of its own.
 
     Args:
         model: The model, of which only the structure is used.
@@ -41,7 +42,8 @@ class ReplicaGradients:
         rebuild: Callable[[list[Tensor]], Batch],
         dtype: torch.dtype,
     ) -> None:
-        self._losses = bind(model, loss, dtype)
+        self._function = ModelFunction(model, loss, dtype)
+        self._one_by_one = False
         self._names, self._fixed, self._rebuild = list(names), dict(fixed), rebuild
 
     def __call__(
@@ -58,15 +60,32 @@ class ReplicaGradients:
         Returns:
             Both.
         """
+        if not self._one_by_one:
+            try:
+                return self._together(stacks, weights, leaves, shared)
+            except RuntimeError:
+                # Checkpoints, functions without setup_context, branches on values. What is a mistake of the loss is
+                # raised again by the loop.
+                self._one_by_one = True
+        found = []
+        for replica, weight in enumerate(weights):
+            params = {**self._fixed, **{name: one[replica] for name, one in zip(self._names, stacks, strict=True)}}
+            batch = self._rebuild([leaf if shared else leaf[replica] for leaf in leaves])
+            losses, gradient = self._function.gradient(params, batch, self._names, weight)
+            _require_shape(losses, weight)
+            found.append((gradient, losses.mean()))
+        gradients = [torch.stack([gradient[name] for gradient, _ in found]) for name in self._names]
+        return gradients, torch.stack([mean for _, mean in found])
+
+    def _together(
+        self, stacks: Sequence[Tensor], weights: Tensor, leaves: Sequence[Tensor], shared: bool
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """All replicas vectorised."""
 
         def one(own: Sequence[Tensor], weight: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
             params = {**self._fixed, **dict(zip(self._names, own, strict=True))}
-            values = self._losses(params, self._rebuild(list(tensors)))
-            if not isinstance(values, Tensor) or values.shape != weight.shape:
-                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise LossError(
-                    f"loss(model, batch) must return one loss per example, shape {tuple(weight.shape)}, got {got}"
-                )
+            values = self._function(params, self._rebuild(list(tensors)))
+            _require_shape(values, weight)
             return (weight * values).sum(), values.mean()
 
         def total(own: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -76,6 +95,12 @@ class ReplicaGradients:
 
         gradients, means = grad(total, has_aux=True)(tuple(stacks))
         return gradients, means
+
+
+def _require_shape(values: Tensor, weight: Tensor) -> None:
+    if not isinstance(values, Tensor) or values.shape != weight.shape:
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise LossError(f"loss(model, batch) must return one loss per example, shape {tuple(weight.shape)}, got {got}")
 
 
 @final

@@ -11,8 +11,8 @@ from noetherflow import _spd
 from noetherflow._drift import forces
 from noetherflow._errors import SettingsError
 from noetherflow._optimizers import SGD
+from noetherflow._residual import entangled
 from noetherflow._types import Params
-from noetherflow.equilibrium.orbit import entangled
 from noetherflow.noise import NoiseMoments
 from noetherflow.simulation.dynamics import require_time_step
 from noetherflow.simulation.integrate import Integrator

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from noetherflow._errors import EmptyDataError, FrozenParameterError, ParameterShapeError, SettingsError
+from noetherflow._model_function import ModelFunction
 from noetherflow._optimizers import SGD
-from noetherflow._params import aliases, bind, copy_of, require_finite, require_names, snapshot
+from noetherflow._params import aliases, copy_of, require_finite, require_names, snapshot
 from noetherflow._per_example import require_uncoupled
 from noetherflow._progress import track
 from noetherflow._types import Batch, Loss, Params
@@ -316,11 +317,11 @@ def _orbits(
     dtype: torch.dtype,
 ) -> Integrator:
     batch = stream.rebuild(full.next())
-    losses = bind(model, loss, dtype)
+    function = ModelFunction(model, loss, dtype)
     starts, means = [], []
     for replica in range(len(next(iter(start.moving.values())))):
         params = {name: stack[replica] for name, stack in start.moving.items()}
-        means.append(losses(params | {n: s[replica] for n, s in start.fixed.items()}, batch).mean().detach())
+        means.append(function.losses(params, batch).mean())
         noise = flow.noise
         if noise is None:
             placed = _placed(model, params, dtype)
