@@ -30,10 +30,11 @@ def test_data_that_is_not_finite_names_batch_and_example(bad: float) -> None:
         measure(one)
 
 
-def test_a_parameter_that_is_not_finite_is_named() -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_parameter_that_is_not_finite_is_named(bad: float) -> None:
     one = case("diagonal")
     with torch.no_grad():
-        one.model[2].weight[0, 1] = float("nan")
+        one.model[2].weight[0, 1] = bad
     with refused(nf.NonFiniteError, "parameter '2.weight'", "1 non-finite"):
         measure(one)
     with refused(nf.NonFiniteError, "'2.weight'"):

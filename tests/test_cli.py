@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import noetherflow as nf
+from fake_experiments import Fake, install
 from noetherflow._cli import app
 
 BUILD = """
@@ -156,6 +157,21 @@ def test_a_claim_that_fails_is_shown_and_ends_in_an_error_code(tmp_path: Path) -
     assert "FAILS" in done.output
     assert "do not hold" in done.output
     assert json.loads((tmp_path / "f1.json").read_text())["holds"] is False
+
+
+def test_experiments_that_do_not_finish_end_in_an_error_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whether the others hold or not."""
+    install(monkeypatch, f1=Fake(error=ZeroDivisionError("by nothing")), f2=Fake())
+    done = run("reproduce", "--quick", "--out", tmp_path)
+    assert done.exit_code == 1
+    assert "did not finish: f1" in done.output
+    assert "by nothing" in done.output
+    assert "do not hold" not in done.output
+    install(monkeypatch, f1=Fake(), f2=Fake())
+    done = run("reproduce", "--quick", "--out", tmp_path)
+    assert done.exit_code == 0
+    assert "kept from an earlier run" in done.output
+    assert run("reproduce", "f2", "--quick", "--force", "--out", tmp_path).output.count("kept from") == 0
 
 
 @pytest.mark.parametrize("arguments", [("f99",), ("f1", "--set", "speed=1"), ("f1", "--set", "steps=x")])

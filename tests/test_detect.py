@@ -171,6 +171,26 @@ def test_the_reason_is_told() -> None:
     assert json.loads(json.dumps(explanation.to_json()))["symmetries"] == []
 
 
+def test_an_explanation_as_json_says_which_axes_grow_and_which_shrink() -> None:
+    layers = nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)
+    explanation = nf.explain(*sequential((2, 4, 4), (2,), *layers))
+    written = json.loads(json.dumps(explanation.to_json()))
+    (found,) = written["symmetries"]
+    plain = {"start": None, "stop": None, "within": None}
+    assert found["name"] == "0 -> 3"
+    assert found["plus"] == [{"parameter": f"0.{name}", "dim": 0, "repeat": 1} | plain for name in ("weight", "bias")]
+    assert found["minus"] == [{"parameter": "3.weight", "dim": 1, "repeat": 4} | plain]
+    assert found["residual"] == explanation.found[0].residual < 1e-12
+    assert found["diagonal_because_of"] == "relu (1)"
+    assert written["rejected"] == []
+    acting = {(axis["parameter"], axis["axis"]): axis["symmetries"] for axis in written["axes"]}
+    assert acting["3.weight", 1] == acting["0.weight", 0] == acting["0.bias", 0] == ["0 -> 3"]
+    assert acting["3.weight", 0] == acting["0.weight", 1] == []
+    shown = str(explanation)
+    row = next(line for line in shown.splitlines() if line.strip().startswith("0 -> 3"))
+    assert row.index("0.weight 0") < row.index("3.weight 1 x4")
+
+
 class Unknown(nn.Module):
     def __init__(self) -> None:
         super().__init__()

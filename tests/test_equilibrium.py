@@ -231,6 +231,22 @@ def test_growing_for_ever_is_said_of_the_right_side() -> None:
     assert "growing" in solve(one).outcomes["length"].message
 
 
+def test_the_status_of_several_symmetries_is_the_worst() -> None:
+    one = case("diagonal, coupled layers")
+    with torch.no_grad():
+        one.model[2].weight[1] = 0.0
+        one.model[2].bias[1] = -1.0
+        one.model[4].weight[:, 1] = 0.0
+    equilibrium = solve(one)
+    endings = {name: outcome.status for name, outcome in equilibrium.outcomes.items()}
+    assert endings["layer 2"] is nf.Status.SINGULAR
+    assert endings["layer 0"] is endings["layer 4"] is nf.Status.CONVERGED
+    assert equilibrium.status is nf.Status.SINGULAR
+    assert equilibrium.message.startswith("layer 2: rows 1 carry neither")
+    severities = [status.severity for status in nf.Status]
+    assert severities == sorted(severities) == [0, 1, 2, 3, 4]
+
+
 def test_throw_turns_a_status_into_an_error() -> None:
     one = network_with(dead=(1,))
     with pytest.raises(nf.EquilibriumError, match="dead"):

@@ -1,4 +1,4 @@
-"""Every number of the report, its table, its picture and its file, against numbers computed here from the definitions."""
+"""Every number of the report, its table, its picture and its file, against the definitions."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def test_every_field_of_a_report(name: str) -> None:
     (report,) = analysis_of(one).reports
     truth, noise = truth_of(one, label)
     coordinates = len(truth.x)
-    assert (report.name, report.kind) == (label, type(symmetry).__name__)
+    assert (report.name, report.kind) == (label, type(symmetry).__name__.removesuffix("Symmetry").lower())
     assert report.dimension == len(oracles.coordinates(symmetry, one.params))
     assert 0 <= report.residual < 1e-11
     sides = [as_matrix(side).trace().item() for side in noise.grams[label]]

@@ -1,4 +1,4 @@
-"""Rules of single operations: small nets around each, the finder against null spaces, and noise against single examples."""
+"""Rules of single operations: the finder against null spaces, and noise against single examples."""
 
 import warnings
 from collections.abc import Callable
@@ -283,7 +283,7 @@ def test_noise_of_parameters_in_functions_of_entries(name: str, tokens: bool) ->
     model, loss, batch = regression(Applied(ELEMENTWISE[name]), (*shape, 3), (*shape, 4))
     model, batch = model.double(), tuple(one.double() for one in batch)
     noise = nf.estimate_noise(model, loss, [batch], {}, exact=False, progress=False)
-    # Each is done in passing, as its rule says, and not example by example for want of a rule; but for methods in place.
+    # Each is done in passing, as its rule says, not example by example, unless in place.
     assert set(noise.fallback) == ({"p", "q"} if name == "in place" else set())
     stack = oracles.stacked(model, loss, batch)
     checks.noise_is(noise, oracles.statistics(model, stack, {}))
