@@ -324,11 +324,11 @@ DROPOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", DROPOUTS)
 def test_dropout_is_measured_and_is_no_reason_to_fall_back(name: str) -> None:
     torch.manual_seed(0)
-    model, loss, batch = regression(Dropped(DROPOUTS[name]), (5, 3), (5, 3), count=1)
-    model, batch = model.double(), tuple(one.double().expand(64, -1, -1).contiguous() for one in batch)
+    model, loss, batch = regression(Dropped(DROPOUTS[name]), (5, 3), (5, 3), count=4)
+    model, batch = model.double(), tuple(one.double() for one in batch)
     assert not torch.equal(loss(model, batch), loss(model, batch))
-    noise = nf.estimate_noise(model, loss, [batch], {}, exact=False, progress=False)
+    noise = nf.estimate_noise(model, loss, [tuple(one.repeat(50, 1, 1) for one in batch)], {}, exact=False)
     assert not noise.fallback
-    # All examples are the same, so that all noise is that of dropout; 64 draws of it, and 500 more.
-    stack = oracles.stacked(model, loss, tuple(one[:1].expand(500, -1, -1) for one in batch))
-    torch.testing.assert_close(noise.trace, oracles.statistics(model, stack, {}).trace, rtol=0.5, atol=0)
+    # The same four examples with other draws of dropout, which makes most of the noise.
+    stack = oracles.stacked(model, loss, tuple(one.repeat(100, 1, 1) for one in batch))
+    torch.testing.assert_close(noise.trace, oracles.statistics(model, stack, {}).trace, rtol=0.3, atol=0)
