@@ -123,6 +123,22 @@ def test_symmetries_are_found_where_none_are_declared(tmp_path: Path) -> None:
     assert "0 -> 2" in done.output
 
 
+def test_approximate_symmetries_are_shown_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "normed.py"
+    path.write_text(
+        BUILD.format(neighbour="")
+        .replace(', {"hidden": hidden}', "")
+        .replace("nn.ReLU(), nn.Linear(5, 3)", "nn.LayerNorm(5, eps=1e-5, elementwise_affine=False)")
+        .replace("torch.randn(16, 3)", "torch.randn(16, 5)")
+    )
+    exact, approximate = (
+        json.loads(run("symmetries", path, "--json", *flag).output)["symmetries"] for flag in ((), ("--approximate",))
+    )
+    assert exact == []
+    assert [one["kind"] for one in approximate] == ["ScalarSymmetry"]
+    assert "eps" in approximate[0]["approximate_because_of"]
+
+
 def test_weights_are_saved_as_safetensors_only(file: Path, tmp_path: Path) -> None:
     done = run("analyze", file, "--save", tmp_path / "moved.pt", "--out", tmp_path / "out")
     assert done.exit_code == 2

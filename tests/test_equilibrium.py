@@ -234,10 +234,10 @@ def test_growing_for_ever_is_said_of_the_right_side() -> None:
 def test_the_status_of_several_symmetries_is_the_worst() -> None:
     """A dead row in one of two layers that do not meet."""
     torch.manual_seed(0)
-    net = mlp(4, 5, 5, 5, 3).double()
+    net = mlp(4, 5, 5, 5, 3, activation=nn.LeakyReLU).double()
     with torch.no_grad():
-        net[0].weight[1] = 0.0
-        net[0].bias[1] = -1.0
+        net[0].weight[1] = net[0].bias[1] = 0.0
+        net[2].weight[:, 1] = 0.0
     one = case("diagonal")
     symmetries = {"first": rescaling(0), "last": rescaling(4)}
     noise = nf.estimate_noise(net, one.loss, one.loader(), symmetries)

@@ -98,6 +98,22 @@ def test_nothing_is_shown_on_a_terminal_where_it_is_not_wanted() -> None:
     assert (status, output, shown) == (0, "[0, 1, 2]\n", "")
 
 
+def test_worker_processes_show_nothing() -> None:
+    """Several bars would write over each other."""
+    code = """
+import multiprocessing
+def work():
+    print(list(track(range(3), "hidden sheep", total=3)), flush=True)
+worker = multiprocessing.get_context("fork").Process(target=work)
+worker.start()
+worker.join()
+print(worker.exitcode)
+"""
+    status, output, shown = on_a_terminal(code)
+    assert (status, output) == (0, "[0, 1, 2]\n0\n"), shown
+    assert "sheep" not in shown
+
+
 def test_the_measurement_of_noise_shows_its_progress_and_its_numbers_are_the_same() -> None:
     code = """
 import torch, noetherflow as nf
