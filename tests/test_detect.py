@@ -23,6 +23,14 @@ def kinds(symmetries: dict[str, nf.Symmetry], model: nn.Module) -> Counter[tuple
     )
 
 
+def off_zero(model: nn.Module) -> None:
+    """Away from where layers start: a bias that is zero is forgotten without a trace."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for one in model.parameters():
+            one.add_(0.1 * torch.randn(one.shape, generator=generator))
+
+
 def in_double(batch: Any) -> Any:
     if isinstance(batch, tuple):
         return tuple(map(in_double, batch))
@@ -32,6 +40,8 @@ def in_double(batch: Any) -> Any:
 @pytest.mark.parametrize("animal", ZOO, ids=lambda animal: animal.name)
 def test_what_is_found_is_what_is_there(animal: Animal) -> None:
     model, loss, batch = animal.build()
+    if animal.name != "BERT":  # whose padding row has to stay zero: what is read of it has no gradient
+        off_zero(model)
     found = nf.find_symmetries(model, loss, batch)
     assert kinds(found, model) == Counter({kind: count for kind, count in animal.expected.items() if count})
 

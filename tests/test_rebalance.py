@@ -45,6 +45,26 @@ def test_a_move_that_changes_a_loss_is_undone(one: Case) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in one.model.state_dict().items())
 
 
+def test_the_change_is_relative_to_the_loss_or_to_the_mean_whichever_is_larger() -> None:
+    """By value, for a move that is no symmetry, losses of both signs, and a tolerance that lets everything pass."""
+    one = case("diagonal")
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return one.loss(model, batch) - 3.0
+
+    wrong, x = one.wrong["hidden"], torch.full((5,), 0.2, dtype=torch.float64)
+    false = dataclasses.replace(equilibrium_of(one), symmetries={"hidden": wrong}, coordinates={"hidden": x})
+    before = loss(one.model, one.batch).tolist()
+    found = nf.rebalance_(one.model, false, loss, one.batch, tolerance=1e9)
+    after = loss(one.model, one.batch).tolist()
+    mean = sum(map(abs, before)) / len(before)
+    changes = [abs(b - a) / max(abs(a), mean) for a, b in zip(before, after, strict=True)]
+    assert min(before) < 0 < max(before)
+    assert found == pytest.approx(max(changes), rel=1e-9)
+    moved = wrong.act(-x, {name: p.detach() for name, p in one.model.named_parameters()})
+    torch.testing.assert_close(moved, case("diagonal").params)
+
+
 def test_a_tolerance_below_rounding_refuses_every_move() -> None:
     one = case("diagonal")
     before = state(one.model)

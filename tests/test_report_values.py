@@ -9,14 +9,13 @@ from typing import NamedTuple
 import pytest
 import scipy.linalg
 import torch
-from rich.console import Console
 from torch import Tensor
 
 import checks
 import noetherflow as nf
 import oracles
 from cases import Case, case
-from noetherflow.report import figure, table
+from noetherflow.report import figure
 
 LR, SIZE, DECAY, MOMENTUM = 0.002, 5, 0.3, 0.8
 SETTINGS = nf.SGD(LR, SIZE, DECAY, MOMENTUM)
@@ -174,13 +173,6 @@ def test_what_json_has_no_word_for_is_null_in_the_file(tmp_path: Path) -> None:
 # The table.
 
 
-def printed(analysis: nf.Analysis) -> str:
-    console = Console(width=160)
-    with console.capture() as capture:
-        console.print(table.render(analysis))
-    return capture.get()
-
-
 def cells(text: str, row: str) -> dict[str, str]:
     """The cells of a row of the first table by their headings; only the first heading and cell may hold spaces."""
     lines = text.splitlines()
@@ -198,7 +190,7 @@ def number(cell: str) -> float:
 def test_the_table_shows_each_number_under_its_heading(name: str) -> None:
     analysis = analysis_of(case(name))
     (report,) = analysis.reports
-    found = cells(printed(analysis), report.name)
+    found = cells(str(analysis), report.name)
     expected = {
         "charge": report.charge,
         "noise+": report.noise_plus,
@@ -216,7 +208,7 @@ def test_the_table_shows_each_number_under_its_heading(name: str) -> None:
 def test_the_second_table_shows_the_totals() -> None:
     analysis = analysis_of(case("diagonal"))
     equilibrium = analysis.equilibrium
-    text = printed(analysis)
+    text = str(analysis)
     totals = {
         "gradient noise": (equilibrium.trace_before, equilibrium.trace_after),
         "potential": (equilibrium.potential_before, equilibrium.potential_after),
