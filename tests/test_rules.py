@@ -217,6 +217,16 @@ def test_what_is_approximate_is_not_far_off(size: float, accepted: bool) -> None
     assert not nf.explain(model, loss, (x, y)).found
 
 
+def test_an_analysis_warns_of_what_the_numbers_refute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "tanh", RULES["relu"])
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)
+    model, loss, batch = sequential((3,), (2,), *layers)
+    with pytest.warns(UserWarning, match=r"0 -> 2: the graph allows this symmetry, the numbers do not"):
+        analysis = nf.analyze(model, loss, [batch], nf.SGD(0.1, 2), progress=False)
+    assert [report.name for report in analysis.reports] == ["2 -> 4"]
+
+
 # Noise: what functions of PyTorch do with parameters, against the gradients of single examples.
 
 
