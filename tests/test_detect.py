@@ -201,6 +201,34 @@ def test_an_explanation_as_json_says_which_axes_grow_and_which_shrink() -> None:
     assert row.index("0.weight 0") < row.index("3.weight 1 x4")
 
 
+class Shifted(nn.Module):
+    """Hidden units to which a part of the batch is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return self.outer(torch.relu(self.inner(x)) + shift)
+
+
+def test_what_is_zero_in_this_batch_need_not_be_in_the_next() -> None:
+    """Numbers of this batch cannot tell: the graph has to."""
+    model = Shifted()
+    batch = torch.randn(4, 3), torch.zeros(4, 4), torch.randn(4, 2)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return (model(*batch[:2]) - batch[2]).square().mean(1)
+
+    hidden = nf.DiagonalSymmetry([nf.Axis("inner.weight", 0), nf.Axis("inner.bias", 0)], [nf.Axis("outer.weight", 1)])
+    assert nf.verify_symmetry(model, loss, batch, hidden) < 1e-12
+    assert not nf.find_symmetries(model, loss, batch)
+    # Zeros that belong to the model are zeros for good.
+    fixed = torch.zeros(4, 4)
+    found = nf.find_symmetries(model, lambda model, batch: loss(model, (batch[0], fixed, batch[2])), batch)
+    assert list(found) == ["inner -> outer"]
+
+
 class Unknown(nn.Module):
     def __init__(self) -> None:
         super().__init__()
