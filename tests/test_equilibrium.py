@@ -13,6 +13,7 @@ from cases import Case, case, cases, mlp, rescaling, squared_error
 from noetherflow._drift import forces
 
 ONE_SIDED = "scalar, plus only"
+GENERATOR = "dense, eigenvalues 1 and -2"
 ALL = [(one, wd) for one in cases() for wd in (0.0, 0.02) if one.name != ONE_SIDED or wd]
 IDS = [f"{one}, weight decay {wd}" for one, wd in ALL]
 
@@ -301,6 +302,53 @@ def test_a_generator_with_one_sign_has_no_equilibrium_without_weight_decay() -> 
     found = nf.solve_equilibrium(noise, nf.SGD(0.1, 5, 0.1), one.model).coordinates["length"]
     expected = nf.solve_equilibrium(checks.noise_of(one), nf.SGD(0.1, 5, 0.1), one.model)
     torch.testing.assert_close(found, expected.coordinates["length"])
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_every_ending_of_a_generator_with_one_sign(sign: float) -> None:
+    """By noise alone, by decay alone, by both and by neither; what is left of the drift is the drift."""
+    one = case(ONE_SIDED)
+    generator = {"length": nf.DenseSymmetry(sign * torch.eye(8), names="weight")}
+    noise, still = (
+        nf.estimate_noise(one.model, lambda model, batch: factor * one.loss(model, batch), one.loader(), generator)  # noqa: B023
+        for factor in (1.0, 0.0)
+    )
+    up, down = ("growing", "falling") if sign > 0 else ("falling", "growing")
+    for moments, decay, word in ((noise, 0.0, up), (still, 0.1, down)):
+        equilibrium = nf.solve_equilibrium(moments, nf.SGD(0.1, 5, decay), one.model)
+        outcome = equilibrium.outcomes["length"]
+        assert (outcome.status, outcome.directions) == (nf.Status.AT_INFINITY, (0,))
+        assert f"nothing keeps the coordinate from {word} for ever" in outcome.message
+        assert equilibrium.coordinates["length"] == 0
+        assert equilibrium.relaxation_steps["length"] == torch.inf
+        rate = nf.drift(moments, nf.SGD(0.1, 5, decay), one.model)["length"]
+        torch.testing.assert_close(equilibrium.drift["length"], rate)
+    neither = nf.solve_equilibrium(still, nf.SGD(0.1, 5), one.model).outcomes["length"]
+    assert (neither.status, neither.directions) == (nf.Status.SINGULAR, (0,))
+    both = nf.solve_equilibrium(noise, nf.SGD(0.1, 5, 0.1), one.model)
+    expected = nf.solve_equilibrium(checks.noise_of(one), nf.SGD(0.1, 5, 0.1), one.model)
+    torch.testing.assert_close(both.coordinates["length"], sign * expected.coordinates["length"])
+    torch.testing.assert_close(both.relaxation_steps["length"], expected.relaxation_steps["length"])
+
+
+def test_a_root_that_is_far_away_is_found_in_few_steps() -> None:
+    sgd, steps = nf.SGD(0.1, 5, 0.02), []
+    home = nf.solve_equilibrium(checks.noise_of(case(GENERATOR)), sgd, case(GENERATOR).model)
+    for far in (0.0, 3.0, -3.0, 9.0, -9.0):
+        one = case(GENERATOR)
+        theta = one.symmetries["neuron"].act(torch.tensor(far).double(), one.params)
+        with torch.no_grad():
+            for name, parameter in one.model.named_parameters():
+                parameter.copy_(theta[name])
+        found = nf.solve_equilibrium(checks.noise_of(one), sgd, one.model)
+        assert found.status is nf.Status.CONVERGED
+        torch.testing.assert_close(found.coordinates["neuron"], home.coordinates["neuron"] - far, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.params, home.params, rtol=1e-8, atol=1e-10)
+        steps.append(found.iterations)
+    # By Newton's method; where rounding keeps it from the last digit, bisection takes some fifty steps.
+    assert min(steps) >= 1
+    assert sorted(steps)[2] <= 16, steps
+    assert max(steps) <= 100, steps
 
 
 @pytest.mark.parametrize("name", ["diagonal", "matrix", "dense, eigenvalues 1 and -2"])
