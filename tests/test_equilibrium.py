@@ -1,5 +1,7 @@
 """The equilibrium against brute force, against a fresh measurement after the move, and where there is none."""
 
+import math
+
 import pytest
 import scipy.linalg
 import torch
@@ -302,6 +304,72 @@ def test_a_generator_with_one_sign_has_no_equilibrium_without_weight_decay() -> 
     found = nf.solve_equilibrium(noise, nf.SGD(0.1, 5, 0.1), one.model).coordinates["length"]
     expected = nf.solve_equilibrium(checks.noise_of(one), nf.SGD(0.1, 5, 0.1), one.model)
     torch.testing.assert_close(found, expected.coordinates["length"])
+
+
+def rotation_with(plus: list[float], minus: list[float]) -> tuple[Tensor, nf.Equilibrium, nf.NoiseMoments, nf.Params]:
+    """Four hidden units whose noise is diagonal in a basis drawn at random, the basis first."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64)).Q
+    params = {
+        "a": torch.randn(4, 3, generator=generator).double(),
+        "b": torch.randn(5, 4, generator=generator).double(),
+    }
+    sides = nf.Grams(*((basis * torch.tensor(side).double()) @ basis.mT for side in (plus, minus)))
+    noise = nf.NoiseMoments(
+        count=1,
+        mean={name: torch.zeros_like(tensor) for name, tensor in params.items()},
+        scatter={"hidden": sides},
+        square_scatter={},
+        total_scatter=sides.plus.trace() + sides.minus.trace(),
+        spreads={},
+        symmetries={"hidden": nf.MatrixSymmetry(nf.Axis("a", 0), nf.Axis("b", 1))},
+    )
+    return basis, nf.solve_equilibrium(noise, nf.SGD(0.1, 5), params), noise, params
+
+
+def test_directions_of_a_rotation_each_have_an_ending_of_their_own() -> None:
+    basis, equilibrium, noise, params = rotation_with([1.0, 2.0, 0.0, 0.0], [3.0, 0.0, 4.0, 0.0])
+    outcome = equilibrium.outcomes["hidden"]
+    assert (outcome.status, len(outcome.directions)) == (nf.Status.AT_INFINITY, 3)
+    assert "1 directions carry neither gradient noise nor weight decay" in outcome.message
+    assert "1 directions have nothing that keeps the plus side from growing for ever" in outcome.message
+    assert "1 directions have nothing that keeps the plus side from shrinking to zero" in outcome.message
+    x, drift = (basis.mT @ found["hidden"] @ basis for found in (equilibrium.coordinates, equilibrium.drift))
+    # e^{4x} = P / R where both are there; where they are not, all that is left is the noise's own drift, 2 sigma^2 N.
+    expected = torch.diag(torch.tensor([-math.log(3) / 4, 0.0, 0.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
+    left = torch.diag(torch.tensor([0.0, 0.02 * 2, -0.02 * 4, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(drift, left, rtol=1e-9, atol=1e-12)
+    before = nf.drift(noise, nf.SGD(0.1, 5), params)["hidden"]
+    torch.testing.assert_close(
+        basis.mT @ before @ basis, left + torch.diag(torch.tensor([-0.02 * 2, 0.0, 0.0, 0.0], dtype=torch.float64))
+    )
+    # 1 e^{-2x} + 3 e^{2x} = 2 sqrt(3)
+    assert equilibrium.trace_after == pytest.approx(2 * 3**0.5 + 6)
+    assert equilibrium.relaxation_steps["hidden"] == torch.inf
+
+
+GROW, SHRINK = (f"directions have nothing that keeps the plus side from {way}" for way in ("growing", "shrinking"))
+
+
+@pytest.mark.parametrize(
+    ("plus", "minus", "status", "words"),
+    [
+        ([1.0, 1.0, 0.0, 0.0], [1.0, 2.0, 0.0, 0.0], nf.Status.SINGULAR, "2 directions carry neither"),
+        ([1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0], nf.Status.AT_INFINITY, f"2 {GROW}"),
+        ([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 2.0, 3.0], nf.Status.AT_INFINITY, f"3 {SHRINK}"),
+        ([0.0] * 4, [0.0] * 4, nf.Status.SINGULAR, "4 directions carry neither"),
+    ],
+)
+def test_directions_without_an_equilibrium_are_counted(
+    plus: list[float], minus: list[float], status: nf.Status, words: str
+) -> None:
+    _, equilibrium, _, _ = rotation_with(plus, minus)
+    outcome = equilibrium.outcomes["hidden"]
+    assert outcome.status is status
+    assert outcome.message.startswith(words)
+    assert len(outcome.directions) == int(words[0])
+    assert sum(what in outcome.message for what in ("carry neither", GROW, SHRINK)) == 1
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
