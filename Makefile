@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: .venv demo reproduce test lint types docs format bench clean help
+.PHONY: .venv demo reproduce test mutants lint types docs format bench clean help
 
 .venv: $(STAMP)  ## Create .venv and install the package with everything needed to work on it
 
@@ -30,6 +30,9 @@ reproduce: $(STAMP)  ## Reproduce the figures at full size, then run the slow te
 
 test: $(STAMP)  ## Run the tests and the examples in docstrings
 	$(BIN)/python -m pytest
+
+mutants: $(STAMP)  ## Plant the faults of tests/mutations.toml, one at a time: a test has to notice each (minutes)
+	$(BIN)/python tests/mutants.py
 
 lint: $(STAMP)  ## Check style and formatting
 	$(BIN)/ruff check

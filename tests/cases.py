@@ -98,6 +98,13 @@ class Packed(nn.Module):
         return self.outer(torch.cat([h[:, :2], h[:, 2:].relu()], dim=1))
 
 
+class Squared(nn.Module):
+    """A ReLU, squared: twice as homogeneous."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu().square()
+
+
 class SquaredRelu(nn.Module):
     """A neuron whose incoming weights count twice."""
 
@@ -248,6 +255,18 @@ def _tied_both_ways() -> Case:
     )
 
 
+def _twice() -> Case:
+    plus, minus = (axis("0.weight", 0), axis("0.bias", 0)), (axis("2.weight", 1),)
+    return Case(
+        "an axis that counts twice",
+        mlp(4, 5, 3, activation=Squared),
+        squared_error,
+        _regression((4,), 3),
+        {"hidden": nf.DiagonalSymmetry(plus, minus * 2)},
+        {"hidden": nf.DiagonalSymmetry(plus, minus)},
+    )
+
+
 def _dense() -> Case:
     generator = torch.diag(torch.tensor([1.0] * 3 + [-2.0] * 2))
     return Case(
@@ -271,6 +290,7 @@ _MAKERS: tuple[Callable[[], Case], ...] = (
     _packed,
     _tied,
     _tied_both_ways,
+    _twice,
     _dense,
 )
 

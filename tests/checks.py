@@ -15,9 +15,12 @@ from noetherflow import _spd
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
 
 
-def noise_of(case: Case, symmetries: dict[str, nf.Symmetry] | None = None) -> nf.NoiseMoments:
-    """The moments of a case's whole data set, in several batches."""
-    return nf.estimate_noise(case.model, case.loss, case.loader(), symmetries or case.symmetries)
+def noise_of(
+    case: Case, symmetries: dict[str, nf.Symmetry] | None = None, *, one_batch: bool = False
+) -> nf.NoiseMoments:
+    """The moments of a case's data set, in several batches or in one."""
+    loader = [case.batch] if one_batch else case.loader()
+    return nf.estimate_noise(case.model, case.loss, loader, symmetries or case.symmetries)
 
 
 def along(symmetry: nf.Symmetry, model: nn.Module) -> list[Tensor]:
@@ -26,12 +29,32 @@ def along(symmetry: nf.Symmetry, model: nn.Module) -> list[Tensor]:
     return oracles.coordinates(symmetry, params)
 
 
+def noise_is(noise: nf.NoiseMoments, expected: oracles.Statistics, rtol: float = 1e-9) -> None:
+    """Every statistic on both sides, relative to the size of what it is a part of."""
+    whole = expected.trace.item()
+    close = {"rtol": rtol, "atol": rtol * whole}
+    assert noise.count == expected.count
+    torch.testing.assert_close(noise.trace, expected.trace, rtol=rtol, atol=0)
+    assert noise.grams.keys() == expected.grams.keys()
+    for name, sides in expected.grams.items():
+        torch.testing.assert_close(noise.grams[name].plus, sides.plus, **close)
+        torch.testing.assert_close(noise.grams[name].minus, sides.minus, **close)
+        # The difference of large numbers: what is lost in it is relative to these.
+        loss = {"rtol": rtol**0.5, "atol": rtol**0.5 * whole, "equal_nan": True}
+        for found, error in zip(noise.standard_errors[name], expected.errors[name], strict=True):
+            torch.testing.assert_close(found, error, **loss)
+    for name, variance in noise.variance.items():
+        torch.testing.assert_close(variance, expected.variance[name], **close)
+
+
 def moments_match_covariance(case: Case) -> None:
     """N_+ - N_- along every generator is Tr[Sigma Q], with Sigma from a loop and Q built entry by entry."""
     noise = noise_of(case)
     mean, sigma = oracles.covariance(case.model, case.loss, case.batch)
     torch.testing.assert_close(oracles.flat(noise.mean), mean, **TIGHT)
     torch.testing.assert_close(noise.trace, sigma.trace(), **TIGHT)
+    stack = oracles.stacked(case.model, case.loss, case.batch)
+    noise_is(noise_of(case, one_batch=True), oracles.statistics(case.model, stack, case.symmetries))
     for name, symmetry in case.symmetries.items():
         net = symmetry.charge_of(noise.grams[name])
         for x in along(symmetry, case.model):

@@ -1,8 +1,8 @@
 """Slow and obvious versions of what the package does fast: loops over examples, and matrices over all parameters."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +16,26 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def example(batch: Any, index: int) -> Any:
-    """A batch of one."""
-    x, y = batch
-    return x[index : index + 1], y[index : index + 1]
+    """A batch of one, of a tensor or of a tuple of tensors."""
+    return batch[index : index + 1] if isinstance(batch, Tensor) else tuple(t[index : index + 1] for t in batch)
 
 
 def gradients(model: nn.Module, loss: nf.Loss, batch: Any) -> list[dict[str, Tensor]]:
-    """The gradient of every example, by a plain backward pass for each."""
+    """The gradient of every example, by a plain backward pass for each; zeros where none arrives."""
     found = []
-    for index in range(len(batch[0])):
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    leaves = list(parameters.values())
+    for index in range(len(batch if isinstance(batch, Tensor) else batch[0])):
         value = loss(model, example(batch, index)).sum()
-        parameters = dict(model.named_parameters())
-        found.append(dict(zip(parameters, torch.autograd.grad(value, list(parameters.values())), strict=True)))
+        grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        found.append(dict(zip(parameters, grads, strict=True)))
     return found
+
+
+def stacked(model: nn.Module, loss: nf.Loss, batch: Any) -> dict[str, Tensor]:
+    """The gradients of all examples in float64, shape (B, *parameter) by name."""
+    single = gradients(model, loss, batch)
+    return {name: torch.stack([one[name].double() for one in single]) for name in single[0]}
 
 
 def covariance(model: nn.Module, loss: nf.Loss, batch: Any) -> tuple[Tensor, Tensor]:
@@ -71,8 +78,9 @@ def _entries(axis: nf.Axis, tensor: Tensor) -> Iterator[tuple[int, int, tuple[in
     dim = axis.dim % tensor.ndim
     start = axis.start or 0
     stop = tensor.shape[dim] if axis.stop is None else axis.stop
+    other, first, last = axis.within or (dim, start, stop)
     for position, index in enumerate(itertools.product(*map(range, tensor.shape))):
-        if start <= index[dim] < stop:
+        if start <= index[dim] < stop and first <= index[other] < last:
             row, within = divmod(index[dim] - start, axis.repeat)
             yield position, row, (*index[:dim], within, *index[dim + 1 :])
 
@@ -83,6 +91,144 @@ def _coefficient(symmetry: nf.Symmetry, x: Tensor, p: int, q: int) -> float:
     if p != q:
         return 0.0
     return x[p].item() if isinstance(symmetry, nf.DiagonalSymmetry) else x.item()
+
+
+def row_positions(axis: nf.Axis, tensor: Tensor) -> Tensor:
+    """Where the rows of an axis lie in the flattened tensor, shape (rows, columns), entry by entry."""
+    rows: dict[int, list[tuple[tuple[int, ...], int]]] = {}
+    for position, row, within in _entries(axis, tensor):
+        rows.setdefault(row, []).append((within, position))
+    return torch.tensor([[position for _, position in sorted(rows[row])] for row in sorted(rows)])
+
+
+def grams(symmetry: nf.Symmetry, model: nn.Module, stack: Mapping[str, Tensor]) -> nf.Grams:
+    """Both sides of a symmetry, summed over a stack of vectors of shape (B, *parameter), from the definition."""
+    params = dict(model.named_parameters())
+    if isinstance(symmetry, nf.DenseSymmetry):
+        flattened = torch.cat([stack[canonical(model, name)].flatten(1) for name in symmetry.names], 1)
+        values, vectors = torch.linalg.eigh(symmetry.generator)
+        squares = (flattened @ vectors).square().sum(0)
+        near = [[squares[(values - q).abs() < 1e-6].sum() for q in side] for side in symmetry.eigenvalues]
+        return nf.Grams(*(torch.stack(side) if side else squares[:0] for side in near))
+    totals = []
+    for side in (symmetry.plus, symmetry.minus):
+        total = torch.zeros_like(symmetry.identity({name: p.detach().double() for name, p in _named(model).items()}))
+        for axis in side:
+            name = canonical(model, axis.name)
+            rows = stack[name].flatten(1)[:, row_positions(axis, params[name])]
+            gram = torch.einsum("bij,bkj->ik", rows, rows)
+            matrix = isinstance(symmetry, nf.MatrixSymmetry)
+            total = total + (
+                gram if matrix else gram.diagonal() if isinstance(symmetry, nf.DiagonalSymmetry) else gram.trace()
+            )
+        totals.append(total)
+    return nf.Grams(*totals)
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+class Statistics(NamedTuple):
+    """What noise moments are compared with; standard errors are of the plus side, the minus side and the net."""
+
+    count: int
+    grams: dict[str, nf.Grams]
+    variance: dict[str, Tensor]
+    trace: Tensor
+    errors: dict[str, tuple[Tensor, Tensor, Tensor]]
+
+
+def statistics(model: nn.Module, stack: dict[str, Tensor], symmetries: Mapping[str, nf.Symmetry]) -> Statistics:
+    """Of single examples that are all of the data, whose gradients are stacked: centred second moments."""
+    count = len(next(iter(stack.values())))
+    centred = {name: gradient - gradient.mean(0) for name, gradient in stack.items()}
+    single = [{name: gradient[k : k + 1] for name, gradient in centred.items()} for k in range(count)]
+    errors = {}
+    for name, symmetry in symmetries.items():
+        sides = [_halves(symmetry, grams(symmetry, model, one)) for one in single]
+        plus, minus = (torch.stack(side) for side in zip(*sides, strict=True))
+        plus, minus, net = (values.std(0) / count**0.5 for values in (plus, minus, plus - minus))
+        errors[name] = plus, minus, net
+    return Statistics(
+        count,
+        {n: nf.Grams(*(side / count for side in grams(s, model, centred))) for n, s in symmetries.items()},
+        {name: gradient.square().mean(0) for name, gradient in centred.items()},
+        sum(gradient.square().sum() for gradient in centred.values()) / count,
+        errors,
+    )
+
+
+def _halves(symmetry: nf.Symmetry, sides: nf.Grams) -> tuple[Tensor, Tensor]:
+    """Both halves of a charge: of matrices the diagonals, of eigenspaces the weighted sum."""
+    if isinstance(symmetry, nf.DenseSymmetry):
+        weights = symmetry.eigenvalues
+        return (weights.plus * sides.plus).sum(), (weights.minus.abs() * sides.minus).sum()
+    plus, minus = (side.diagonal() if side.ndim == 2 else side for side in sides)
+    return plus, minus
+
+
+Step = tuple[dict[str, Tensor], Tensor]  # mean gradients of the parts of a step, and how many examples each part has
+
+
+def examples_of_step(model: nn.Module, loss: nf.Loss, batch: Any) -> Step:
+    """A step whose parts are single examples."""
+    stack = stacked(model, loss, batch)
+    return stack, torch.ones(len(next(iter(stack.values()))), dtype=torch.float64)
+
+
+def microbatches_of_step(model: nn.Module, loss: nf.Loss, parts: Sequence[Any]) -> Step:
+    """A step whose parts are microbatches: the means of their examples' gradients."""
+    stacks = [stacked(model, loss, part) for part in parts]
+    sizes = [float(len(next(iter(stack.values())))) for stack in stacks]
+    means = {name: torch.stack([stack[name].mean(0) for stack in stacks]) for name in stacks[0]}
+    return means, torch.tensor(sizes, dtype=torch.float64)
+
+
+def pooled(model: nn.Module, steps: Sequence[Step], symmetries: Mapping[str, nf.Symmetry]) -> Statistics:
+    """Of one example, from steps each centred by its mean: unbiased, with the standard errors between steps."""
+    total: dict[str, Tensor] = {}
+    values: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in symmetries}
+    sums = {name: None for name in symmetries}
+    freedom, examples = 0, []
+    for stack, sizes in steps:
+        if len(sizes) < 2:
+            continue
+        freedom += len(sizes) - 1
+        examples.append(sizes.sum())
+        centred = {}
+        for name, gradient in stack.items():
+            weights = sizes.reshape(-1, *(1,) * (gradient.ndim - 1))
+            centred[name] = (gradient - (weights * gradient).sum(0) / sizes.sum()) * weights.sqrt()
+            total[name] = total.get(name, 0) + centred[name].square().sum(0)
+        for name, symmetry in symmetries.items():
+            sides = grams(symmetry, model, centred)
+            known = sums[name]
+            sums[name] = sides if known is None else nf.Grams(*(a + b for a, b in zip(known, sides, strict=True)))
+            halves = _halves(symmetry, sides)
+            values[name].append((halves[0] / (len(sizes) - 1), halves[1] / (len(sizes) - 1)))
+    weights = torch.stack(examples)
+    errors = {}
+    for name, each in values.items():
+        plus, minus = (torch.stack(side) for side in zip(*each, strict=True))
+        plus, minus, net = (_weighted_error(side, weights) for side in (plus, minus, plus - minus))
+        errors[name] = plus, minus, net
+    return Statistics(
+        int(weights.sum()),
+        {name: nf.Grams(*(side / freedom for side in sides)) for name, sides in sums.items() if sides is not None},
+        {name: squares / freedom for name, squares in total.items()},
+        torch.stack([squares.sum() for squares in total.values()]).sum() / freedom,
+        errors,
+    )
+
+
+def _weighted_error(values: Tensor, weights: Tensor) -> Tensor:
+    """The standard error of the weighted mean of the values of some steps; NaN for a single step."""
+    if len(values) < 2:
+        return torch.full_like(values[0], torch.nan)
+    share = weights.reshape(-1, *(1,) * (values.ndim - 1))
+    mean = (share * values).sum(0) / weights.sum()
+    return ((share * (values - mean).square()).sum(0) / (len(values) - 1) / weights.sum()).sqrt()
 
 
 def coordinates(symmetry: nf.Symmetry, params: dict[str, Tensor]) -> list[Tensor]:

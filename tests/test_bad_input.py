@@ -30,10 +30,11 @@ def test_data_that_is_not_finite_names_batch_and_example(bad: float) -> None:
         measure(one)
 
 
-def test_a_parameter_that_is_not_finite_is_named() -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_parameter_that_is_not_finite_is_named(bad: float) -> None:
     one = case("diagonal")
     with torch.no_grad():
-        one.model[2].weight[0, 1] = float("nan")
+        one.model[2].weight[0, 1] = bad
     with refused(nf.NonFiniteError, "parameter '2.weight'", "1 non-finite"):
         measure(one)
     with refused(nf.NonFiniteError, "'2.weight'"):
@@ -105,12 +106,13 @@ def test_a_symmetry_that_is_not_one_says_its_residual_and_the_worst_example(name
             call()
 
 
-def test_a_symmetry_of_gradients_alone_is_not_one() -> None:
+@pytest.mark.parametrize("size", [1.0, 1e-6])
+def test_a_symmetry_of_gradients_alone_is_not_one(size: float) -> None:
     """A loss that jumps when a weight grows: every gradient is orthogonal to the orbit, and the loss still changes."""
     one = case("diagonal")
 
     def jump(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return one.loss(model, batch) + (model[0].weight.norm() > start)
+        return one.loss(model, batch) + size * (model[0].weight.norm() > start)
 
     start = one.model[0].weight.norm().item()
     assert measure(one, loss=jump).trace > 0

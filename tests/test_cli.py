@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import noetherflow as nf
+from fake_experiments import Fake, install
 from noetherflow._cli import app
 
 BUILD = """
@@ -122,6 +123,22 @@ def test_symmetries_are_found_where_none_are_declared(tmp_path: Path) -> None:
     assert "0 -> 2" in done.output
 
 
+def test_approximate_symmetries_are_shown_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "normed.py"
+    path.write_text(
+        BUILD.format(neighbour="")
+        .replace(', {"hidden": hidden}', "")
+        .replace("nn.ReLU(), nn.Linear(5, 3)", "nn.LayerNorm(5, eps=1e-5, elementwise_affine=False)")
+        .replace("torch.randn(16, 3)", "torch.randn(16, 5)")
+    )
+    exact, approximate = (
+        json.loads(run("symmetries", path, "--json", *flag).output)["symmetries"] for flag in ((), ("--approximate",))
+    )
+    assert exact == []
+    assert [one["kind"] for one in approximate] == ["ScalarSymmetry"]
+    assert "eps" in approximate[0]["approximate_because_of"]
+
+
 def test_weights_are_saved_as_safetensors_only(file: Path, tmp_path: Path) -> None:
     done = run("analyze", file, "--save", tmp_path / "moved.pt", "--out", tmp_path / "out")
     assert done.exit_code == 2
@@ -156,6 +173,21 @@ def test_a_claim_that_fails_is_shown_and_ends_in_an_error_code(tmp_path: Path) -
     assert "FAILS" in done.output
     assert "do not hold" in done.output
     assert json.loads((tmp_path / "f1.json").read_text())["holds"] is False
+
+
+def test_experiments_that_do_not_finish_end_in_an_error_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whether the others hold or not."""
+    install(monkeypatch, f1=Fake(error=ZeroDivisionError("by nothing")), f2=Fake())
+    done = run("reproduce", "--quick", "--out", tmp_path)
+    assert done.exit_code == 1
+    assert "did not finish: f1" in done.output
+    assert "by nothing" in done.output
+    assert "do not hold" not in done.output
+    install(monkeypatch, f1=Fake(), f2=Fake())
+    done = run("reproduce", "--quick", "--out", tmp_path)
+    assert done.exit_code == 0
+    assert "kept from an earlier run" in done.output
+    assert run("reproduce", "f2", "--quick", "--force", "--out", tmp_path).output.count("kept from") == 0
 
 
 @pytest.mark.parametrize("arguments", [("f99",), ("f1", "--set", "speed=1"), ("f1", "--set", "steps=x")])

@@ -48,6 +48,13 @@ def test_the_settings_in_numbers() -> None:
     few = nf.SGD(lr=0.3, batch_size=6, replacement=False, dataset_size=11)
     assert few.sampling_factor == pytest.approx(0.5)
     assert few.temperature == pytest.approx(0.3 / 24)
+    # The size of a data set counts only without replacement; of one example there is nothing to draw.
+    assert nf.SGD(lr=0.3, batch_size=6, dataset_size=11).sampling_factor == 1.0
+    assert nf.SGD(lr=0.3, batch_size=1, replacement=False, dataset_size=1).temperature == 0.0
+    assert nf.SGD(lr=0.3, batch_size=1, replacement=False, dataset_size=2).sampling_factor == 1.0
+    plain = nf.SGD(lr=0.3, batch_size=6)
+    assert (plain.weight_decay, plain.momentum, plain.replacement) == (0.0, 0.0, True)
+    assert plain.temperature == pytest.approx(0.3 / 12)
 
 
 def test_momentum_multiplies_the_drift_per_step_by_its_square() -> None:

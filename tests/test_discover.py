@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import noetherflow as nf
+from noetherflow.discover.equations import null_space
 from zoo import ZOO, Adapted, Animal, Call, Gated, RMSNorm, hugging, regression, sequential
 
 
@@ -178,6 +179,24 @@ def test_a_finder_that_misses_one_or_invents_one_is_caught(monkeypatch: pytest.M
     monkeypatch.setattr("noetherflow.discover.completeness.find_symmetries", lambda *_: wrong)
     invented = nf.check_completeness(model, loss, batch)
     assert (invented.missing, invented.false) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("small", "count", "decided"), [(1e-15, 1, True), (1e-5, 0, True), (1e-10, 1, False), (3e-8, 0, True)]
+)
+def test_what_is_neither_zero_nor_clearly_more_leaves_the_search_undecided(
+    small: float, count: int, decided: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 4, generator=generator, dtype=torch.float64)
+    rows[:, 3] *= small
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64)).Q
+    found = null_space(rows @ rotation)
+    assert (len(found.vectors), found.decided) == (count, decided), found.gap
+    if count:
+        torch.testing.assert_close((found.vectors @ rotation.mT).abs()[0, 3], torch.tensor(1.0).double())
+    undecided = nf.Rescalings({}, {}, found.gap, found.decided)
+    assert nf.Completeness(0, 0, 0, 0, undecided).complete == decided
 
 
 def test_a_large_model_is_refused_with_a_way_out() -> None:

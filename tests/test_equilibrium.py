@@ -1,5 +1,7 @@
 """The equilibrium against brute force, against a fresh measurement after the move, and where there is none."""
 
+import math
+
 import pytest
 import scipy.linalg
 import torch
@@ -13,6 +15,7 @@ from cases import Case, case, cases, mlp, rescaling, squared_error
 from noetherflow._drift import forces
 
 ONE_SIDED = "scalar, plus only"
+GENERATOR = "dense, eigenvalues 1 and -2"
 ALL = [(one, wd) for one in cases() for wd in (0.0, 0.02) if one.name != ONE_SIDED or wd]
 IDS = [f"{one}, weight decay {wd}" for one, wd in ALL]
 
@@ -231,6 +234,24 @@ def test_growing_for_ever_is_said_of_the_right_side() -> None:
     assert "growing" in solve(one).outcomes["length"].message
 
 
+def test_the_status_of_several_symmetries_is_the_worst() -> None:
+    """A dead row in one of two layers that do not meet."""
+    torch.manual_seed(0)
+    net = mlp(4, 5, 5, 5, 3, activation=nn.LeakyReLU).double()
+    with torch.no_grad():
+        net[0].weight[1] = net[0].bias[1] = 0.0
+        net[2].weight[:, 1] = 0.0
+    one = case("diagonal")
+    symmetries = {"first": rescaling(0), "last": rescaling(4)}
+    noise = nf.estimate_noise(net, one.loss, one.loader(), symmetries)
+    equilibrium = nf.solve_equilibrium(noise, nf.SGD(0.1, 5), net)
+    endings = {name: outcome.status for name, outcome in equilibrium.outcomes.items()}
+    assert endings == {"first": nf.Status.SINGULAR, "last": nf.Status.CONVERGED}
+    assert equilibrium.status is nf.Status.SINGULAR
+    assert equilibrium.message.startswith("first: rows 1 carry neither")
+    assert [status.severity for status in nf.Status] == [0, 1, 2, 3, 4]
+
+
 def test_throw_turns_a_status_into_an_error() -> None:
     one = network_with(dead=(1,))
     with pytest.raises(nf.EquilibriumError, match="dead"):
@@ -283,6 +304,119 @@ def test_a_generator_with_one_sign_has_no_equilibrium_without_weight_decay() -> 
     found = nf.solve_equilibrium(noise, nf.SGD(0.1, 5, 0.1), one.model).coordinates["length"]
     expected = nf.solve_equilibrium(checks.noise_of(one), nf.SGD(0.1, 5, 0.1), one.model)
     torch.testing.assert_close(found, expected.coordinates["length"])
+
+
+def rotation_with(plus: list[float], minus: list[float]) -> tuple[Tensor, nf.Equilibrium, nf.NoiseMoments, nf.Params]:
+    """Four hidden units whose noise is diagonal in a basis drawn at random, the basis first."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64)).Q
+    params = {
+        "a": torch.randn(4, 3, generator=generator).double(),
+        "b": torch.randn(5, 4, generator=generator).double(),
+    }
+    sides = nf.Grams(*((basis * torch.tensor(side).double()) @ basis.mT for side in (plus, minus)))
+    noise = nf.NoiseMoments(
+        count=1,
+        mean={name: torch.zeros_like(tensor) for name, tensor in params.items()},
+        scatter={"hidden": sides},
+        square_scatter={},
+        total_scatter=sides.plus.trace() + sides.minus.trace(),
+        spreads={},
+        symmetries={"hidden": nf.MatrixSymmetry(nf.Axis("a", 0), nf.Axis("b", 1))},
+    )
+    return basis, nf.solve_equilibrium(noise, nf.SGD(0.1, 5), params), noise, params
+
+
+def test_directions_of_a_rotation_each_have_an_ending_of_their_own() -> None:
+    basis, equilibrium, noise, params = rotation_with([1.0, 2.0, 0.0, 0.0], [3.0, 0.0, 4.0, 0.0])
+    outcome = equilibrium.outcomes["hidden"]
+    assert (outcome.status, len(outcome.directions)) == (nf.Status.AT_INFINITY, 3)
+    assert "1 directions carry neither gradient noise nor weight decay" in outcome.message
+    assert "1 directions have nothing that keeps the plus side from growing for ever" in outcome.message
+    assert "1 directions have nothing that keeps the plus side from shrinking to zero" in outcome.message
+    x, drift = (basis.mT @ found["hidden"] @ basis for found in (equilibrium.coordinates, equilibrium.drift))
+    # e^{4x} = P / R where both are there; where they are not, all that is left is the noise's own drift, 2 sigma^2 N.
+    expected = torch.diag(torch.tensor([-math.log(3) / 4, 0.0, 0.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
+    left = torch.diag(torch.tensor([0.0, 0.02 * 2, -0.02 * 4, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(drift, left, rtol=1e-9, atol=1e-12)
+    before = nf.drift(noise, nf.SGD(0.1, 5), params)["hidden"]
+    torch.testing.assert_close(
+        basis.mT @ before @ basis, left + torch.diag(torch.tensor([-0.02 * 2, 0.0, 0.0, 0.0], dtype=torch.float64))
+    )
+    # 1 e^{-2x} + 3 e^{2x} = 2 sqrt(3)
+    assert equilibrium.trace_after == pytest.approx(2 * 3**0.5 + 6)
+    assert equilibrium.relaxation_steps["hidden"] == torch.inf
+
+
+GROW, SHRINK = (f"directions have nothing that keeps the plus side from {way}" for way in ("growing", "shrinking"))
+
+
+@pytest.mark.parametrize(
+    ("plus", "minus", "status", "words"),
+    [
+        ([1.0, 1.0, 0.0, 0.0], [1.0, 2.0, 0.0, 0.0], nf.Status.SINGULAR, "2 directions carry neither"),
+        ([1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0], nf.Status.AT_INFINITY, f"2 {GROW}"),
+        ([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 2.0, 3.0], nf.Status.AT_INFINITY, f"3 {SHRINK}"),
+        ([0.0] * 4, [0.0] * 4, nf.Status.SINGULAR, "4 directions carry neither"),
+    ],
+)
+def test_directions_without_an_equilibrium_are_counted(
+    plus: list[float], minus: list[float], status: nf.Status, words: str
+) -> None:
+    _, equilibrium, _, _ = rotation_with(plus, minus)
+    outcome = equilibrium.outcomes["hidden"]
+    assert outcome.status is status
+    assert outcome.message.startswith(words)
+    assert len(outcome.directions) == int(words[0])
+    assert sum(what in outcome.message for what in ("carry neither", GROW, SHRINK)) == 1
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_every_ending_of_a_generator_with_one_sign(sign: float) -> None:
+    """By noise alone, by decay alone, by both and by neither; what is left of the drift is the drift."""
+    one = case(ONE_SIDED)
+    generator = {"length": nf.DenseSymmetry(sign * torch.eye(8), names="weight")}
+    noise, still = (
+        nf.estimate_noise(one.model, lambda model, batch: factor * one.loss(model, batch), one.loader(), generator)  # noqa: B023
+        for factor in (1.0, 0.0)
+    )
+    up, down = ("growing", "falling") if sign > 0 else ("falling", "growing")
+    for moments, decay, word in ((noise, 0.0, up), (still, 0.1, down)):
+        equilibrium = nf.solve_equilibrium(moments, nf.SGD(0.1, 5, decay), one.model)
+        outcome = equilibrium.outcomes["length"]
+        assert (outcome.status, outcome.directions) == (nf.Status.AT_INFINITY, (0,))
+        assert f"nothing keeps the coordinate from {word} for ever" in outcome.message
+        assert equilibrium.coordinates["length"] == 0
+        assert equilibrium.relaxation_steps["length"] == torch.inf
+        rate = nf.drift(moments, nf.SGD(0.1, 5, decay), one.model)["length"]
+        torch.testing.assert_close(equilibrium.drift["length"], rate)
+    neither = nf.solve_equilibrium(still, nf.SGD(0.1, 5), one.model).outcomes["length"]
+    assert (neither.status, neither.directions) == (nf.Status.SINGULAR, (0,))
+    both = nf.solve_equilibrium(noise, nf.SGD(0.1, 5, 0.1), one.model)
+    expected = nf.solve_equilibrium(checks.noise_of(one), nf.SGD(0.1, 5, 0.1), one.model)
+    torch.testing.assert_close(both.coordinates["length"], sign * expected.coordinates["length"])
+    torch.testing.assert_close(both.relaxation_steps["length"], expected.relaxation_steps["length"])
+
+
+def test_a_root_that_is_far_away_is_found_in_few_steps() -> None:
+    sgd, steps = nf.SGD(0.1, 5, 0.02), []
+    home = nf.solve_equilibrium(checks.noise_of(case(GENERATOR)), sgd, case(GENERATOR).model)
+    for far in (0.0, 3.0, -3.0, 9.0, -9.0):
+        one = case(GENERATOR)
+        theta = one.symmetries["neuron"].act(torch.tensor(far).double(), one.params)
+        with torch.no_grad():
+            for name, parameter in one.model.named_parameters():
+                parameter.copy_(theta[name])
+        found = nf.solve_equilibrium(checks.noise_of(one), sgd, one.model)
+        assert found.status is nf.Status.CONVERGED
+        torch.testing.assert_close(found.coordinates["neuron"], home.coordinates["neuron"] - far, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.params, home.params, rtol=1e-8, atol=1e-10)
+        steps.append(found.iterations)
+    # By Newton's method; where rounding keeps it from the last digit, bisection takes some fifty steps.
+    assert min(steps) >= 1
+    assert sorted(steps)[2] <= 16, steps
+    assert max(steps) <= 100, steps
 
 
 @pytest.mark.parametrize("name", ["diagonal", "matrix", "dense, eigenvalues 1 and -2"])

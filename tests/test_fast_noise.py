@@ -186,6 +186,10 @@ def squared_axes(model: nn.Module) -> dict[str, nf.Symmetry]:
             asked[f"{name} {dim} Gram"] = nf.MatrixSymmetry(plus=nf.Axis(name, dim, 0, max(1, one.shape[dim] // 2)))
         if one.ndim:
             asked[f"{name} whole"] = nf.ScalarSymmetry(plus=nf.Axis(name, 0))
+        if one.ndim and len(one) > 1:
+            asked[f"{name} part"] = nf.ScalarSymmetry(
+                plus=nf.Axis(name, 0, 0, len(one) // 2), minus=nf.Axis(name, 0, 1)
+            )
     return asked
 
 

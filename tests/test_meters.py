@@ -1,9 +1,11 @@
 """Noise measured while training: gradients stay what they are, and nothing is left behind."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 
+import checks
 import noetherflow as nf
+import oracles
 from noetherflow.noise import passes
 from noetherflow.noise.capture import Capture
 from test_fast_noise import TIGHT, Recurrent, classify, examples, in_double, large
@@ -25,22 +29,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     return {name: None if one.grad is None else one.grad.clone() for name, one in model.named_parameters()}
 
 
-def pooled(parts: list[nf.NoiseMoments]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Tr Sigma and the charges' noise from the scatter about each part's own mean, unbiased."""
-    freedom = sum(part.count - 1 for part in parts)
-    trace = sum(part.total_scatter for part in parts) / freedom
-    names = parts[0].scatter
-    return trace, {name: sum(part.scatter[name].plus for part in parts) / freedom for name in names}
-
-
-def assert_measured(noise: nf.NoiseMoments, parts: list[nf.NoiseMoments], **tolerance: float) -> None:
-    trace, plus = pooled(parts)
-    tolerance = tolerance or TIGHT
-    torch.testing.assert_close(noise.trace, trace, **tolerance)
-    for name, expected in plus.items():
-        torch.testing.assert_close(
-            noise.grams[name].plus, expected, rtol=tolerance["rtol"], atol=tolerance["rtol"] * trace.item()
-        )
+def one_step(model: nn.Module, loss: nf.Loss, batch: Any, symmetries: dict[str, nf.Symmetry]) -> oracles.Statistics:
+    """What a meter must say after a single step, from a loop over single examples."""
+    return oracles.pooled(model, [oracles.examples_of_step(model, loss, batch)], symmetries)
 
 
 @pytest.mark.parametrize("animal", ALONG_AXES, ids=lambda animal: animal.name)
@@ -50,7 +41,7 @@ def test_a_step_is_what_it_would_have_been(animal: Animal) -> None:
     loss(model, batch).mean().backward()
     plain = gradients(model)
     model.zero_grad()
-    meter = nf.NoiseMeter(model, symmetries)
+    meter = nf.NoiseMeter(model, symmetries, variances=True)
     with meter.step(batch):
         loss(model, batch).mean().backward()
     # Llama computes its norms in float32 whatever its parameters are.
@@ -60,35 +51,64 @@ def test_a_step_is_what_it_would_have_been(animal: Animal) -> None:
             assert one is None
         else:
             torch.testing.assert_close(one, plain[name], **tolerance)
-    exact = nf.estimate_noise(model, loss, [batch], symmetries, exact=True)
-    assert_measured(meter.noise, [exact], **tolerance)
-    # The same again without training: what is in .grad stays there.
     before = gradients(model)
+    expected = one_step(model, loss, batch, symmetries)
+    checks.noise_is(meter.noise, expected, tolerance["rtol"])
+    assert meter.noise.variance.keys() == scaled_parameters(symmetries)
+    # The same again without training: what is in .grad stays there.
     for some in (symmetries, {}):
         meter = nf.NoiseMeter(model, some)
         with meter.step(batch, train=False):
             loss(model, batch).mean().backward()
-        assert_measured(
-            meter.noise, [replace(exact, scatter={name: exact.scatter[name] for name in some})], **tolerance
-        )
+        fewer = expected._replace(grams={name: expected.grams[name] for name in some})
+        checks.noise_is(meter.noise, fewer, tolerance["rtol"])
     for name, one in gradients(model).items():
         assert one is before[name] is None or torch.equal(one, before[name])
+
+
+def scaled_parameters(symmetries: dict[str, nf.Symmetry]) -> set[str]:
+    """Where variances are kept: the parameters on which scalings and rescalings act."""
+    kinds = nf.ScalarSymmetry | nf.DiagonalSymmetry
+    return {name for one in symmetries.values() if isinstance(one, kinds) for name in one.names}
+
+
+def test_a_side_that_is_wrong_is_seen() -> None:
+    """The twin of all comparisons with loops: one side doubled, swapped, or of another symmetry."""
+    model, batch = large(), examples(16)
+    symmetries = nf.find_symmetries(model, classify, batch)
+    meter = nf.NoiseMeter(model, symmetries, variances=True)
+    with meter.step(batch):
+        classify(model, batch).mean().backward()
+    noise, expected = meter.noise, one_step(model, classify, batch, symmetries)
+    checks.noise_is(noise, expected)
+    wrong = [
+        {name: nf.Grams(sides.plus, 2 * sides.minus) for name, sides in noise.scatter.items()},
+        {name: nf.Grams(2 * sides.plus, sides.minus) for name, sides in noise.scatter.items()},
+        {name: nf.Grams(sides.minus, sides.plus) for name, sides in noise.scatter.items()},
+    ]
+    for scatter in wrong:
+        with pytest.raises(AssertionError):
+            checks.noise_is(replace(noise, scatter=scatter), expected)
+    doubled = {name: 2 * squares for name, squares in noise.square_scatter.items()}
+    for changes in ({"square_scatter": doubled}, {"total_scatter": 2 * noise.total_scatter}, {"count": 15}):
+        with pytest.raises(AssertionError):
+            checks.noise_is(replace(noise, **changes), expected)
 
 
 @pytest.mark.parametrize(("reduce", "weight"), [("mean", None), ("sum", 1.0), ("third", 1 / 48)])
 def test_what_an_example_counts_in_the_loss_is_taken_out(reduce: str, weight: float | None) -> None:
     model, batch = large(), examples(16)
     symmetries = nf.find_symmetries(model, classify, batch)
-    exact = [nf.estimate_noise(model, classify, [batch], symmetries, exact=True)]
+    expected = one_step(model, classify, batch, symmetries)
     loss = {"mean": Tensor.mean, "sum": Tensor.sum, "third": lambda losses: losses.mean() / 3}[reduce]
     meter, wrong = nf.NoiseMeter(model, symmetries), nf.NoiseMeter(model, symmetries)
     with meter.step(batch, weight=weight):
         loss(classify(model, batch)).backward()
-    assert_measured(meter.noise, exact)
+    checks.noise_is(meter.noise, expected)
     with wrong.step(batch, weight=None if reduce == "sum" else 1.0):
         loss(classify(model, batch)).backward()
     with pytest.raises(AssertionError):
-        assert_measured(wrong.noise, exact)
+        checks.noise_is(wrong.noise, expected)
 
 
 def test_steps_are_centred_by_themselves_and_pooled() -> None:
@@ -97,15 +117,14 @@ def test_steps_are_centred_by_themselves_and_pooled() -> None:
     symmetries = nf.find_symmetries(model, classify, batches[0])
     meter = nf.NoiseMeter(model, symmetries, variances=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    parts = []
+    steps = []
     for batch in batches:
-        if len(batch[0]) > 1:
-            parts.append(nf.estimate_noise(model, classify, [batch], symmetries, exact=True))
+        steps.append(oracles.examples_of_step(model, classify, batch))
         optimizer.zero_grad()
         with meter.step(batch):
             classify(model, batch).mean().backward()
         optimizer.step()
-    assert_measured(meter.noise, parts)
+    checks.noise_is(meter.noise, oracles.pooled(model, steps, symmetries))
     assert meter.noise.count == 42
     assert all(torch.isfinite(one.net).all() for one in meter.noise.standard_errors.values())
     assert nf.solve_equilibrium(meter.noise, nf.SGD(0.5, 16, 1e-3), model).trace_after > 0
@@ -124,12 +143,18 @@ def test_narrow_numbers_stay_within_their_bounds(dtype: torch.dtype, bound: floa
     for batch in batches:
         with meter.step(batch):
             classify(model, batch).mean().backward()
-    exact = [nf.estimate_noise(model, classify, [one], symmetries, exact=True, dtype=torch.float64) for one in batches]
-    assert_measured(meter.noise, exact, rtol=bound, atol=0)
-    assert all(one.dtype == torch.float64 for grams in meter.noise.grams.values() for one in grams)
+    wide = copy.deepcopy(model).double()
+    steps = [oracles.examples_of_step(wide, classify, (x.double(), y)) for x, y in batches]
+    expected = oracles.pooled(wide, steps, symmetries)
+    torch.testing.assert_close(meter.noise.trace, expected.trace, rtol=bound, atol=0)
+    for name, sides in expected.grams.items():
+        for found, side in zip(meter.noise.grams[name], sides, strict=True):
+            assert found.dtype == torch.float64
+            torch.testing.assert_close(found, side, rtol=bound, atol=bound * side.max().item())
+    assert meter.noise.variance.keys() == (scaled_parameters(symmetries) if variances else set())
     for name, variance in meter.noise.variance.items():
-        expected = sum(part.square_scatter[name] for part in exact) / sum(part.count - 1 for part in exact)
-        torch.testing.assert_close(variance, expected, rtol=bound, atol=bound * expected.max().item())
+        entries = expected.variance[name]
+        torch.testing.assert_close(variance, entries, rtol=bound, atol=bound * entries.max().item())
 
 
 def test_equilibria_need_variances() -> None:
@@ -174,7 +199,7 @@ def test_nothing_is_left_behind_whatever_is_raised() -> None:
     model.zero_grad()
     with meter.step(batch):
         classify(model, batch).mean().backward()
-    assert_measured(meter.noise, [nf.estimate_noise(model, classify, [batch], symmetries, exact=True)])
+    checks.noise_is(meter.noise, one_step(model, classify, batch, symmetries))
 
 
 def test_hooks_of_parameters_see_the_whole_gradient() -> None:
@@ -204,7 +229,7 @@ def test_hooks_of_parameters_see_the_whole_gradient() -> None:
     torch.testing.assert_close(seen["before"], expected, **TIGHT)
     torch.testing.assert_close(seen["after"], 2 * expected, **TIGHT)
     torch.testing.assert_close(gradients(model), plain | {"0.weight": 2 * expected}, **TIGHT)
-    assert_measured(meter.noise, [nf.estimate_noise(model, classify, [batch], {}, exact=True)])
+    checks.noise_is(meter.noise, one_step(large(), classify, batch, {}))
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -215,7 +240,7 @@ def test_a_parameter_that_was_frozen_since_has_no_gradient(train: bool) -> None:
     with meter.step(batch, train=train):
         classify(model, batch).mean().backward()
     assert model[0].weight.grad is None
-    assert_measured(meter.noise, [nf.estimate_noise(model, classify, [batch], {}, exact=True)])
+    checks.noise_is(meter.noise, one_step(model, classify, batch, {}))
 
 
 @pytest.mark.parametrize("variances", [True, False], ids=["variances", "sums"])
@@ -250,7 +275,7 @@ def test_a_step_that_only_measures_calls_no_hooks() -> None:
     with meter.step(batch, train=False):
         classify(model, batch).mean().backward()
     assert all(one is None for one in gradients(model).values())
-    assert_measured(meter.noise, [nf.estimate_noise(model, classify, [batch], {}, exact=True)])
+    checks.noise_is(meter.noise, one_step(large(), classify, batch, {}))
 
 
 def test_two_backward_passes_are_no_step() -> None:
@@ -334,7 +359,7 @@ def test_checkpointed_layers_are_measured() -> None:
         loss(model, batch).mean().backward()
     torch.testing.assert_close(gradients(model), plain, rtol=1e-10, atol=1e-12)
     exact = nf.estimate_noise(model, classify, [batch], {}, exact=True)
-    assert_measured(meter.noise, [exact])
+    checks.noise_is(meter.noise, one_step(model, classify, batch, {}))
     fast = nf.estimate_noise(model, loss, [batch], {}, exact=False)
     assert not fast.fallback
     torch.testing.assert_close(fast.trace, exact.trace, **TIGHT)

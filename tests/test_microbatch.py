@@ -15,10 +15,11 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn import functional
 
+import checks
 import noetherflow as nf
+import oracles
 import ranks
 from test_fast_noise import classify, examples, large
-from test_meters import assert_measured
 
 Batch = tuple[Tensor, ...]
 
@@ -61,9 +62,49 @@ def test_microbatches_of_one_are_the_scatter_of_examples() -> None:
     (1e9 * classify(model, batch).sum()).backward()  # gradients that were there already do not matter
     meter = nf.MicrobatchMeter(model, symmetries)
     run_microbatches(meter, model, split(batch, [1] * 12))
-    assert_measured(
-        meter.noise, [nf.estimate_noise(model, classify, [batch], symmetries, exact=True)], rtol=1e-8, atol=0
+    checks.noise_is(
+        meter.noise,
+        oracles.pooled(model, [oracles.examples_of_step(model, classify, batch)], symmetries),
+        rtol=1e-8,
     )
+
+
+def test_every_statistic_of_several_steps() -> None:
+    """Microbatches of unequal sizes, at parameters that move, against means over loops of single examples."""
+    model = large()
+    symmetries = nf.find_symmetries(model, classify, examples(12))
+    meter = nf.MicrobatchMeter(model, symmetries, variances=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    steps = []
+    for seed, sizes in enumerate(([5, 3, 4], [2, 6], [1, 1, 1, 7])):
+        parts = split(examples(sum(sizes), seed), sizes)
+        steps.append(oracles.microbatches_of_step(model, classify, parts))
+        optimizer.zero_grad()
+        run_microbatches(meter, model, parts)
+        optimizer.step()
+    expected = oracles.pooled(model, steps, symmetries)
+    checks.noise_is(meter.noise, expected)
+    assert meter.noise.variance.keys() == {"0.weight", "0.bias", "3.weight", "3.bias", "5.weight"}
+    with pytest.raises(AssertionError):
+        checks.noise_is(meter.noise, oracles.pooled(model, steps[:2], symmetries))
+
+
+def test_every_statistic_of_rotations_and_scalings() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 6), nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 5)).double()
+    symmetries = nf.find_symmetries(model, classify, examples(12))
+    assert {type(one) for one in symmetries.values()} == {nf.MatrixSymmetry, nf.DiagonalSymmetry}
+    both = {"layers": nf.ScalarSymmetry([nf.Axis("0.weight", 0), nf.Axis("0.bias", 0)], nf.Axis("1.weight", 0))}
+    meters = nf.MicrobatchMeter(model, symmetries | both, variances=True), nf.NoiseMeter(model, symmetries | both)
+    parts = split(examples(15), [5, 3, 7])
+    run_microbatches(meters[0], model, parts)
+    for part in parts:
+        with meters[1].step(part):
+            classify(model, part).mean().backward()
+    steps = [oracles.microbatches_of_step(model, classify, parts)]
+    checks.noise_is(meters[0].noise, oracles.pooled(model, steps, symmetries | both))
+    steps = [oracles.examples_of_step(model, classify, part) for part in parts]
+    checks.noise_is(meters[1].noise, oracles.pooled(model, steps, symmetries | both))
 
 
 def test_gradients_are_what_they_would_have_been() -> None:

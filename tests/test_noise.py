@@ -226,6 +226,25 @@ def test_standard_errors_need_two_examples() -> None:
     assert checks.noise_of(one).standard_errors["hidden"].net.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["diagonal", "matrix", "scalar, two sides", "dense, eigenvalues 1 and -2"])
+def test_standard_errors_of_batches_are_nearly_those_of_all_examples(name: str) -> None:
+    """They are taken about the mean gradient so far, which the first batches know roughly."""
+    one = case(name)
+    expected = oracles.statistics(one.model, oracles.stacked(one.model, one.loss, one.batch), one.symmetries).errors
+    for found in (checks.noise_of(one), checks.noise_of(one, one_batch=True)):
+        for label, errors in expected.items():
+            for mine, theirs in zip(found.standard_errors[label], errors, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=0.4, atol=0)
+
+
+def test_two_examples_have_a_standard_error() -> None:
+    one = case("diagonal")
+    two = tuple(t[:2] for t in one.batch)
+    noise = nf.estimate_noise(one.model, one.loss, [two], one.symmetries)
+    checks.noise_is(noise, oracles.statistics(one.model, oracles.stacked(one.model, one.loss, two), one.symmetries))
+    assert noise.standard_errors["hidden"].net.isfinite().all()
+
+
 def test_nothing_of_the_model_is_touched() -> None:
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.3), nn.Linear(5, 3)).double()
     net[1].eval()

@@ -5,9 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 import noetherflow as nf
-from noetherflow.paper import experiment
+from noetherflow.paper import experiment, measure
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.curves import panels_of
 from paper_runs import outcome
@@ -43,29 +44,41 @@ def test_the_picture_can_be_drawn(name: str, tmp_path: Path) -> None:
     assert not [text for text in labels if set("\\$^{}") & set(text)]
 
 
-@pytest.mark.parametrize("name", experiment.FIGURES)
-def test_settings_of_the_full_size_are_the_published_ones(name: str) -> None:
-    config = experiment.load(name).Config()
-    published = {
-        "f1": {"lr": 0.05, "batch_size": 1, "steps": 20_000, "replicas": 64, "weight_decay": 2e-3},
-        "f2": {"inputs": 32, "outputs": 28, "hidden": 4, "lr": 0.01, "batch_size": 32, "steps": 40_000, "replicas": 8},
-        "f3": {"width": 10, "hidden": 2, "small": 0.1, "batch_size": 16, "lr_times_trace": 0.15, "steps": 40_000},
-        "f4": {"inputs": 20, "outputs": 30, "lr": 0.008, "warmup_lr": 0.001, "warmup_steps": 20_000, "steps": 50_000},
-        "f5": {"inputs": 8, "hidden": 16, "outputs": 2, "examples": 64, "lr": 0.05, "steps": 4_000, "replicas": 8},
-        "f6": {"inputs": 6, "hidden": 8, "outputs": 6, "scale": 0.3, "lr": 0.02, "steps": 40_000, "replicas": 16},
-        "f7": {"inputs": 10, "outputs": 12, "lr": 0.006, "batch_size": 4, "displacement": 0.3, "replicas": 64},
-        "f8": {"depths": (3, 4, 5), "width": 4, "lr": 0.005, "batch_size": 1, "steps": 200_000, "replicas": 8},
-        "f9": {"size": 3, "hidden": 2},
-    }
-    for setting, value in published[name].items():
-        assert getattr(config, setting) == value
-
-
 def test_a_claim_without_a_number_does_not_hold() -> None:
     assert not Claim("nothing", predicted=1.0, measured=math.nan, low=0.0).holds
     assert Claim("edge", predicted=1.0, measured=0.5, low=0.5, high=0.5).holds
     assert not Claim("over", predicted=1.0, measured=0.6, high=0.5).holds
     assert not Claim("under", predicted=1.0, measured=0.4, low=0.5).holds
+
+
+def test_statistics_of_claims() -> None:
+    values = torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64)
+    # Mean 4, squared gaps 9 + 4 + 0 + 25 = 38, variance 38 / 3, over 4 values.
+    assert measure.standard_error(values) == pytest.approx((38 / 3 / 4) ** 0.5)
+    assert math.isnan(measure.standard_error(values[:1]))
+    x, y = torch.tensor([0.0, 1.0, 2.0, 3.0]).double(), torch.tensor([1.0, 3.0, 2.0, 6.0]).double()
+    # Gaps of x are -1.5, -0.5, 0.5, 1.5: sums 7 of products and 5 of squares; those of y are -2, 0, -1, 3, squares 14.
+    assert measure.slope(x, y) == pytest.approx(7 / 5)
+    assert measure.r_squared(x, y) == pytest.approx(7**2 / (5 * 14))
+    assert measure.geometric((1.0, 8.0), 4).tolist() == pytest.approx([1.0, 2.0, 4.0, 8.0])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "inside", "outside", "said"),
+    [
+        (0.5, 1.5, (0.5, 1.0, 1.5), (0.49, 1.51, math.nan, math.inf), "[0.5, 1.5]"),
+        (None, 1.5, (-9.0, 1.5), (1.51, math.nan), "<= 1.5"),
+        (0.5, None, (0.5, 9.0), (0.49, -math.inf, math.nan), ">= 0.5"),
+        (0.0, None, (0.0, 1e-300), (-1e-300, math.nan), ">= 0"),
+    ],
+)
+def test_a_band_and_what_it_admits(
+    low: float | None, high: float | None, inside: tuple[float, ...], outside: tuple[float, ...], said: str
+) -> None:
+    claim = Claim("so", predicted=1.0, measured=1.0, low=low, high=high)
+    assert [claim.admits(value) for value in inside] == [True] * len(inside)
+    assert [claim.admits(value) for value in outside] == [False] * len(outside)
+    assert claim.band == said
 
 
 def test_overrides_of_settings() -> None:

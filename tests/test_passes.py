@@ -11,9 +11,10 @@ from torch import Tensor
 import noetherflow as nf
 from noetherflow.noise import batches, passes
 from noetherflow.noise.asked import Asked, Page
-from noetherflow.noise.batches import BatchNoise, along_axes
+from noetherflow.noise.batches import BatchNoise
 from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger, Sums
 from noetherflow.noise.squares import square
+from noetherflow.symmetry import along_axes
 
 
 def draw(*shape: int, dtype: torch.dtype) -> Tensor:

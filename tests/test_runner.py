@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -138,6 +139,33 @@ def test_an_experiment_that_raises_does_not_lose_other_results(fakes: dict[str, 
     assert endings["f2"].result is not None
     assert {path.name for path in tmp_path.iterdir()} == {"f2.json", "f2.png", "f2.svg", "report.html"}
     assert "by nothing" in (tmp_path / "report.html").read_text()
+
+
+def test_verdicts_on_the_page_are_those_of_the_claims(fakes: dict[str, Fake], tmp_path: Path) -> None:
+    """Read without a browser: a row per claim, its numbers, and nothing that a text can turn into markup."""
+    fakes["f1"].extra = (Claim("<b>bold</b> & high", predicted=0.25, measured=0.75, low=0.5, high=0.6, error=0.05),)
+    run(tmp_path)
+    shown = (tmp_path / "report.html").read_text()
+    rows = re.findall(r'<tr class="(holds|fails)">(.*?)</tr>', shown, flags=re.DOTALL)
+    assert [verdict for verdict, _ in rows] == ["holds", "fails", "holds", "fails"]
+    cells = re.findall(r'<td data-label="(.*?)" data-sort="(.*?)"><span>(.*?)</span></td>', rows[1][1])
+    assert [label for label, _, _ in cells] == ["figure", "claim", "theory", "measured", "band", "verdict"]
+    assert [sort for _, sort, _ in cells][2:4] == ["0.25", "0.75"]
+    assert [text for _, _, text in cells][1:5] == [
+        "&lt;b&gt;bold&lt;/b&gt; &amp; high",
+        "0.25",
+        "0.75 ± 0.05",
+        "[0.5, 0.6]",
+    ]
+    assert "<strong>FAILS</strong> with 0.75" in cells[5][2]
+    assert "<b>" not in shown
+    assert "2 of 4 claims FAIL:" in shown
+    assert [sort for _, sort, _ in re.findall(r'data-label="(.*?)" data-sort="(.*?)"><span>(.*?)<', rows[3][1])][
+        2:4
+    ] == [
+        "Infinity",
+        "NaN",
+    ]
 
 
 def test_the_page_is_written_after_every_experiment(fakes: dict[str, Fake], tmp_path: Path) -> None:

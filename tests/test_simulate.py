@@ -369,6 +369,12 @@ def test_time_steps_are_positive(bad: float) -> None:
             make()
 
 
+def test_a_step_of_a_limit_stands_for_a_step_of_sgd_with_momentum() -> None:
+    sgd = nf.SGD(0.1, 2, momentum=0.75)
+    assert nf.Langevin(sgd).time_step == nf.NoetherFlow(sgd).time_step == pytest.approx(0.4)
+    assert nf.Langevin(sgd, dt=0.3).time_step == nf.NoetherFlow(sgd, dt=0.3).time_step == 0.3
+
+
 def test_a_flow_along_rotations_that_share_a_tensor_is_refused() -> None:
     net = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(3))).double()
     rotations = {f"{k}": nf.MatrixSymmetry(nf.Axis(f"{k}.weight", 0), nf.Axis(f"{k + 1}.weight", 1)) for k in range(2)}

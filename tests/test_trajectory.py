@@ -51,6 +51,15 @@ def test_what_was_saved_comes_back(tmp_path: Path, suffix: str, replicas: int, d
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+def test_one_tensor_that_is_not_finite_is_enough_to_have_diverged() -> None:
+    params = {
+        "a": torch.tensor([[1.0], [torch.nan], [2.0]]),
+        "b": torch.tensor([[1.0, 2.0], [1.0, 2.0], [torch.inf, 0.0]]),
+    }
+    found = nf.Trajectory(torch.zeros(1), torch.zeros(1, 3), params=params)
+    assert found.diverged.tolist() == [False, True, True]
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 def test_a_bare_trajectory_comes_back(tmp_path: Path, suffix: str) -> None:
     one = case("diagonal")

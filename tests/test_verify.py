@@ -71,3 +71,36 @@ def test_random_state_and_gradients_are_as_they_were() -> None:
     nf.verify_symmetry(one.model, one.loss, one.batch, one.symmetries["hidden"])
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p.grad, g) for p, g in zip(one.model.parameters(), gradients, strict=True))
+
+
+def test_a_loss_that_becomes_nan_is_changed_beyond_measure() -> None:
+    one = case("diagonal")
+    start = one.model[0].weight.detach().norm()
+
+    def fragile(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        moved = (model[0].weight.norm() - start).abs() > 1e-6
+        return squared_error(model, batch) * torch.where(moved, torch.nan, 1.0)
+
+    assert nf.verify_symmetry(one.model, fragile, one.batch, one.symmetries["hidden"]).loss == torch.inf
+
+
+def test_a_loss_that_jumps_shows_only_in_finite_moves_and_one_that_pretends_only_in_gradients() -> None:
+    """Both parts are needed: each sees what the other does not."""
+    one = case("diagonal")
+    start = one.model[0].weight.detach().norm()
+
+    def jumps(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return squared_error(model, batch) + ((model[0].weight.norm() - start).abs() > 1e-6)
+
+    def pretends(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        size = model[0].weight.square().sum()
+        return squared_error(model, batch) + size - size.detach()
+
+    jump, pretence = (
+        nf.verify_symmetry(one.model, loss, one.batch, one.symmetries["hidden"]) for loss in (jumps, pretends)
+    )
+    assert jump.loss > 1e-2
+    assert jump.gradient < 1e-12
+    assert pretence.loss < 1e-12
+    assert pretence.gradient > 1e-3
+    assert (float(jump), float(pretence)) == (jump.loss, pretence.gradient)

@@ -67,7 +67,8 @@ def picked(call: Call) -> Any:
 
 def padded(call: Call) -> Any:
     """Zeros, or repeated entries, around the last axes."""
-    if call.name == "constant_pad_nd" and call.given(2, "value", 0):
+    value = call.given(3, "value") if call.name == "pad" else call.given(2, "value") if "constant" in call.name else 0
+    if value:
         return opaque(call)
     count = len(call.args[1]) // 2
     found = collapse(call.x, range(len(call.x.shape) - count, len(call.x.shape)), call.equations, call.reason)
