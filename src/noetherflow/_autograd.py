@@ -27,11 +27,11 @@ def accumulate(total: Tensor, nodes: Collection[Node], leaves: Collection[Tensor
 
     Other leaves of the graph, such as the parameters of another model, keep their `.grad`.
     """
-    mine = {id(leaf) for leaf in leaves}
-    others = [one.variable for one in nodes if hasattr(one, "variable") and id(one.variable) not in mine]
-    before = [one.grad for one in others]
-    for one in others:
-        one.grad = None
+    inner = {id(leaf) for leaf in leaves}
+    others = [node.variable for node in nodes if hasattr(node, "variable") and id(node.variable) not in inner]
+    before = [leaf.grad for leaf in others]
+    for leaf in others:
+        leaf.grad = None
     total.backward()
-    for one, gradient in zip(others, before, strict=True):
-        one.grad = gradient
+    for leaf, gradient in zip(others, before, strict=True):
+        leaf.grad = gradient

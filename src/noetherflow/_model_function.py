@@ -63,17 +63,19 @@ class ModelFunction:
     def __init__(self, model: nn.Module, loss: Loss, dtype: torch.dtype | None = None) -> None:
         self.params = snapshot(model, dtype)
         require_finite(self.params, "parameter")
-        self.trained = {name: self.params[name] for name, one in model.named_parameters() if one.requires_grad}
-        self.precision = coarsest(one.dtype for one in self.params.values())
+        self.trained = {
+            name: self.params[name] for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        self.precision = coarsest(tensor.dtype for tensor in self.params.values())
         self.reentrant = False
         self._holder = Holder(model, loss)
         self._places, others = places_of(self._holder, model)
         # Of buffers, every call gets a copy: a module may write into them. Parameters of a loss are constants.
-        self._buffers = {id(one): in_dtype(one.detach().clone(), dtype) for one in self._holder.buffers()}
-        self._others = {place: id(one) for place, one in others.items()}
-        self._constants = {id(one): in_dtype(one.detach(), dtype) for one in others.values()}
-        floats = {one.dtype for one in model.parameters() if one.is_floating_point()}
-        self._changed = sorted(str(one) for one in floats if dtype not in (None, one))
+        self._buffers = {id(buffer): in_dtype(buffer.detach().clone(), dtype) for buffer in self._holder.buffers()}
+        self._others = {place: id(tensor) for place, tensor in others.items()}
+        self._constants = {id(tensor): in_dtype(tensor.detach(), dtype) for tensor in others.values()}
+        floats = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        self._changed = sorted(str(kind) for kind in floats if dtype not in (None, kind))
         self._dtype = dtype
         self._one_by_one = False
 
@@ -124,12 +126,17 @@ class ModelFunction:
         Returns:
             Losses, shape (B,), and the gradient by name; zeros for parameters that no gradient reaches.
         """
-        losses, found = self._differentiate(params, batch, names, weights)
-        return losses, {name: torch.zeros_like(params[name]) if one is None else one for name, one in found.items()}
+        losses, gradients = self._differentiate(params, batch, names, weights)
+        return losses, {
+            name: torch.zeros_like(params[name]) if gradient is None else gradient
+            for name, gradient in gradients.items()
+        }
 
     def unreached(self, params: Params, batch: Batch) -> list[str]:
         """The parameters on which the losses do not depend differentiably."""
-        return [name for name, one in self._differentiate(params, batch, None, None)[1].items() if one is None]
+        return [
+            name for name, gradient in self._differentiate(params, batch, None, None)[1].items() if gradient is None
+        ]
 
     def example_gradients(
         self, params: Params, batch: Batch, size: int, examples: slice, where: str
@@ -160,7 +167,7 @@ class ModelFunction:
                 f"{[tuple(leaf.shape) for leaf in leaves]}"
             )
         chosen = [leaf[examples].unsqueeze(1) if mine else leaf for leaf, mine in zip(leaves, stacked, strict=True)]
-        return self._each(params, chosen, lambda one: with_tensors(batch, one), [False, *stacked], "different")
+        return self._each(params, chosen, lambda leaves: with_tensors(batch, leaves), [False, *stacked], "different")
 
     def gradients_at(
         self, params: Params, tensors: Sequence[Tensor], rebuild: Callable[[list[Tensor]], Batch]
@@ -196,7 +203,7 @@ class ModelFunction:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Values and gradients along the leading axis of those inputs (parameters first) that are stacked."""
 
-        def one(params: Params, *leaves: Tensor) -> Tensor:
+        def total(params: Params, *leaves: Tensor) -> Tensor:
             return self(params, rebuild(list(leaves))).sum()
 
         def vectorised() -> tuple[dict[str, Tensor], Tensor]:
@@ -205,13 +212,13 @@ class ModelFunction:
                 # A single operation that cannot be vectorised is done one by one, with a warning.
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 result: tuple[dict[str, Tensor], Tensor] = vmap(
-                    grad_and_value(one), in_dims=dims, randomness=randomness
+                    grad_and_value(total), in_dims=dims, randomness=randomness
                 )(dict(params), *tensors)
                 return result
 
         if not self._one_by_one:
             try:
-                # In place also while torch.func differentiates, which it does after `one` has returned.
+                # In place also while torch.func differentiates, which it does after `total` has returned.
                 gradients, values = vectorised() if stacked[0] else self.at(params, vectorised)
                 return values, gradients
             except RuntimeError:
@@ -219,16 +226,16 @@ class ModelFunction:
                 # of the loss is raised again by the loop.
                 self._one_by_one = True
         inputs = zip((next(iter(params.values())), *tensors), stacked, strict=True)
-        leading = next(one for one, mine in inputs if mine)
-        found = []
+        leading = next(tensor for tensor, mine in inputs if mine)
+        results = []
         for index in range(len(leading)):
-            here = {name: one[index] for name, one in params.items()} if stacked[0] else params
-            single = [one[index] if mine else one for one, mine in zip(tensors, stacked[1:], strict=True)]
+            here = {name: tensor[index] for name, tensor in params.items()} if stacked[0] else params
+            single = [tensor[index] if mine else tensor for tensor, mine in zip(tensors, stacked[1:], strict=True)]
             losses, gradient = self.gradient(here, rebuild(single))
-            found.append((losses.sum(), gradient))
+            results.append((losses.sum(), gradient))
         return (
-            torch.stack([value for value, _ in found]),
-            {name: torch.stack([gradient[name] for _, gradient in found]) for name in params},
+            torch.stack([value for value, _ in results]),
+            {name: torch.stack([gradient[name] for _, gradient in results]) for name in params},
         )
 
     def _differentiate(
@@ -236,7 +243,7 @@ class ModelFunction:
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         names = list(params) if names is None else list(names)
         leaves = {name: params[name].detach().requires_grad_() for name in names}
-        found: dict[str, Tensor | None] = dict.fromkeys(names)
+        gradients: dict[str, Tensor | None] = dict.fromkeys(names)
 
         def backward(losses: Tensor) -> None:
             total = losses.sum() if weights is None else (weights * losses).sum()
@@ -245,14 +252,14 @@ class ModelFunction:
             nodes = nodes_of(total.grad_fn)
             if is_reentrant(nodes):
                 accumulate(total, nodes, leaves.values())
-                found.update({name: leaf.grad for name, leaf in leaves.items()})
+                gradients.update({name: leaf.grad for name, leaf in leaves.items()})
             else:
-                gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-                found.update(zip(names, gradients, strict=True))
+                reached = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+                gradients.update(zip(names, reached, strict=True))
 
         with torch.enable_grad(), self._explained():
             losses = self.then({**params, **leaves}, batch, backward)
-        return losses.detach(), found
+        return losses.detach(), gradients
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -80,15 +80,17 @@ def each(function: Callable[..., Any], inputs: tuple[Any, ...], shared: tuple[bo
         with warnings.catch_warnings():
             # A single operation that cannot be batched is done one by one, with a warning.
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            return vmap(function, in_dims=tuple(None if one else 0 for one in shared), randomness=randomness)(*inputs)
+            return vmap(function, in_dims=tuple(None if common else 0 for common in shared), randomness=randomness)(
+                *inputs
+            )
     except RuntimeError:
         pass  # a mistake of the function's own is raised again below
-    leading = next(one for one, whole in zip(inputs, shared, strict=True) if not whole)
+    leading = next(tensor for tensor, common in zip(inputs, shared, strict=True) if not common)
     results = [
         function(
             *(
-                one if whole else tree_map(lambda t, at=index: t[at], one)
-                for one, whole in zip(inputs, shared, strict=True)
+                tensor if common else tree_map(lambda t, at=index: t[at], tensor)
+                for tensor, common in zip(inputs, shared, strict=True)
             )
         )
         for index in range(len(tree_leaves(leading)[0]))

@@ -34,8 +34,8 @@ TOLERANCES = {
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The floating-point type with the largest machine epsilon; float64 if there is none."""
-    known = [one for one in dtypes if one in TOLERANCES]
-    return max(known, key=lambda one: torch.finfo(one).eps, default=torch.float64)
+    known = [dtype for dtype in dtypes if dtype in TOLERANCES]
+    return max(known, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
 
 
 @final
@@ -58,8 +58,8 @@ class Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         given = _tensors((args, kwargs))
         returned = _tensors(result)
-        if any(one.requires_grad or isinstance(one, nn.Parameter) for one in (*given, *returned)):
-            self.seen |= {one.dtype for one in (*given, *returned)}
+        if any(tensor.requires_grad or isinstance(tensor, nn.Parameter) for tensor in (*given, *returned)):
+            self.seen |= {tensor.dtype for tensor in (*given, *returned)}
         return result
 
 
@@ -71,4 +71,4 @@ def _tensors(value: Any) -> list[Tensor]:
         value = value.values()
     elif not isinstance(value, (tuple, list)):
         return []
-    return [tensor for one in value for tensor in _tensors(one)]
+    return [tensor for part in value for tensor in _tensors(part)]

@@ -69,7 +69,7 @@ def rebalance_(
         require_names(named, symmetry.names, "the equilibrium")
     buffers = None if optimizer is None else _momenta(optimizer, named)
     function = ModelFunction(model, loss)
-    moved = {name: one.to(named[name].dtype) for name, one in _moved(equilibrium, function.params, 1.0).items()}
+    moved = {name: tensor.to(named[name].dtype) for name, tensor in _moved(equilibrium, function.params, 1.0).items()}
     batch = cast(batch, None, next(iter(named.values())).device)
     loss_before = _losses(function, function.params, batch)
     if tolerance is None:
@@ -119,10 +119,10 @@ def _momenta(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -
             f"only the state of torch.optim.SGD moves with the parameters, got {type(optimizer).__name__}: rebalance "
             "without optimizer= and start the optimizer afresh"
         )
-    found = {
+    buffers = {
         name: optimizer.state[parameter].get("momentum_buffer")
         for name, parameter in named.items()
         if parameter in optimizer.state
     }
-    held = {name: buffer for name, buffer in found.items() if buffer is not None}
+    held = {name: buffer for name, buffer in buffers.items() if buffer is not None}
     return {name: held.get(name, torch.zeros_like(parameter)) for name, parameter in named.items()}

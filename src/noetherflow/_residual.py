@@ -26,11 +26,13 @@ def cosine(gradients: Params, direction: Params, *, batched: bool = False) -> Te
     """
     names = list(direction)
     stacks = [gradients[name] if batched else gradients[name].unsqueeze(0) for name in names]
-    dtype = functools.reduce(torch.promote_types, [one.dtype for one in (*stacks, *direction.values())], torch.float32)
+    dtype = functools.reduce(
+        torch.promote_types, [tensor.dtype for tensor in (*stacks, *direction.values())], torch.float32
+    )
     g, g_size = _unit(stacks, dtype)
     v, v_size = _unit([direction[name].unsqueeze(0) for name in names], dtype)
-    along = torch.stack([one @ other[0] for one, other in zip(g, v, strict=True)]).sum(0)
-    norms = [torch.stack([one.square().sum(1) for one in side]).sum(0).sqrt() for side in (g, v)]
+    along = torch.stack([stack @ row[0] for stack, row in zip(g, v, strict=True)]).sum(0)
+    norms = [torch.stack([stack.square().sum(1) for stack in side]).sum(0).sqrt() for side in (g, v)]
     result = (along.abs() / (norms[0] * norms[1])).nan_to_num(nan=torch.inf)
     result = torch.where((g_size == 0) | (v_size == 0), 0.0, result)
     return result if batched else result[0]
@@ -38,9 +40,9 @@ def cosine(gradients: Params, direction: Params, *, batched: bool = False) -> Te
 
 def _unit(tensors: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """Stacks flattened to (B, n) over the largest entry of each example, and that entry, shape (B,)."""
-    flat = [one.flatten(1).to(dtype) for one in tensors]
-    largest = torch.stack([one.abs().amax(1) for one in flat if one.numel()]).amax(0)
-    return [one / largest[:, None] for one in flat], largest
+    flat = [stack.flatten(1).to(dtype) for stack in tensors]
+    largest = torch.stack([stack.abs().amax(1) for stack in flat if stack.numel()]).amax(0)
+    return [stack / largest[:, None] for stack in flat], largest
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:

@@ -67,30 +67,30 @@ class ReplicaGradients:
                 # Checkpoints, functions without setup_context, branches on values. What is a mistake of the loss is
                 # raised again by the loop.
                 self._one_by_one = True
-        found = []
+        results = []
         for replica, weight in enumerate(weights):
-            params = {**self._fixed, **{name: one[replica] for name, one in zip(self._names, stacks, strict=True)}}
+            params = {**self._fixed, **{name: stack[replica] for name, stack in zip(self._names, stacks, strict=True)}}
             batch = self._rebuild([leaf if shared else leaf[replica] for leaf in leaves])
             losses, gradient = self._function.gradient(params, batch, self._names, weight)
             _require_shape(losses, weight)
-            found.append((gradient, losses.mean()))
-        gradients = [torch.stack([gradient[name] for gradient, _ in found]) for name in self._names]
-        return gradients, torch.stack([mean for _, mean in found])
+            results.append((gradient, losses.mean()))
+        gradients = [torch.stack([gradient[name] for gradient, _ in results]) for name in self._names]
+        return gradients, torch.stack([mean for _, mean in results])
 
     def _together(
         self, stacks: Sequence[Tensor], weights: Tensor, leaves: Sequence[Tensor], shared: bool
     ) -> tuple[Sequence[Tensor], Tensor]:
         """All replicas vectorised."""
 
-        def one(own: Sequence[Tensor], weight: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-            params = {**self._fixed, **dict(zip(self._names, own, strict=True))}
+        def weighted_loss(moving: Sequence[Tensor], weight: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            params = {**self._fixed, **dict(zip(self._names, moving, strict=True))}
             values = self._function(params, self._rebuild(list(tensors)))
             _require_shape(values, weight)
             return (weight * values).sum(), values.mean()
 
-        def total(own: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        def total(moving: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
             dims = (0, 0, *(None if shared else 0 for _ in leaves))
-            weighted, means = vmap(one, in_dims=dims, randomness="different")(own, weights, *leaves)
+            weighted, means = vmap(weighted_loss, in_dims=dims, randomness="different")(moving, weights, *leaves)
             return weighted.sum(), means
 
         gradients, means = grad(total, has_aux=True)(tuple(stacks))
