@@ -182,6 +182,26 @@ def test_a_symmetry_without_axes_is_refused() -> None:
             kind(plus=empty)
 
 
+@pytest.mark.parametrize("kind", [nf.ScalarSymmetry, nf.DiagonalSymmetry, nf.MatrixSymmetry])
+def test_a_symmetry_may_have_nothing_but_a_minus_side(kind: type[nf.AxisSymmetry]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    v = {"w": torch.randn(3, 2, generator=generator, dtype=torch.float64)}
+    stack = {"w": torch.randn(5, 3, 2, generator=generator, dtype=torch.float64)}
+    shrinking, growing = kind((), [nf.Axis("w", 0)]), kind([nf.Axis("w", 0)])
+    x = growing.identity(v) + (torch.eye(3).double() if kind is nf.MatrixSymmetry else 0.3)
+    assert shrinking.names == ("w",)
+    assert shrinking.dimension(v) == growing.dimension(v)
+    torch.testing.assert_close(shrinking.charge(v), -growing.charge(v))
+    torch.testing.assert_close(shrinking.act(x, v), growing.act(-x, v))
+    torch.testing.assert_close(shrinking.generate(x, v), growing.generate(-x, v))
+    for mine, theirs in (
+        (shrinking.grams(stack, batched=True), growing.grams(stack, batched=True)),
+        (shrinking.example_charges(stack), growing.example_charges(stack)),
+    ):
+        torch.testing.assert_close(mine.minus, theirs.plus)
+        torch.testing.assert_close(mine.plus, torch.zeros_like(theirs.plus))
+
+
 def test_an_axis_of_one_matrix_of_a_stack() -> None:
     """`within`: everything outside that part stays, and the rows are those of the part alone."""
     tensor = torch.randn(2, 6, 4, dtype=torch.float64)
