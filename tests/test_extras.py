@@ -233,7 +233,7 @@ def test_nothing_is_said_of_what_is_there() -> None:
     _extras.require("cli", "torch", "numpy", purpose="this")
     assert _extras.has("torch")
     assert not _extras.has("torch", "a_package_that_nobody_wrote")
-    with pytest.raises(nf.MissingExtraError, match=r"this needs nobody_wrote and wrote_nobody, which are not") as caught:
+    with pytest.raises(nf.MissingExtraError, match="this needs nobody_wrote and wrote_nobody, which") as caught:
         _extras.require("cli", "torch", "nobody_wrote", "wrote_nobody", purpose="this")
     assert caught.value.name == "nobody_wrote"
 
@@ -255,7 +255,7 @@ CHANGES = {
     "torch.set_num_threads(torch.get_num_threads() + 1)": "threads",
     "torch.set_default_dtype(torch.float64)": "default dtype",
     "torch.manual_seed(1)": "torch's random state",
-    "numpy.random.seed(1)": "numpy's random state",  # noqa: NPY002
+    "numpy.random.seed(1)": "numpy's random state",
     "random.seed(1)": "random state",
     "os.environ['NOBODY_READS_THIS'] = '7'": "environment",
     "logging.basicConfig(level=1)": "logging",

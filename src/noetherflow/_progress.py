@@ -14,6 +14,9 @@ def track(items: Iterable[T], description: str, *, total: int | None = None, sho
     """Iterate with a progress bar on standard error.
 
     Silent where standard error is not a terminal, in worker processes, and where rich is not installed.
+
+    Yields:
+        The items, as they come.
     """
     display = _display() if shown and multiprocessing.parent_process() is None else None
     if display is None:
