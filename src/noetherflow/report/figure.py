@@ -57,8 +57,8 @@ def write(figure: "Figure", path: Path) -> None:
     """Write a picture to a file, complete or not at all; the suffix of the path is the format."""
     from matplotlib import rc_context
 
-    # SVG files that are equal from run to run, with text that stays text. For this file only: the settings of matplotlib
-    # belong to the program that imports this package.
+    # SVG files that are equal from run to run, with text that stays text. For this file only: the settings of
+    # matplotlib belong to the program that imports this package.
     with _files.atomic(path) as temporary, rc_context({"svg.hashsalt": "noetherflow", "svg.fonttype": "none"}):
         figure.savefig(temporary, dpi=160)
 
