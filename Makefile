@@ -7,8 +7,8 @@ STAMP := $(VENV)/installed
 # One thread for each of two processes: the models of the tests are tiny. Tests that share something expensive are a group.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 JOBS ?= 2
-# Whose faults are tried again: of files that differ from this commit.
-BASE ?= HEAD~1
+# Faults of files that differ from this commit are tried by make mutants-changed; by default from where the branch left main.
+BASE ?=
 # Interpreters for make matrix, such as "python3.11 /opt/python3.13/bin/python"; those on the path by default.
 PYTHONS ?=
 
@@ -43,7 +43,7 @@ test-all: $(STAMP)  ## Run the same and the slow sweeps
 mutants: $(STAMP)  ## Plant the faults of tests/mutations.toml, one at a time: a test has to notice each (minutes)
 	$(BIN)/python tests/mutants.py
 
-mutants-changed: $(STAMP)  ## The same for the faults in files that differ from BASE
+mutants-changed: $(STAMP)  ## The same for the faults in files that a change touches; see BASE
 	$(BIN)/python tests/mutants.py --changed $(BASE)
 
 wheel: $(STAMP)  ## Build the wheel, install it without extras into a bare environment, and run a page of the docs there
@@ -75,4 +75,4 @@ clean:  ## Remove builds and caches; .venv and results stay
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 help:  ## Show this list
-	@awk -F ':.*  ## ' '/^[a-z.]+:.*  ## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*  ## ' '/^[a-z.-]+:.*  ## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
