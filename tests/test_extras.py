@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 import noetherflow as nf
 from noetherflow import _extras
 from noetherflow.noise.passes import compiles
+from test_cli import BUILD
 
 ROOT = Path(__file__).parents[1]
 CORE = ("torch", "numpy", "scipy", "safetensors")
@@ -149,9 +150,9 @@ def needed_by(*names: str) -> set[str]:
     return found
 
 
-def other_packages() -> tuple[str, ...]:
-    """Everything that can be imported here and is neither Python's, nor ours, nor brought by a dependency of ours."""
-    kept = needed_by(*CORE) | {"noetherflow"}
+def packages_beside(*names: str) -> tuple[str, ...]:
+    """Everything that can be imported here and is neither Python's, nor ours, nor brought by these distributions."""
+    kept = needed_by(*names) | {"noetherflow"}
     return tuple(
         sorted(
             module
@@ -161,7 +162,7 @@ def other_packages() -> tuple[str, ...]:
     )
 
 
-OTHERS = other_packages()
+OTHERS = packages_beside(*CORE)
 
 
 def test_what_is_hidden_is_what_the_extras_bring_and_more() -> None:
@@ -227,6 +228,29 @@ def test_the_command_line_without_its_packages_is_one_sentence_and_exit_code_2()
     assert done.stderr == (
         'the command line needs typer and rich, which are not installed: run pip install "noetherflow[cli]"\n'
     )
+
+
+def test_the_command_line_alone_draws_nothing_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(BUILD.format(neighbour=""))
+    code = f"""
+import json
+from typer.testing import CliRunner
+from noetherflow._cli import app
+file, out = {str(tmp_path / "mine.py")!r}, {str(tmp_path / "out")!r}
+commands = (["symmetries", file], ["analyze", file, "--out", out], ["reproduce", "f1", "--quick", "--out", out])
+done = [CliRunner().invoke(app, command) for command in commands]
+print(json.dumps([[one.exit_code, one.stdout, one.stderr] for one in done]))
+"""
+    done = alone(code, without=packages_beside(*CORE, "typer", "rich"))
+    assert done.returncode == 0, done.stderr
+    symmetries, analysis, paper = json.loads(done.stdout)
+    assert symmetries[0] == 0, symmetries
+    assert "diagonal" in symmetries[1]
+    assert analysis[0] == 0, analysis
+    assert "No picture: the figure of an analysis needs matplotlib, which is not installed: run pip" in analysis[2]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.json"]
+    assert paper[0] == 2, paper
+    assert 'pip install "noetherflow[paper]"' in paper[2]
 
 
 def test_nothing_is_said_of_what_is_there() -> None:
