@@ -165,7 +165,11 @@ SWAPS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SWAPS)
+# Two of these run their experiment a second time at nearly its size; the other three are quick.
+LONG = {"f2", "f7"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in SWAPS])
 def test_swapped_trace_factors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, result = outcome(name)
     module = experiment.load(name)
