@@ -4,9 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Written last, so that it exists only after an install that finished.
 STAMP := $(VENV)/installed
+# One thread for each of two processes: the models of the tests are tiny. Tests that share something expensive are a group.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+JOBS ?= 2
+# Faults of files that differ from this commit are tried by make mutants-changed; by default from where the branch left main.
+BASE ?=
+# Interpreters for make matrix, such as "python3.11 /opt/python3.13/bin/python"; those on the path by default.
+PYTHONS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: .venv demo reproduce test mutants lint types docs format bench clean help
+.PHONY: .venv demo reproduce test test-all mutants mutants-changed wheel matrix lint types docs format bench clean help
 
 .venv: $(STAMP)  ## Create .venv and install the package with everything needed to work on it
 
@@ -24,15 +31,26 @@ demo: $(STAMP)  ## Reproduce the figures at a reduced size and analyse an exampl
 	@echo "The results are in results/demo:"
 	@cd results/demo && find . -type f ! -name '.*' | sort | sed 's|^\./|  |'
 
-reproduce: $(STAMP)  ## Reproduce the figures at full size, then run the slow tests (minutes)
+reproduce: $(STAMP)  ## Reproduce the figures at full size and check every claim (minutes)
 	$(BIN)/noetherflow reproduce --jobs 2
-	$(BIN)/python -m pytest -m slow || test $$? -eq 5  # 5: there are no slow tests
 
-test: $(STAMP)  ## Run the tests and the examples in docstrings
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## Run the tests and the examples in docstrings, on two processes
+	$(PYTEST)
+
+test-all: $(STAMP)  ## Run the same and the slow sweeps
+	$(PYTEST) -m ""
 
 mutants: $(STAMP)  ## Plant the faults of tests/mutations.toml, one at a time: a test has to notice each (minutes)
 	$(BIN)/python tests/mutants.py
+
+mutants-changed: $(STAMP)  ## The same for the faults in files that a change touches; see BASE
+	$(BIN)/python tests/mutants.py --changed $(BASE)
+
+wheel: $(STAMP)  ## Build the wheel, install it without extras into a bare environment, and run a page of the docs there
+	$(BIN)/python tests/wheel.py
+
+matrix: $(STAMP)  ## Run the tests of the numbers on the oldest and newest PyTorch of each Python (gigabytes); see PYTHONS
+	$(BIN)/python tests/matrix.py $(PYTHONS)
 
 lint: $(STAMP)  ## Check style and formatting
 	$(BIN)/ruff check
@@ -57,4 +75,4 @@ clean:  ## Remove builds and caches; .venv and results stay
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 help:  ## Show this list
-	@awk -F ':.*  ## ' '/^[a-z.]+:.*  ## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*  ## ' '/^[a-z.-]+:.*  ## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -195,22 +193,6 @@ def test_reproduce_refuses_what_it_does_not_know(arguments: tuple[str, ...], tmp
     done = run("reproduce", *arguments, "--out", tmp_path)
     assert done.exit_code == 2
     assert "SettingsError" in done.output
-
-
-def test_a_killed_run_leaves_only_whole_files(tmp_path: Path) -> None:
-    """Killed at several moments; whatever is there can be read, and the next run completes."""
-    sizes = ["--set", "steps=300", "--set", "replicas=2", "--set", "kicks=100", "--set", "identity_steps=5"]
-    command = [sys.executable, "-m", "noetherflow", "reproduce", "f1", "--quick", *sizes, "--out", str(tmp_path)]
-    for pause in (3.0, 4.0, 5.0):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(pause)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for path in tmp_path.glob("*.json"):
-            json.loads(path.read_text())
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1), done.stderr
-    assert json.loads((tmp_path / "f1.json").read_text())["figure"] == "f1"
 
 
 def test_both_ways_to_call_it() -> None:

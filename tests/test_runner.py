@@ -343,7 +343,7 @@ def test_after_a_kill_every_file_is_readable_and_the_next_run_completes(tmp_path
     sizes = [word for setting in SMALL for word in ("--set", setting)]
     arguments = ("f1", "--quick", *sizes, "--out", tmp_path)
     moments = random.Random(1)
-    for _ in range(5):
+    for _ in range(3):
         # `--force` computes the result again, so that every kill interrupts a run.
         process = subprocess.Popen(command(*arguments, "--force"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(moments.uniform(1.0, 4.5))

@@ -4,9 +4,9 @@ import contextlib
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,11 +16,13 @@ from noetherflow import _files
 from noetherflow._analyze import analyze as run_analysis
 from noetherflow._analyze import rebalanced_copy
 from noetherflow._batch import peek
-from noetherflow._errors import NoetherflowError, UserFileError
+from noetherflow._errors import MissingExtraError, NoetherflowError, UserFileError
 from noetherflow._optimizers import SGD
 from noetherflow._progress import track
 from noetherflow.detect import explain
-from noetherflow.paper import experiment, results, runner
+
+if TYPE_CHECKING:
+    from noetherflow.paper.runner import Ending
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Parameter symmetry and gradient noise of SGD.")
 _console = Console()
@@ -52,7 +54,11 @@ def analyze(
 
         typer.echo(str(analysis))
         analysis.save_json(out / f"{file.stem}.json")
-        written = [out / f"{file.stem}.json", *figure.save(analysis, out / file.stem)]
+        written = [out / f"{file.stem}.json"]
+        try:
+            written += figure.save(analysis, out / file.stem)
+        except MissingExtraError as error:
+            _errors.print(f"No picture: {error}", markup=False, highlight=False, soft_wrap=True)
         if save is not None:
             save_weights(rebalanced_copy(model, analysis, loss, first), save)
             written.append(save)
@@ -102,17 +108,19 @@ def reproduce(
 ) -> None:
     """Rerun the paper's experiments and check every claim; what is finished from before is kept."""
     try:
+        from noetherflow.paper import experiment, results, runner
+
         chosen = list(dict.fromkeys(experiment.choose(figures or [])))
         configs = experiment.configure(chosen, quick=quick, seed=seed, overrides=settings or [])
     except NoetherflowError as error:
         _fail(error)
-    endings: dict[str, runner.Ending] = {}
+    endings: dict[str, Ending] = {}
     try:
         with contextlib.closing(runner.run(configs, out, quick=quick, force=force, jobs=jobs)) as coming:
             for ending in track(coming, "experiments", total=len(chosen)):
                 endings[ending.name] = ending
                 # Through click: it writes above a bar, where a console of its own would write over it.
-                typer.echo(f"[{len(endings)}/{len(chosen)}] {_line(ending)}", err=True)
+                typer.echo(f"[{len(endings)}/{len(chosen)}] {_line(ending, results.verdict)}", err=True)
     except KeyboardInterrupt:
         _errors.print(f"Stopped. {len(endings)} of {len(chosen)} are finished; the same command does the rest.")
         raise typer.Exit(130) from None
@@ -184,11 +192,11 @@ def save_weights(model: nn.Module, path: Path) -> None:
         save_model(model, str(temporary))
 
 
-def _line(ending: runner.Ending) -> str:
+def _line(ending: "Ending", verdict: Callable[[Any], str]) -> str:
     if ending.result is None:
         return f"{ending.trace}{ending.name}: {typer.style(ending.error, fg='red')}"
     cached = ", kept from an earlier run" if ending.cached else ""
-    return f"{typer.style(ending.name, bold=True)} {ending.result.title}: {results.verdict(ending.result)}{cached}"
+    return f"{typer.style(ending.name, bold=True)} {ending.result.title}: {verdict(ending.result)}{cached}"
 
 
 def _fail(error: NoetherflowError) -> None:

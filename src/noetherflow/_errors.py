@@ -53,6 +53,10 @@ class TraceError(NoetherflowError, RuntimeError):
     """The computation of a model cannot be written down as a graph."""
 
 
+class MissingExtraError(NoetherflowError, ImportError):
+    """A package that only some functions need is not installed."""
+
+
 class UserFileError(NoetherflowError, ValueError):
     """A file given on the command line does not define what it should."""
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from noetherflow._extras import has
 from noetherflow.noise.asked import ABSENT
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
 from noetherflow.noise.native import Task, cut, in_parallel, kernel_of, product_of, team_size
@@ -302,12 +303,18 @@ def _add(numbers: Tensor, by_row: Tensor, rows: int, by_column: Tensor | None, c
 
 def arrays_of(*tensors: Tensor | None, into: Sums | None = None) -> list[Any]:
     """The memory of tensors, as the loops want it; nothing if they cannot work on these, or write to these sums."""
-    if into is not None and into.arrays is None:
+    if not compiles() or (into is not None and into.arrays is None):
         return []
     for one in tensors:
         if one is not None and not (one.dtype in _LOOPED and one.is_cpu and one.is_contiguous()):
             return []
     return [None if one is None else (one.detach() if one.requires_grad else one).numpy() for one in tensors]
+
+
+@cache
+def compiles() -> bool:
+    """Whether numba, which compiles the loops, is installed; without it functions of tensors do all the work."""
+    return has("numba")
 
 
 @cache

@@ -14,7 +14,7 @@ from torch.nn import functional
 from noetherflow.noise.asked import Page
 from noetherflow.noise.ledger import EACH, Sums
 from noetherflow.noise.native import Task, cut, in_parallel, kernel_of, product_of, team_size
-from noetherflow.noise.passes import arrays_of, compiled_products, parts_of
+from noetherflow.noise.passes import arrays_of, compiled_products, compiles, parts_of
 from noetherflow.noise.squares import GramSums
 from noetherflow.noise.uses import Convolution, Outer, Product, Rows
 
@@ -109,7 +109,8 @@ def compiled_sum(x: Tensor, g: Tensor, total: Tensor) -> Callable[[slice, Tensor
         None if there is no compiled loop for these.
     """
     size, m = x.shape
-    kernel, apart = kernel_of(total.dtype, len(total), size, m), compiled_products().padding(m)
+    kernel = kernel_of(total.dtype, len(total), size, m) if compiles() else 0
+    apart = compiled_products().padding(m) if kernel else 0
     arrays = _alike(total, g, functional.pad(x, (0, apart)) if apart else x) if kernel else []
     if not arrays:
         return None

@@ -21,6 +21,7 @@ from noetherflow import _files, _versions
 from noetherflow._errors import NoetherflowError
 from noetherflow.paper import curves, experiment, page, results
 from noetherflow.paper.results import Result
+from noetherflow.report.figure import write
 
 
 @final
@@ -153,8 +154,7 @@ def execute(task: Task) -> Result:
     # Remove the JSON file first and write it last: a JSON file guarantees that the pictures belong to the same run.
     (task.out / f"{name}.json").unlink(missing_ok=True)
     for suffix in results.PICTURES:
-        with _files.atomic(task.out / f"{name}{suffix}") as temporary:
-            figure.savefig(temporary, dpi=160)
+        write(figure, task.out / f"{name}{suffix}")
     results.write(result, task.out)
     return result
 

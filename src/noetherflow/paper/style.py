@@ -2,12 +2,7 @@
 
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
-
-# SVG files that are the same from run to run, with text that stays text.
-matplotlib.rcParams["svg.hashsalt"] = "noetherflow"
-matplotlib.rcParams["svg.fonttype"] = "none"
 
 MEASURED: dict[str, Any] = {"color": "#1f6f8b", "linewidth": 1.0}
 PREDICTED: dict[str, Any] = {"color": "black", "linewidth": 1.6, "linestyle": "--"}

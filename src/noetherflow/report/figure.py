@@ -1,23 +1,34 @@
 """The analysis as a picture."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from noetherflow import _files
 from noetherflow._analysis import Analysis
 from noetherflow._drift import forces
+from noetherflow._extras import require
 
-matplotlib.rcParams["svg.hashsalt"] = "noetherflow"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _MARKERS = "osD^vP*X"
 
 
-def draw(analysis: Analysis) -> Figure:
-    """Push against pull of every coordinate; how far each coordinate is from the equilibrium; the totals."""
+def draw(analysis: Analysis) -> "Figure":
+    """Push against pull of every coordinate; how far each coordinate is from the equilibrium; the totals.
+
+    Returns:
+        The figure.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    require("report", "matplotlib", purpose="the figure of an analysis")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 4), layout="constrained")
     balance, distance, totals = figure.subplots(1, 3, width_ratios=(4, 4, 2))
     _draw_balance(analysis, balance)
@@ -27,16 +38,32 @@ def draw(analysis: Analysis) -> Figure:
 
 
 def save(analysis: Analysis, stem: Path) -> list[Path]:
-    """Write the picture beside a stem as PNG and SVG; returns the paths."""
+    """Write the picture beside a stem as PNG and SVG.
+
+    Returns:
+        The paths.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
     figure = draw(analysis)
     paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
     for path in paths:
-        with _files.atomic(path) as temporary:
-            figure.savefig(temporary, dpi=160)
+        write(figure, path)
     return paths
 
 
-def _draw_balance(analysis: Analysis, axes: Axes) -> None:
+def write(figure: "Figure", path: Path) -> None:
+    """Write a picture to a file, complete or not at all; the suffix of the path is the format."""
+    from matplotlib import rc_context
+
+    # SVG files that are equal from run to run, with text that stays text. For this file only: the settings of
+    # matplotlib belong to the program that imports this package.
+    with _files.atomic(path) as temporary, rc_context({"svg.hashsalt": "noetherflow", "svg.fonttype": "none"}):
+        figure.savefig(temporary, dpi=160)
+
+
+def _draw_balance(analysis: Analysis, axes: "Axes") -> None:
     for index, (name, symmetry) in enumerate(analysis.equilibrium.symmetries.items()):
         push, pull = forces(symmetry, analysis.initial, analysis.noise.grams[name], analysis.sgd)
         if push.ndim == 2:
@@ -54,7 +81,7 @@ def _draw_balance(analysis: Analysis, axes: Axes) -> None:
     axes.legend(fontsize=8)
 
 
-def _draw_distance(analysis: Analysis, axes: Axes) -> None:
+def _draw_distance(analysis: Analysis, axes: "Axes") -> None:
     for index, (name, x) in enumerate(analysis.equilibrium.coordinates.items()):
         coordinates = (torch.linalg.eigvalsh(x) if x.ndim == 2 else x.reshape(-1)).sort().values
         position = torch.linspace(0, 1, len(coordinates) + 2)[1:-1]
@@ -68,7 +95,7 @@ def _draw_distance(analysis: Analysis, axes: Axes) -> None:
     )
 
 
-def _draw_totals(analysis: Analysis, axes: Axes) -> None:
+def _draw_totals(analysis: Analysis, axes: "Axes") -> None:
     equilibrium = analysis.equilibrium
     after = (
         equilibrium.trace_after / equilibrium.trace_before,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from noetherflow._errors import SettingsError
+from noetherflow._extras import require
 from noetherflow._files import atomic
 
 _METADATA = "noetherflow"
@@ -61,6 +62,7 @@ class Trajectory:
 
         Raises:
             SettingsError: If the path ends in something else.
+            MissingExtraError: For `.parquet`, if pyarrow is not installed.
         """
         path = Path(path)
         writer = {".npz": self._save_npz, ".parquet": self._save_parquet}.get(path.suffix)
@@ -81,6 +83,7 @@ class Trajectory:
 
         Raises:
             SettingsError: If the path ends in something else.
+            MissingExtraError: For `.parquet`, if pyarrow is not installed.
         """
         path = Path(path)
         reader = {".npz": _load_npz, ".parquet": _load_parquet}.get(path.suffix)
@@ -108,9 +111,7 @@ class Trajectory:
             np.savez_compressed(file, **arrays)
 
     def _save_parquet(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+        pa, pq = _arrow()
         records, replicas = self.loss.shape
         columns: dict[str, Any] = {
             "steps": np.repeat(self.steps.numpy(), replicas),
@@ -137,14 +138,22 @@ class Trajectory:
         pq.write_table(table, path)
 
 
+def _arrow() -> tuple[Any, Any]:
+    """The package that reads and writes Parquet files: tables, and files of these."""
+    require("paper", "pyarrow", purpose="a trajectory in a .parquet file")
+    import pyarrow
+    import pyarrow.parquet
+
+    return pyarrow, pyarrow.parquet
+
+
 def _load_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     with np.load(path) as archive:
         return {key: archive[key] for key in archive.files}
 
 
 def _load_parquet(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    import pyarrow.parquet as pq
-
+    _, pq = _arrow()
     table = pq.read_table(path)
     layout = json.loads(table.schema.metadata[_METADATA.encode()])
     replicas = layout["replicas"]
