@@ -61,7 +61,7 @@ class Blocks:
             values = {name: value for minimum in minima for name, value in getattr(minimum, column).items()}
             columns.append({name: values[name] for name in self.names})
         coordinates, drift, relaxation, outcomes = columns
-        iterations = max(minimum.iterations for minimum in minima)
+        iterations = max((minimum.iterations for minimum in minima), default=0)
         return OrbitMinimum(coordinates, drift, relaxation, outcomes, iterations)
 
 

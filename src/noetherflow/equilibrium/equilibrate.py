@@ -44,11 +44,11 @@ def equilibrate(
     r"""Find the noise equilibrium of a model, whatever its symmetries, by measuring the noise along the way.
 
     The potential $\Phi(x) = 2\gamma|\theta_x|^2 + \sigma^2\,\mathrm{Tr}\,\Sigma(\theta_x)$ is convex along every
-    symmetry. Where symmetries share no entry of a tensor, or all of them scale entries, the noise at a single point determines
-    $\Phi$ on the orbit; see `solve_equilibrium`. Elsewhere (the gain of a norm against the heads that read the norm,
-    consecutive linear layers, LoRA on attention) every block of symmetries is solved by itself, all blocks are moved,
-    and the noise is measured again at the new point, with Anderson acceleration between passes. A step that raises the
-    measured potential is halved. The end point is proved by the last measurement.
+    symmetry. Where symmetries share no entry of a tensor, or all of them scale entries, the noise at a single point
+    determines $\Phi$ on the orbit; see `solve_equilibrium`. Elsewhere (the gain of a norm against the heads that read
+    the norm, consecutive linear layers, LoRA on attention) every block of symmetries is solved by itself, all blocks
+    are moved, and the noise is measured again at the new point, with Anderson acceleration between passes. A step that
+    raises the measured potential is halved. The last measurement proves the end point.
 
     Args:
         model: The model, in the mode in which it trains. It is not changed: the search runs on a copy in float64.

@@ -119,7 +119,8 @@ class Equilibrium:
     @property
     def status(self) -> Status:
         """The worst ending over all symmetries."""
-        return max((outcome.status for outcome in self.outcomes.values()), key=lambda status: status.severity)
+        statuses = [outcome.status for outcome in self.outcomes.values()]
+        return max(statuses, key=lambda status: status.severity, default=Status.CONVERGED)
 
     @property
     def message(self) -> str:

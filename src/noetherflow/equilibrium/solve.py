@@ -121,6 +121,11 @@ def solve_equilibrium(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params,
     return equilibrium
 
 
+def is_determined(noise: NoiseMoments, sgd: SGD, params: Params) -> bool:
+    """Whether the noise at a single point determines the joint equilibrium of all symmetries."""
+    return not noise.symmetries or not Blocks.of(params, noise, sgd).coupled
+
+
 def _prepare(noise: NoiseMoments, params: nn.Module | Params) -> dict[str, Tensor]:
     """The parameters in float64, after a check that the noise has what an equilibrium needs of them."""
     if not noise.symmetries:
@@ -141,7 +146,7 @@ def _blocks(theta: Params, noise: NoiseMoments, sgd: SGD) -> Blocks:
         kinds = ", ".join(f"{name!r} ({type(noise.symmetries[name]).__name__})" for name in blocks.coupled)
         raise EquilibriumError(
             "these symmetries share entries of a tensor, and the noise at a single point does not determine their "
-            f"joint equilibrium: {kinds}. Use equilibrate(model, loss, loader, sgd), which measures the noise along the way"
+            f"joint equilibrium: {kinds}. Use equilibrate(model, loss, loader, sgd): it measures the noise on the way"
         )
     return blocks
 
