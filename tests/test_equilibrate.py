@@ -7,9 +7,12 @@ import scipy.optimize
 import torch
 from torch import Tensor, nn
 
+import checks
 import noetherflow as nf
 import oracles
-from cases import Case, make, squared_error
+from cases import Case, case, cases, make, squared_error
+from noetherflow import _spd
+from noetherflow.equilibrium.anderson import Anderson
 
 SGD = nf.SGD(0.1, 5, 0.02)
 

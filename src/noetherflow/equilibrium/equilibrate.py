@@ -20,6 +20,7 @@ from noetherflow.equilibrium.blocks import Blocks, moved
 from noetherflow.equilibrium.orbit import Residual
 from noetherflow.equilibrium.result import Equilibrium, OrbitMinimum, Outcome, Status
 from noetherflow.noise import NoiseMoments, estimate_noise
+from noetherflow.noise.exact import resolve
 from noetherflow.symmetry import Symmetry
 
 # A residual below this share of the forces on a coordinate is rounding.
@@ -119,13 +120,13 @@ class _Course:
         self, model: nn.Module, loss: Loss, batches: list[Batch], symmetries: dict[str, Symmetry], sgd: SGD
     ) -> None:
         self._model, self._loss, self._batches, self._sgd = model, loss, batches, sgd
-        self._given = symmetries
+        self._symmetries = resolve(model, symmetries)
         self._origin = snapshot(model)
         self.passes = 0
 
     def descend(self, tolerance: float, max_passes: int, progress: bool) -> Equilibrium:
         """Measure and move until every residual is small enough."""
-        origin = {name: symmetry.identity(self._origin) for name, symmetry in self._given.items()}
+        origin = {name: symmetry.identity(self._origin) for name, symmetry in self._symmetries.items()}
         start = here = self._measure(origin)
         acceleration = Anderson()
         for _ in track(range(max_passes - 1), "equilibrium", shown=progress):
@@ -153,11 +154,13 @@ class _Course:
     def _measure(self, coordinates: dict[str, Tensor]) -> _Point:
         """Move the copy to a point of the orbit, and measure the noise there."""
         self.passes += 1
-        params = moved(self._given, self._origin, coordinates)
+        params = moved(self._symmetries, self._origin, coordinates)
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(params[name])
-        noise = estimate_noise(self._model, self._loss, self._batches, self._given, dtype=torch.float64, progress=False)
+        noise = estimate_noise(
+            self._model, self._loss, self._batches, self._symmetries, dtype=torch.float64, progress=False
+        )
         norm = torch.stack([params[name].square().sum() for name in noise.mean]).sum()
         potential = 2 * self._sgd.gamma * norm + self._sgd.temperature * noise.trace
         return _Point(coordinates, params, noise, float(potential), Blocks.of(params, noise, self._sgd))
