@@ -37,7 +37,7 @@ from noetherflow.discover import (
     discover_generators,
     discover_rescalings,
 )
-from noetherflow.equilibrium import Equilibrium, Outcome, Status, potential, solve_equilibrium
+from noetherflow.equilibrium import Equilibrium, Outcome, Status, equilibrate, potential, solve_equilibrium
 from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments, estimate_noise
 from noetherflow.simulation import GradientDescent, GradientFlow, Langevin, NoetherFlow, Trajectory, simulate
 from noetherflow.symmetry import (
@@ -109,6 +109,7 @@ __all__ = [
     "discover_generators",
     "discover_rescalings",
     "drift",
+    "equilibrate",
     "estimate_noise",
     "expected_step",
     "explain",

@@ -15,8 +15,9 @@ from noetherflow._rebalance import rebalance_
 from noetherflow._types import Batch, Loss
 from noetherflow._verify import Residual, verify_symmetry
 from noetherflow.detect.find import explain, warn_of_rejected
-from noetherflow.equilibrium import Equilibrium, solve_equilibrium
+from noetherflow.equilibrium import Equilibrium, equilibrate, solve_equilibrium
 from noetherflow.equilibrium.result import median_and_slowest, root_mean_square
+from noetherflow.equilibrium.solve import is_determined
 from noetherflow.noise import NoiseMoments, estimate_noise
 from noetherflow.noise.table import halves, total
 from noetherflow.symmetry import Symmetry
@@ -39,7 +40,7 @@ def analyze(
     Args:
         model: The model, in the mode in which it trains; it is not changed. The analysis runs in float64 on a copy.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
-        loader: The training data in batches, gone through once.
+        loader: The training data in batches, gone through once and kept in memory.
         sgd: The settings it trains with.
         symmetries: By name; None to find them, on the first batch.
         progress: Show a progress bar on a terminal.
@@ -63,6 +64,7 @@ def analyze(
     Source: Ziyin et al. (2024).
     """
     first, loader = peek(loader)
+    batches = list(loader)
     residuals: dict[str, Residual] = {}
     if symmetries is None:
         explanation = explain(model, loss, first)
@@ -70,11 +72,15 @@ def analyze(
         symmetries = explanation.symmetries
         residuals = {finding.name: finding.residual for finding in explanation.found}
     # The noise before the proof of declared symmetries: it names bad data batch by batch.
-    noise = estimate_noise(model, loss, loader, symmetries, dtype=torch.float64, progress=progress)
-    for name in symmetries.keys() - residuals.keys():
-        residuals[name] = _proved(model, loss, first, name, symmetries[name])
+    noise = estimate_noise(model, loss, batches, symmetries, dtype=torch.float64, progress=progress)
+    for name, symmetry in symmetries.items():
+        if name not in residuals:
+            residuals[name] = _proved(model, loss, first, name, symmetry)
     initial = snapshot(model)
-    equilibrium = solve_equilibrium(noise, sgd, initial)
+    if is_determined(noise, sgd, initial):
+        equilibrium = solve_equilibrium(noise, sgd, initial)
+    else:
+        equilibrium = equilibrate(model, loss, batches, sgd, symmetries, progress=progress)
     rates = drift(noise, sgd, initial)
     reports = tuple(
         _report(name, residuals[name], rates[name], initial, noise, equilibrium, sgd) for name in symmetries

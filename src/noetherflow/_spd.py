@@ -33,6 +33,24 @@ def logm(matrix: Tensor) -> Tensor:
     return apply_spectral(torch.log, matrix)
 
 
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    r"""The coordinates of $e^{b} e^{a}$ up to a rotation: a + b for numbers, and for symmetric matrices the polar part.
+
+    With $e^{b} e^{a} = O e^{c}$, $c = \tfrac12 \log(e^{a} e^{2b} e^{a})$.
+
+    Args:
+        first: a, of any shape; a matrix is symmetric.
+        second: b, of that shape.
+
+    Returns:
+        c, of that shape.
+    """
+    if first.ndim < 2:
+        return first + second
+    grown = expm(first)
+    return symmetric(logm(symmetric(grown @ expm(2 * second) @ grown)) / 2)
+
+
 def riccati(left: Tensor, right: Tensor) -> Tensor:
     r"""The positive solution X of X R X = P, the geometric mean $R^{-1} \# P$.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from noetherflow._optimizers import SGD
 from noetherflow._types import Params
-from noetherflow.equilibrium.orbit import Orbit
+from noetherflow.equilibrium.orbit import Orbit, Residual
 from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
 from noetherflow.equilibrium.roles import roles_of
 from noetherflow.symmetry import AxisSymmetry
@@ -51,6 +51,14 @@ class CommutingOrbit(Orbit):
         """Tr Sigma over the entries that this orbit moves, at a point of it; shape ()."""
         scales = self._scales(self._flatten(coordinates))
         return torch.stack([(self._variance[name] * torch.exp(-2 * s)).sum() for name, s in scales.items()]).sum()
+
+    def residuals(self) -> dict[str, Residual]:
+        """The drift of every symmetry where the noise was measured."""
+        push, pull = self._forces(self._origin)
+        free = (push > 0) & (pull > 0)
+        parts = (self._unflatten(t) for t in (push - pull, torch.where(free, push - pull, 0.0), push + pull))
+        drift, rate, size = parts
+        return {name: Residual(drift[name], rate[name], size[name]) for name in self._symmetries}
 
     def minimise(self) -> OrbitMinimum:
         """Where all drifts are zero together."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from noetherflow._optimizers import SGD
 from noetherflow._types import Params
-from noetherflow.equilibrium.orbit import Orbit
+from noetherflow.equilibrium.orbit import Orbit, Residual
 from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
 from noetherflow.symmetry import Grams, Symmetry
 
@@ -36,15 +36,26 @@ class DenseOrbit(Orbit):
         x = torch.as_tensor(coordinates.get(self._name, 0.0)).to(self._eigenvalues)
         return (self._variances * torch.exp(-2 * x * self._eigenvalues)).sum()
 
+    def residuals(self) -> dict[str, Residual]:
+        """The drift where the noise was measured, zero if the generator has no equilibrium."""
+        drift = -self._slope(torch.zeros_like(self._eigenvalues.sum()))
+        size = (2 * self._eigenvalues.abs() * (self._decay + self._noise)).sum()
+        return {self._name: Residual(drift, drift if all(self._bounds()) else torch.zeros_like(drift), size)}
+
+    def _bounds(self) -> tuple[bool, bool]:
+        """Whether the potential grows without bound as x -> +infinity, and as x -> -infinity."""
+        q, decay, noise = self._eigenvalues, self._decay, self._noise
+        ceiling = bool((decay[q > 0] > 0).any() or (noise[q < 0] > 0).any())
+        floor = bool((decay[q < 0] > 0).any() or (noise[q > 0] > 0).any())
+        return ceiling, floor
+
     def minimise(self) -> OrbitMinimum:
         """Where the drift is zero."""
         q, decay, noise = self._eigenvalues, self._decay, self._noise
         if not (torch.isfinite(decay).all() and torch.isfinite(noise).all()):
             message = "the noise or the parameters hold NaN or infinity: look at the training run before this point"
             return self._result(torch.zeros_like(q.sum()), Outcome(Status.NON_FINITE, message), 0)
-        # What grows without bound as x -> +infinity, and as x -> -infinity.
-        ceiling = bool((decay[q > 0] > 0).any() or (noise[q < 0] > 0).any())
-        floor = bool((decay[q < 0] > 0).any() or (noise[q > 0] > 0).any())
+        ceiling, floor = self._bounds()
         if not (ceiling and floor):
             return self._result(torch.zeros_like(q.sum()), _unbounded(ceiling, floor), 0)
         low = high = torch.zeros_like(q.sum())

@@ -10,7 +10,7 @@ from noetherflow import _spd
 from noetherflow._drift import forces
 from noetherflow._optimizers import SGD
 from noetherflow._types import Params
-from noetherflow.equilibrium.orbit import Orbit
+from noetherflow.equilibrium.orbit import Orbit, Residual
 from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
 from noetherflow.symmetry import Grams, Symmetry
 
@@ -34,6 +34,14 @@ class MatrixOrbit(Orbit):
         x = torch.as_tensor(coordinates.get(self._name, torch.zeros_like(self._push))).to(self._push)
         square = _spd.expm(2 * _spd.symmetric(x))
         return (torch.linalg.inv(square) * self._noise.plus).sum() + (square * self._noise.minus).sum()
+
+    def residuals(self) -> dict[str, Residual]:
+        """The drift where the noise was measured, on the directions that have something on both sides."""
+        drift = self._push - self._pull
+        if not (torch.isfinite(drift).all() and (self._push.any() or self._pull.any())):
+            return {self._name: Residual(drift, drift.norm(), torch.zeros_like(drift[0, 0]))}
+        basis = _spd.ranges(self._push, self._pull).both
+        return {self._name: Residual(drift, (basis.mT @ drift @ basis).norm(), (self._push + self._pull).norm())}
 
     def minimise(self) -> OrbitMinimum:
         """Where the drift is zero, on the directions that have something on both sides."""

@@ -2,10 +2,23 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
 from noetherflow.equilibrium.result import OrbitMinimum
+
+
+class Residual(NamedTuple):
+    """The drift of a symmetry at a point of its orbit.
+
+    `drift` is that of every coordinate. `rate` is the drift along the directions that have an equilibrium, coordinate
+    by coordinate or, for a matrix, as a norm; `size` is the sum of both forces, of the shape of `rate`.
+    """
+
+    drift: Tensor
+    rate: Tensor
+    size: Tensor
 
 
 class Orbit(ABC):
@@ -14,6 +27,10 @@ class Orbit(ABC):
     @abstractmethod
     def trace(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """Tr Sigma over the entries that this orbit moves, at a point of it; shape ()."""
+
+    @abstractmethod
+    def residuals(self) -> dict[str, Residual]:
+        """The drift of every symmetry where the noise was measured."""
 
     @abstractmethod
     def minimise(self) -> OrbitMinimum:

@@ -88,6 +88,7 @@ class Equilibrium:
         trace_after: Tr Sigma at the equilibrium.
         iterations: Newton steps taken, the most over all sets of symmetries that share tensors.
         symmetries: The symmetries, under canonical parameter names.
+        passes: How often the noise was measured on the way; once if the noise at a single point determines the rest.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -113,11 +114,13 @@ class Equilibrium:
     trace_after: float
     iterations: int
     symmetries: Mapping[str, Symmetry] = field(repr=False)
+    passes: int = 1
 
     @property
     def status(self) -> Status:
         """The worst ending over all symmetries."""
-        return max((outcome.status for outcome in self.outcomes.values()), key=lambda status: status.severity)
+        statuses = [outcome.status for outcome in self.outcomes.values()]
+        return max(statuses, key=lambda status: status.severity, default=Status.CONVERGED)
 
     @property
     def message(self) -> str:

@@ -8,15 +8,10 @@ from torch import Tensor, nn
 from noetherflow._errors import EquilibriumError
 from noetherflow._optimizers import SGD
 from noetherflow._params import require_names, snapshot
-from noetherflow._residual import entangled
 from noetherflow._types import Params
-from noetherflow.equilibrium.commuting import CommutingOrbit
-from noetherflow.equilibrium.dense import DenseOrbit
-from noetherflow.equilibrium.matrix import MatrixOrbit
-from noetherflow.equilibrium.orbit import Orbit
-from noetherflow.equilibrium.result import Equilibrium, OrbitMinimum, Status
+from noetherflow.equilibrium.blocks import Blocks, moved
+from noetherflow.equilibrium.result import Equilibrium, Status
 from noetherflow.noise import NoiseMoments
-from noetherflow.symmetry import Action, Symmetry, along_axes
 
 
 def potential(
@@ -63,7 +58,7 @@ def potential(
     theta = _prepare(noise, params)
     x = {name: torch.as_tensor(value) for name, value in (coordinates or {}).items()}
     require_names(noise.symmetries, x, "coordinates")
-    return _potential(theta, noise, sgd, _orbits(theta, noise, sgd), x)[0]
+    return _potential(theta, noise, sgd, _blocks(theta, noise, sgd), x)[0]
 
 
 def solve_equilibrium(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params, *, throw: bool = False) -> Equilibrium:
@@ -86,7 +81,8 @@ def solve_equilibrium(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params,
 
     Raises:
         EquilibriumError: If `throw` is set and a symmetry did not converge; or if a matrix symmetry or a dense
-            generator shares entries with another symmetry, for which there is no solver.
+            generator shares entries with another symmetry, for which the noise has to be measured along the way: see
+            `equilibrate`.
         ParameterNameError: If parameters are missing.
 
     Examples:
@@ -103,27 +99,31 @@ def solve_equilibrium(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params,
     Source: Ziyin et al. (2024), the noise equilibrium theorem; the joint solution is ours.
     """
     theta = _prepare(noise, params)
-    orbits = _orbits(theta, noise, sgd)
-    minima = [orbit.minimise() for orbit in orbits]
-    merged = _merge(minima, list(noise.symmetries))
-    before, trace_before = _potential(theta, noise, sgd, orbits, {})
-    after, trace_after = _potential(theta, noise, sgd, orbits, merged.coordinates)
+    blocks = _blocks(theta, noise, sgd)
+    minimum = blocks.minimise()
+    before, trace_before = _potential(theta, noise, sgd, blocks, {})
+    after, trace_after = _potential(theta, noise, sgd, blocks, minimum.coordinates)
     equilibrium = Equilibrium(
-        params=_move(noise.symmetries, theta, merged.coordinates),
-        coordinates=merged.coordinates,
-        outcomes=merged.outcomes,
-        drift=merged.drift,
-        relaxation_steps={name: time / sgd.effective_lr for name, time in merged.relaxation.items()},
+        params=moved(noise.symmetries, theta, minimum.coordinates),
+        coordinates=minimum.coordinates,
+        outcomes=minimum.outcomes,
+        drift=minimum.drift,
+        relaxation_steps={name: time / sgd.effective_lr for name, time in minimum.relaxation.items()},
         potential_before=before.item(),
         potential_after=after.item(),
         trace_before=trace_before.item(),
         trace_after=trace_after.item(),
-        iterations=merged.iterations,
+        iterations=minimum.iterations,
         symmetries=noise.symmetries,
     )
     if throw and equilibrium.status is not Status.CONVERGED:
         raise EquilibriumError(f"{equilibrium.status.value}:\n{equilibrium.message}")
     return equilibrium
+
+
+def is_determined(noise: NoiseMoments, sgd: SGD, params: Params) -> bool:
+    """Whether the noise at a single point determines the joint equilibrium of all symmetries."""
+    return not noise.symmetries or not Blocks.of(params, noise, sgd).coupled
 
 
 def _prepare(noise: NoiseMoments, params: nn.Module | Params) -> dict[str, Tensor]:
@@ -139,53 +139,23 @@ def _prepare(noise: NoiseMoments, params: nn.Module | Params) -> dict[str, Tenso
     return theta
 
 
-def _orbits(theta: Params, noise: NoiseMoments, sgd: SGD) -> list[Orbit]:
-    symmetries = noise.symmetries
-    groups, doubled = entangled(symmetries, theta)
-    grams, variance = noise.grams, noise.variance
-    orbits: list[Orbit] = []
-    for group in groups:
-        members = {name: symmetries[name] for name in group}
-        actions = {symmetry.action for symmetry in members.values()}
-        name, symmetry = next(iter(members.items()))
-        if actions == {Action.SCALES_ENTRIES}:
-            orbits.append(CommutingOrbit(along_axes(members), theta, variance, sgd))
-        elif len(members) == 1 and actions == {Action.MIXES_ROWS} and name not in doubled:
-            orbits.append(MatrixOrbit(name, symmetry, theta, grams[name], sgd))
-        elif len(members) == 1 and actions == {Action.SCALES_EIGENSPACES}:
-            orbits.append(DenseOrbit(name, symmetry, theta, grams[name], sgd))
-        else:
-            kinds = ", ".join(f"{n!r} ({type(s).__name__})" for n, s in members.items())
-            raise EquilibriumError(
-                "these symmetries act on the same entries of a tensor and do not commute, so they have no joint "
-                f"solution here: {kinds}. Solve them one at a time, measuring the noise again in between, until "
-                "nothing moves"
-            )
-    return orbits
+def _blocks(theta: Params, noise: NoiseMoments, sgd: SGD) -> Blocks:
+    """The symmetries in blocks, after a check that the noise at these parameters determines the joint equilibrium."""
+    blocks = Blocks.of(theta, noise, sgd)
+    if blocks.coupled:
+        kinds = ", ".join(f"{name!r} ({type(noise.symmetries[name]).__name__})" for name in blocks.coupled)
+        raise EquilibriumError(
+            "these symmetries share entries of a tensor, and the noise at a single point does not determine their "
+            f"joint equilibrium: {kinds}. Use equilibrate(model, loss, loader, sgd): it measures the noise on the way"
+        )
+    return blocks
 
 
 def _potential(
-    theta: Params, noise: NoiseMoments, sgd: SGD, orbits: list[Orbit], x: Mapping[str, Tensor]
+    theta: Params, noise: NoiseMoments, sgd: SGD, blocks: Blocks, x: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The potential and Tr Sigma at a point of the orbit."""
-    moved = _move(noise.symmetries, theta, x)
-    norm = torch.stack([moved[name].square().sum() for name in noise.mean]).sum()
-    trace = noise.trace + sum(orbit.trace(x) - orbit.trace({}) for orbit in orbits)
+    there = moved(noise.symmetries, theta, x)
+    norm = torch.stack([there[name].square().sum() for name in noise.mean]).sum()
+    trace = noise.trace + sum(orbit.trace(x) - orbit.trace({}) for orbit in blocks.orbits)
     return 2 * sgd.gamma * norm + sgd.temperature * trace, trace
-
-
-def _move(symmetries: Mapping[str, Symmetry], theta: Params, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    moved = dict(theta)
-    for name, coordinate in x.items():
-        moved = symmetries[name].act(coordinate, moved)
-    return moved
-
-
-def _merge(minima: list[OrbitMinimum], order: list[str]) -> OrbitMinimum:
-    """The results of all orbits, by symmetry name in the given order."""
-    columns = []
-    for column in ("coordinates", "drift", "relaxation", "outcomes"):
-        values = {name: value for minimum in minima for name, value in getattr(minimum, column).items()}
-        columns.append({name: values[name] for name in order})
-    coordinates, drift, relaxation, outcomes = columns
-    return OrbitMinimum(coordinates, drift, relaxation, outcomes, max(minimum.iterations for minimum in minima))
