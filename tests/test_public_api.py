@@ -90,6 +90,7 @@ CONTRACT = {
     "expected_step": "noise, sgd, params",
     "potential": "noise, sgd, params, coordinates=None",
     "solve_equilibrium": "noise, sgd, params",
+    "equilibrate": "model, loss, loader, sgd, symmetries=None",
     "rebalance_": "model, equilibrium, loss, batch",
     "analyze": "model, loss, loader, sgd, symmetries=None",
     "find_symmetries": "model, loss, batch",
