@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # Written last, so that it exists only after an install that finished.
 STAMP := $(VENV)/installed
 # One thread for each of two processes: the models of the tests are tiny. Tests that share something expensive are a group.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 # Faults of files that differ from this commit are tried by make mutants-changed; by default from where the branch left main.
 BASE ?=
 # Interpreters for make matrix, such as "python3.11 /opt/python3.13/bin/python"; those on the path by default.
