@@ -63,6 +63,20 @@ class Fault:
     tests: tuple[str, ...]
     only: str = ""
 
+    def text_in(self, source: Path) -> str:
+        """The text of its file with the fault in it, from a folder that holds the package.
+
+        Returns:
+            The text.
+
+        Raises:
+            BrokenTableError: If the file is not there, or if `planted` cannot put the fault into it.
+        """
+        try:
+            return planted(self, (source / PACKAGE / self.file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BrokenTableError(f"fault {self.name!r}: {error}") from error
+
     @property
     def test_files(self) -> set[str]:
         """The files of its tests."""
@@ -116,15 +130,17 @@ def planted(fault: Fault, source: str) -> str:
     """
     count = source.count(fault.old)
     if count != 1:
-        raise BrokenTableError(f"the text to replace occurs {count} times in {fault.file}: {fault.old!r}")
+        raise BrokenTableError(
+            f"fault {fault.name!r}: the text to replace occurs {count} times in {fault.file}: {fault.old!r}"
+        )
     changed = source.replace(fault.old, fault.new)
     if changed == source:
-        raise BrokenTableError(f"nothing changes in {fault.file}: {fault.old!r}")
+        raise BrokenTableError(f"fault {fault.name!r}: nothing changes in {fault.file}: {fault.old!r}")
     if fault.file.endswith(".py"):
         try:
             ast.parse(changed)
         except SyntaxError as error:
-            raise BrokenTableError(f"{fault.file} is no Python with the fault in it: {error}") from error
+            raise BrokenTableError(f"{fault.file} is no Python with fault {fault.name!r} in it: {error}") from error
     return changed
 
 
@@ -162,20 +178,24 @@ def baseline(root: Path, faults: Sequence[Fault], jobs: int) -> None:
     Raises:
         BrokenTableError: If a test is not there or fails.
     """
-    groups: dict[str, list[str]] = {}
+    # All tests that run completely in one process, and for every file those of which an expression chooses some.
+    groups: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for fault in faults:
-        known = groups.setdefault(fault.only, [])
-        known += [test for test in fault.tests if test not in known]
+        for test in fault.tests:
+            tests, only = groups.setdefault(test.split("::")[0] if fault.only else "", ({}, {}))
+            tests[test] = None
+            only |= {f"({fault.only})": None} if fault.only else {}
 
-    def passes(only: str, tests: list[str]) -> None:
+    def run(group: tuple[dict[str, None], dict[str, None]]) -> None:
+        tests, only = group
         # A file says all that a test of that file says.
         wanted = [test for test in tests if "::" not in test or test.split("::")[0] not in tests]
-        status, output = run_pytest(root, root / "src", [*(["-k", only] if only else []), *wanted], None)
+        status, output = run_pytest(root, root / "src", [*(["-k", " or ".join(only)] if only else []), *wanted], None)
         if status:
             raise BrokenTableError(f"without any fault these tests do not pass (status {status}):\n{output}")
 
     with ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(passes, only, tests) for only, tests in groups.items()]:
+        for future in [pool.submit(run, group) for group in groups.values()]:
             future.result()
 
 
@@ -187,10 +207,7 @@ def try_fault(root: Path, fault: Fault, timeout: float) -> Verdict:
         # With what was compiled, which Python and numba look at only if it is of the same file.
         shutil.copytree(root / "src" / PACKAGE, source / PACKAGE)
         path = source / PACKAGE / fault.file
-        try:
-            text = planted(fault, path.read_text(encoding="utf-8"))
-        except (BrokenTableError, OSError) as error:
-            return Verdict(fault, trouble=str(error))
+        text = fault.text_in(source)
         for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
             compiled.unlink()
         path.write_text(text, encoding="utf-8")
@@ -304,6 +321,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         if not chosen:
             print(f"0 of {len(faults)} faults are concerned")
             return 0
+        for fault in chosen:
+            fault.text_in(root / "src")
         print(f"{len(chosen)} of {len(faults)} faults; their tests without any", flush=True)
         baseline(root, chosen, given.jobs)
     except BrokenTableError as error:

@@ -162,6 +162,6 @@ def test_the_table_of_this_package_can_be_read() -> None:
     faults = mutants.read((mutants.ROOT / mutants.TABLE).read_text("utf-8"))
     assert len(faults) >= 70
     for fault in faults:
-        mutants.planted(fault, (mutants.ROOT / "src" / mutants.PACKAGE / fault.file).read_text("utf-8"))
+        fault.text_in(mutants.ROOT / "src")
         assert all((mutants.ROOT / name).is_file() for name in fault.test_files), fault.name
         assert fault.why
