@@ -25,9 +25,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 # From symmetries to rebalance, a compiled and an exported model included. What is left out tests the paper, pages and
 # files, which ask PyTorch for nothing that these do not.
 SUBSET = (
-    "bad_input", "conventions", "detect", "detect_random", "discover", "equilibrium", "extras", "fast_noise", "fused",
-    "linear", "meters", "microbatch", "noise", "passes", "planted_faults", "products", "rebalance", "report",
-    "simulate", "spd", "symmetry", "trajectory", "verify",
+    "bad_input", "conventions", "custom_symmetry", "detect", "detect_random", "discover", "equilibrate",
+    "equilibrium", "extras", "fast_noise", "fused", "linear", "meters", "microbatch", "model_function", "noise",
+    "passes", "planted_faults", "products", "rebalance", "report", "report_values", "residual", "rules", "simulate",
+    "spd", "store", "store_damage", "symmetry", "trajectory", "verify",
 )  # fmt: skip
 NEEDED = ("pytest", "pytest-xdist", "hypothesis", "scikit-learn", "transformers", "peft")
 # Held by constraints.txt at what one release of torch works with: another release brings others.

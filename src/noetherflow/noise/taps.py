@@ -91,7 +91,8 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, note: Note, *roots: Tensor) -> Tensor:
         ctx.note = note
-        ctx.save_for_backward(x, weight)
+        # Detached: under a checkpoint, PyTorch 2.6 loses the hooks of a parameter that is saved as it is.
+        ctx.save_for_backward(x, weight.detach())
         output = functional.linear(x, weight, bias)
         # No view, so that what follows may work in place.
         return output if output._base is None else torch.ops.aten._unsafe_view(output, output.shape)
@@ -123,7 +124,7 @@ class _GroupNorm(Function):
         sizes = (*x.shape[:2], x[0, 0].numel(), groups, eps)
         output, mean, scale = torch.native_group_norm(x, weight, bias, *sizes)
         ctx.note = note
-        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.save_for_backward(x, None if weight is None else weight.detach(), mean, scale)  # as above
         return output
 
     @staticmethod
