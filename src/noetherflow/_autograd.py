@@ -31,7 +31,7 @@ def accumulate(total: Tensor, nodes: Collection[Node], leaves: Collection[Tensor
     Args:
         total: A scalar, shape ().
         nodes: The nodes of its graph.
-        leaves: The tensors whose gradients are wanted; their `.grad` is None.
+        leaves: The tensors whose gradients are computed; their `.grad` is None.
     """
     given = {id(leaf) for leaf in leaves}
     variables = [node.variable for node in nodes if hasattr(node, "variable")]

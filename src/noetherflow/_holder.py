@@ -14,7 +14,7 @@ class Holder(nn.Module):
 
     Args:
         model: The model.
-        loss: `loss(model, batch)`, shape (B,). A loss that is a module has parameters and buffers of its own.
+        loss: `loss(model, batch)`, shape (B,). A loss may be a module with further parameters and buffers.
     """
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
