@@ -248,7 +248,7 @@ symmetry  kind      plus        minus          resid  note
 0 -> 3    diagonal  0.weight 0  3.weight 1 x4    inf  REJECTED
                     0.bias 0
 
-Axes on which none acts
+Axes on which no symmetry acts
 parameter  axis  because of
 ---------------------------
 0.weight   1     conv2d (0)

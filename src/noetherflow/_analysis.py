@@ -1,4 +1,4 @@
-"""What `analyze` returns: as values, as a table, as files."""
+"""The result of `analyze`: as values, as a table, as files."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -20,23 +20,26 @@ from noetherflow.noise.consistency import require_consistent as require_consiste
 @final
 @dataclass(frozen=True)
 class SymmetryReport:
-    """One row of the table: what SGD does to one symmetry.
+    """The effect of SGD on a symmetry: a row of the table.
 
     Args:
-        name: The name it was given.
+        name: The name of the symmetry.
         kind: The word for its class, such as `diagonal`.
         dimension: Number of independent generators.
-        residual: Largest relative change of any example's loss; see `verify_symmetry`.
-        charge: The charge, all coordinates added.
-        noise_plus: Gradient noise on the plus side, per example.
-        noise_minus: Gradient noise on the minus side, per example.
-        noise_error: Standard error of the difference of the two.
-        drift: Root mean square over coordinates of the charge's drift, per SGD step.
-        distance: Root mean square over coordinates of log-scale x to the equilibrium: weights are e^{x} off.
-        relaxation_steps: SGD steps in which a departure shrinks by e: the median over coordinates.
-        slowest_steps: The same for the slowest coordinate that has an equilibrium.
+        residual: The larger of the relative change of a loss and the cosine between the gradient of an example and the
+            direction of motion, the largest over examples; dimensionless. See `verify_symmetry`.
+        charge: The charge, summed over coordinates.
+        noise_plus: Gradient noise on the plus side, per example, summed over coordinates.
+        noise_minus: Gradient noise on the minus side, per example, summed over coordinates.
+        noise_error: Standard error of `noise_plus - noise_minus`.
+        drift: Change of the charge per SGD step, root mean square over coordinates.
+        distance: Root mean square over coordinates of x, where weights have to change by the factor e^{x} to reach the
+            equilibrium.
+        relaxation_steps: SGD steps in which the distance shrinks by the factor e, median over coordinates.
+        slowest_steps: SGD steps in which the distance shrinks by the factor e, for the slowest coordinate that has an
+            equilibrium.
         status: How the search for the equilibrium ended.
-        message: What it left alone and why.
+        message: The coordinates without an equilibrium, and the reason; empty if there are none.
 
     Examples:
         >>> import noetherflow as nf
@@ -63,14 +66,14 @@ class SymmetryReport:
 @final
 @dataclass(frozen=True)
 class Analysis:
-    """What `analyze` found: one report per symmetry, totals, and all that is needed to look further.
+    """The result of `analyze`: a report per symmetry, and the results from which the reports are made.
 
     Args:
-        reports: One per symmetry.
-        equilibrium: Where SGD takes the model.
-        noise: The measured moments.
-        sgd: The settings.
-        initial: The parameters as they were, float64.
+        reports: One report per symmetry.
+        equilibrium: The point to which SGD drives the model.
+        noise: The moments of the gradients.
+        sgd: The settings of SGD.
+        initial: The parameters before any motion, by name, float64.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -89,7 +92,7 @@ class Analysis:
     initial: dict[str, Tensor] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything in the table, with settings and versions, as plain JSON types; infinities become null."""
+        """All numbers of the table, settings and versions as JSON types; NaN and infinities become null."""
         equilibrium = self.equilibrium
         return _files.finite(
             {
@@ -110,14 +113,14 @@ class Analysis:
         )
 
     def save_json(self, path: str | Path) -> None:
-        """Write `to_json` to a file, whole or not at all."""
+        """Write `to_json()` to a file, completely or not at all."""
         _files.write_json(path, self.to_json())
 
     def save(self, path: str | Path) -> None:
         """Write the analysis to a file (safetensors and JSON, no pickle), completely or not at all.
 
         Args:
-            path: The file, by custom `*.safetensors`.
+            path: The file, by convention `*.safetensors`.
 
         Raises:
             FileError: If the file cannot be written.
@@ -135,7 +138,7 @@ class Analysis:
             The analysis, on the CPU.
 
         Raises:
-            FileError: If the file is missing, damaged, or holds something else.
+            FileError: If the file is missing, damaged, or holds a result of a different class.
         """
         return _store.load(cls, path, _require_consistent)
 
@@ -146,23 +149,28 @@ class Analysis:
         return html_of(_tables(self))
 
 
-# Heading, explanation under the table, and what stands in the cell.
+# Heading, explanation below the table, and text of the cell.
 _COLUMNS: tuple[tuple[str, str, Callable[[SymmetryReport], str]], ...] = (
     ("size", "independent generators", lambda r: str(r.dimension)),
-    ("resid", "residual: largest relative change of any example's loss", lambda r: f"{r.residual:.0e}"),
-    ("charge", "squared weights on the plus side less those on the minus side", lambda r: f"{r.charge:+.3g}"),
+    (
+        "resid",
+        "residual: the larger of the relative change of a loss and the cosine between a gradient and the direction of "
+        "motion, the largest over examples",
+        lambda r: f"{r.residual:.0e}",
+    ),
+    ("charge", "squared weights on the plus side minus those on the minus side", lambda r: f"{r.charge:+.3g}"),
     ("noise+", "gradient noise on the plus side, per example", lambda r: f"{r.noise_plus:.3g}"),
-    ("noise-", "and on the minus side", lambda r: f"{r.noise_minus:.3g}"),
-    ("drift", "of the charge per step, rms over coordinates", lambda r: f"{r.drift:.1e}"),
+    ("noise-", "gradient noise on the minus side, per example", lambda r: f"{r.noise_minus:.3g}"),
+    ("drift", "change of the charge per step, rms over coordinates", lambda r: f"{r.drift:.1e}"),
     ("dist", "distance, rms of x; weights are a factor e^x from the equilibrium", lambda r: f"{r.distance:.3f}"),
     ("steps", "median relaxation time: steps in which a departure shrinks by e", lambda r: steps(r.relaxation_steps)),
 )
 
 
 def _tables(analysis: Analysis) -> tuple[Table, ...]:
-    """A row per symmetry with notes on those without an equilibrium; totals; what the columns mean."""
+    """A row per symmetry, with notes on coordinates without an equilibrium; the totals; the legend."""
     columns = (Column("symmetry", folds=True), *(Column(heading, right=True) for heading, _, _ in _COLUMNS))
-    # A star points to the note below.
+    # A star refers to the note below the table.
     rows = ((r.name + "*" * bool(r.message), *(cell(r) for _, _, cell in _COLUMNS)) for r in analysis.reports)
     notes = (f"* {report.name}: {report.message}" for report in analysis.reports if report.message)
     title = f"All parameters ({analysis.noise.count} examples, {analysis.equilibrium.iterations} Newton steps)"
@@ -175,7 +183,7 @@ def _tables(analysis: Analysis) -> tuple[Table, ...]:
 
 
 def _require_consistent(analysis: Analysis) -> None:
-    """Raise unless the parts of an analysis, read from a file, belong together."""
+    """Raise unless the parts of an analysis from a file belong together."""
     require_consistent_noise(analysis.noise)
     require_consistent_equilibrium(analysis.equilibrium)
     names = [report.name for report in analysis.reports]

@@ -1,4 +1,4 @@
-"""Everything about a model's symmetries under SGD, in one call."""
+"""The public function `analyze`: symmetries, noise, drift and equilibrium of a model in one call."""
 
 from collections.abc import Iterable, Mapping
 
@@ -22,7 +22,7 @@ from noetherflow.noise import NoiseMoments, estimate_noise
 from noetherflow.noise.table import halves, total
 from noetherflow.symmetry import Symmetry
 
-# An exact symmetry leaves about 1e-14 in float64.
+# Largest residual of a declared symmetry. That of an exact symmetry is about 1e-14 in float64.
 _EXACT = 1e-9
 
 
@@ -35,21 +35,22 @@ def analyze(
     *,
     progress: bool = True,
 ) -> Analysis:
-    r"""Verify the symmetries of a model, measure their gradient noise, and find where SGD takes them.
+    r"""Verify the symmetries of a model, measure their gradient noise, and compute their equilibrium under SGD.
 
     Args:
-        model: The model, in the mode in which it trains; it is not changed. The analysis runs in float64 on a copy.
+        model: The model, in the mode (train or eval) in which it trains; it is not changed. The analysis runs in
+            float64 on a copy.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
-        loader: The training data in batches, gone through once and kept in memory.
-        sgd: The settings it trains with.
-        symmetries: By name; None to find them, on the first batch.
+        loader: The training data in batches, read once and kept in memory.
+        sgd: The settings of training.
+        symmetries: Symmetries by name; None finds them from the graph of the loss of the first batch.
         progress: Show a progress bar on a terminal.
 
     Returns:
-        The analysis: print it for a table, or write it with `save` or `save_json`.
+        The analysis. `print` shows it as a table; `save` and `save_json` write it to a file.
 
     Raises:
-        EmptyDataError: If the loader yields nothing.
+        EmptyDataError: If the loader yields no batch.
         NotASymmetryError: If a declared symmetry changes the loss of an example.
         NoetherflowError: For bad input, as `estimate_noise` does.
 
@@ -71,11 +72,11 @@ def analyze(
         warn_of_rejected(explanation)
         symmetries = explanation.symmetries
         residuals = {finding.name: finding.residual for finding in explanation.found}
-    # The noise before the proof of declared symmetries: it names bad data batch by batch.
+    # The noise is measured before declared symmetries are verified, because its errors name the batch with bad data.
     noise = estimate_noise(model, loss, batches, symmetries, dtype=torch.float64, progress=progress)
     for name, symmetry in symmetries.items():
         if name not in residuals:
-            residuals[name] = _proved(model, loss, first, name, symmetry)
+            residuals[name] = _verified(model, loss, first, name, symmetry)
     initial = snapshot(model)
     if is_determined(noise, sgd, initial):
         equilibrium = solve_equilibrium(noise, sgd, initial)
@@ -88,8 +89,8 @@ def analyze(
     return Analysis(reports, equilibrium, noise, sgd, initial)
 
 
-def _proved(model: nn.Module, loss: Loss, batch: Batch, name: str, symmetry: Symmetry) -> Residual:
-    """The residual of a declared symmetry; raises if it is not one."""
+def _verified(model: nn.Module, loss: Loss, batch: Batch, name: str, symmetry: Symmetry) -> Residual:
+    """The residual of a declared symmetry; raises `NotASymmetryError` if the residual is more than rounding."""
     residual = verify_symmetry(model, loss, batch, symmetry)
     if not residual <= _EXACT:
         raise NotASymmetryError(
@@ -101,12 +102,12 @@ def _proved(model: nn.Module, loss: Loss, batch: Batch, name: str, symmetry: Sym
 
 
 def rebalanced_copy(model: nn.Module, analysis: Analysis, loss: Loss, batch: Batch) -> nn.Module:
-    """A copy of a model at its equilibrium, moved and checked in float64, and brought back to its own dtype."""
+    """A copy of a model at its equilibrium, moved and checked in float64, and converted back to the model's dtype."""
     dtype = next(model.parameters()).dtype
-    wide = copy_of(model, torch.float64)
+    copied = copy_of(model, torch.float64)
     device = next(model.parameters()).device
-    rebalance_(wide, analysis.equilibrium, loss, cast(batch, torch.float64, device))
-    return wide.to(dtype)
+    rebalance_(copied, analysis.equilibrium, loss, cast(batch, torch.float64, device))
+    return copied.to(dtype)
 
 
 def _report(
@@ -118,6 +119,7 @@ def _report(
     equilibrium: Equilibrium,
     sgd: SGD,
 ) -> SymmetryReport:
+    """The report of a symmetry, from the results for all symmetries."""
     symmetry = equilibrium.symmetries[name]
     noise_plus, noise_minus = halves(symmetry, noise.grams[name])
     median, slowest = median_and_slowest(equilibrium.relaxation_steps[name])

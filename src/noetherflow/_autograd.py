@@ -1,4 +1,4 @@
-"""Autograd graphs: which nodes they have, and the backward pass of those with reentrant checkpoints."""
+"""Autograd graphs: their nodes, and the backward pass of a graph with reentrant checkpoints."""
 
 from collections.abc import Collection
 
@@ -7,7 +7,7 @@ from torch.autograd.graph import Node
 
 
 def nodes_of(root: Node) -> set[Node]:
-    """All nodes of an autograd graph."""
+    """All nodes of the autograd graph below a root, the root included."""
     seen, waiting = {root}, [root]
     while waiting:
         for node, _ in waiting.pop().next_functions:
@@ -23,15 +23,22 @@ def is_reentrant(nodes: Collection[Node]) -> bool:
 
 
 def accumulate(total: Tensor, nodes: Collection[Node], leaves: Collection[Tensor]) -> None:
-    """A backward pass into `.grad` of these leaves, the only kind that a reentrant checkpoint allows.
+    """Run a backward pass that writes into `.grad` of the given leaves.
 
-    Other leaves of the graph, such as the parameters of another model, keep their `.grad`.
+    A reentrant checkpoint accepts no list of inputs, so the backward pass writes into `.grad` of all leaves of the
+    graph. Leaves that are not given, such as the parameters of a second model, get their previous `.grad` back.
+
+    Args:
+        total: A scalar, shape ().
+        nodes: The nodes of its graph.
+        leaves: The tensors whose gradients are computed; their `.grad` is None.
     """
-    inner = {id(leaf) for leaf in leaves}
-    others = [node.variable for node in nodes if hasattr(node, "variable") and id(node.variable) not in inner]
-    before = [leaf.grad for leaf in others]
-    for leaf in others:
-        leaf.grad = None
+    given = {id(leaf) for leaf in leaves}
+    variables = [node.variable for node in nodes if hasattr(node, "variable")]
+    others = [variable for variable in variables if id(variable) not in given]
+    before = [variable.grad for variable in others]
+    for variable in others:
+        variable.grad = None
     total.backward()
-    for leaf, gradient in zip(others, before, strict=True):
-        leaf.grad = gradient
+    for variable, gradient in zip(others, before, strict=True):
+        variable.grad = gradient

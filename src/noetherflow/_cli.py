@@ -43,7 +43,7 @@ def analyze(
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the figure.")] = Path("results"),
     save: Annotated[Path | None, typer.Option(help="Write the rebalanced weights to this .safetensors file.")] = None,
 ) -> None:
-    """Verify a model's symmetries, measure their noise, and find the equilibrium SGD takes them to."""
+    """Verify the symmetries of a model, measure their gradient noise, and compute their equilibrium under SGD."""
     try:
         if save is not None and save.suffix != ".safetensors":
             raise UserFileError(f"--save writes safetensors, so the file must end in .safetensors, got {save}")
@@ -72,10 +72,11 @@ def symmetries(
     file: Annotated[Path, typer.Argument(help="A Python file with build() -> (model, loss, loader, ..., sgd).")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     approximate: Annotated[
-        bool, typer.Option("--approximate", help="Also those that are exact only up to the eps of a norm.")
+        bool,
+        typer.Option("--approximate", help="Find also symmetries that the eps of a normalisation breaks slightly."),
     ] = False,
 ) -> None:
-    """Find a model's symmetries, prove each one, and say for every axis of every parameter what acts on it."""
+    """Find the symmetries of a model, verify each symmetry, and name the axes on which no symmetry acts."""
     try:
         model, loss, loader, _, _ = load_build(file)
         explanation = explain(model, loss, peek(loader)[0], approximate=approximate)
@@ -86,14 +87,14 @@ def symmetries(
         return
     typer.echo(str(explanation))
     if explanation.rejected:
-        _errors.print(f"[red]{len(explanation.rejected)} candidates did not stand the test of numbers[/red]")
+        _errors.print(f"[red]{len(explanation.rejected)} candidates were rejected: they change a loss[/red]")
 
 
 @app.command()
 def reproduce(
-    figures: Annotated[list[str] | None, typer.Argument(help="Which figures, such as f1 f2; all by default.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Reduced sizes: a fraction of the time.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random draw.")] = None,
+    figures: Annotated[list[str] | None, typer.Argument(help="The figures, such as f1 f2; by default all.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Reduced sizes, which take a fraction of the time.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -102,11 +103,11 @@ def reproduce(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
     force: Annotated[
-        bool, typer.Option("--force", help="Run also what is finished with the same settings and code.")
+        bool, typer.Option("--force", help="Repeat experiments that have results of the same settings and code.")
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="How many experiments to run at a time.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of experiments that run at a time.")] = 1,
 ) -> None:
-    """Rerun the paper's experiments and check every claim; what is finished from before is kept."""
+    """Run the experiments of the paper and check every claim; results of earlier runs are kept."""
     try:
         from noetherflow.paper import experiment, results, runner
 
@@ -119,33 +120,36 @@ def reproduce(
         with contextlib.closing(runner.run(configs, out, quick=quick, force=force, jobs=jobs)) as coming:
             for ending in track(coming, "experiments", total=len(chosen)):
                 endings[ending.name] = ending
-                # Through click: it writes above a bar, where a console of its own would write over it.
+                # click writes to the console of the progress bar, above the bar; a second console would write over it.
                 typer.echo(f"[{len(endings)}/{len(chosen)}] {_line(ending, results.verdict)}", err=True)
     except KeyboardInterrupt:
-        _errors.print(f"Stopped. {len(endings)} of {len(chosen)} are finished; the same command does the rest.")
+        _errors.print(f"Stopped. {len(endings)} of {len(chosen)} are finished; repeat the command to run the rest.")
         raise typer.Exit(130) from None
     done = [result for name in chosen if (result := endings[name].result) is not None]
-    lost = [name for name in chosen if endings[name].result is None]
+    unfinished = [name for name in chosen if endings[name].result is None]
     _console.print(results.table(done))
     _console.print(f"Results, with settings and pictures: {out}", soft_wrap=True)
-    _console.print(f"All of it on one page: {out / 'report.html'}", soft_wrap=True)
+    _console.print(f"All results on a page: {out / 'report.html'}", soft_wrap=True)
     failed = sum(not claim.holds for result in done for claim in result.claims)
     if failed:
         _errors.print(f"[red]{failed} claims do not hold[/red]")
-    if lost:
-        _errors.print(f"[red]did not finish: {', '.join(lost)}[/red]")
-    if failed or lost:
+    if unfinished:
+        _errors.print(f"[red]did not finish: {', '.join(unfinished)}[/red]")
+    if failed or unfinished:
         raise typer.Exit(1)
 
 
 def load_build(file: Path) -> tuple[nn.Module, Any, Any, SGD, Mapping[str, Any] | None]:
-    """Run the `build()` of a user's file and check what it returns.
+    """Run the function `build()` of a user's file and check its result.
+
+    Args:
+        file: A Python file.
 
     Returns:
-        Model, loss, loader, settings, symmetries (None if they are to be found).
+        Model, loss, loader, settings of SGD, and symmetries, which are None if `build()` declares none.
 
     Raises:
-        UserFileError: If there is no such file or function, or if it returns something else.
+        UserFileError: If there is no such file or function, or if its result has different types.
     """
     if not file.is_file():
         raise UserFileError(f"there is no file {file}")
@@ -153,7 +157,7 @@ def load_build(file: Path) -> tuple[nn.Module, Any, Any, SGD, Mapping[str, Any] 
     if spec is None or spec.loader is None:
         raise UserFileError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    # So that the file can import its neighbours, as a script can, and worker processes of a DataLoader can find it.
+    # The file may import files beside it, as a script may; worker processes of a DataLoader import the file by name.
     sys.path.insert(0, str(file.parent.resolve()))
     sys.modules[file.stem] = module
     spec.loader.exec_module(module)
@@ -178,14 +182,14 @@ def load_build(file: Path) -> tuple[nn.Module, Any, Any, SGD, Mapping[str, Any] 
             "a mapping from names to symmetries",
         ),
     )
-    for name, value, good, wanted in checks:
-        if not good:
-            raise UserFileError(f"{file}: build() must return {wanted} as {name}, got {type(value).__name__}")
+    for name, value, valid, description in checks:
+        if not valid:
+            raise UserFileError(f"{file}: build() must return {description} as {name}, got {type(value).__name__}")
     return model, loss, loader, sgd, declared
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a model's weights as safetensors, whole or not at all; tied weights are written once."""
+    """Write the weights of a model as safetensors, completely or not at all; tied weights are written once."""
     from safetensors.torch import save_model
 
     with _files.atomic(path) as temporary:
@@ -193,6 +197,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def _line(ending: "Ending", verdict: Callable[[Any], str]) -> str:
+    """The outcome of an experiment on a line, after the traceback if there is one."""
     if ending.result is None:
         return f"{ending.trace}{ending.name}: {typer.style(ending.error, fg='red')}"
     cached = ", kept from an earlier run" if ending.cached else ""
@@ -200,6 +205,7 @@ def _line(ending: "Ending", verdict: Callable[[Any], str]) -> str:
 
 
 def _fail(error: NoetherflowError) -> None:
+    """Print an error that a user can correct, and exit with code 2."""
     _errors.print(f"[red]{type(error).__name__}[/red]: ", end="")
     _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(2)

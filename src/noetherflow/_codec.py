@@ -1,13 +1,13 @@
-"""Values as JSON with references to tensors, and back, as type annotations say.
+"""Values as JSON with references to tensors, and back, by their type annotations.
 
-The annotation of the field that holds a value describes the value, so a file names no code: its JSON holds numbers,
-text and references, and every class comes from an annotation. The exception is an abstract class: its subclass is
-looked up by name among the imported subclasses. A tree that does not fit its annotation raises `Misfit`.
+A value is described by the annotation of the field that holds the value. So a file names no code: its JSON holds
+numbers, text and references, and every class comes from an annotation. The exception is an abstract class: its subclass
+is looked up by name among the imported subclasses. A tree that does not fit its annotation raises `Misfit`.
 
 | annotation | JSON |
 |---|---|
 | `None`, `bool`, `int`, `str` | itself |
-| `float` | a number, read back to the last bit; for NaN and infinities the bits, as 16 hexadecimal digits |
+| `float` | a number, exact to the last bit; for NaN and infinities the bits, as 16 hexadecimal digits |
 | `Tensor` | the key of the tensor |
 | `tuple[X, ...]`, `tuple[X, Y]`, `list[X]` | an array |
 | `dict[str, X]` | an object, in order |
@@ -34,29 +34,28 @@ from torch import Tensor
 from noetherflow._errors import NoetherflowError
 
 Put = Callable[[str, Tensor], str]
-"""Keeps a tensor, given the place where it stands; returns its key."""
+"""A function (place, tensor) -> key that stores a tensor; the place is a path such as `NoiseMoments.mean['w']`."""
 
 Take = Callable[[str], Tensor | None]
-"""The tensor of a key; None if there is none."""
-
+"""A function key -> tensor, or None if no tensor has that key."""
 
 _OURS = __name__.partition(".")[0]
 
 
 class Misfit(NoetherflowError):
-    """A value, or a tree read from a file, that does not fit the annotation of its place."""
+    """A value, or a tree from a file, does not fit its annotation."""
 
 
 class Codec(ABC):
-    """Writes the values of one annotation as trees, and reads them."""
+    """Converts the values of an annotation to trees of JSON and back."""
 
     @abstractmethod
     def encode(self, value: Any, where: str, put: Put) -> Any:
-        """The tree of a value; raises `Misfit` naming `where` it stands."""
+        """The tree of a value; `Misfit` names its place `where`."""
 
     @abstractmethod
     def decode(self, tree: Any, where: str, take: Take) -> Any:
-        """The value of a tree; raises `Misfit` naming `where` it stands."""
+        """The value of a tree; `Misfit` names its place `where`."""
 
 
 def codec_of(hint: Any) -> Codec:
@@ -89,7 +88,7 @@ class _Plain(Codec):
     kind: type
 
     def encode(self, value: Any, where: str, put: Put) -> Any:
-        # numpy has integers of its own. A bool is an int in Python, and here it is not.
+        # Integers of numpy become int. A bool is an int in Python, but does not fit the annotation int.
         if self.kind is int and hasattr(value, "__index__") and not isinstance(value, (bool, Tensor)):
             value = int(value)
         return self._checked(value, where)
@@ -106,7 +105,7 @@ class _Plain(Codec):
 @final
 class _Float(Codec):
     def encode(self, value: Any, where: str, put: Put) -> Any:
-        if type(value) is int:  # an integer where a float is annotated is good Python, and stays one
+        if type(value) is int:  # fits the annotation float, as in Python, and stays an integer
             return value
         if not isinstance(value, float):
             raise _expected("a number", value, where)
@@ -169,7 +168,7 @@ class _Dictionary(Codec):
 @final
 @dataclasses.dataclass(frozen=True)
 class _Sequence(Codec):
-    """A list or tuple: of a fixed length with a codec per entry, or of any length with one codec for all entries."""
+    """A list or tuple: of fixed length with a codec per entry, or of any length with one codec for all entries."""
 
     kind: type
     inner: tuple[Codec, ...]
@@ -228,7 +227,7 @@ class _Class(Codec):
         arguments = {name: codec.decode(tree[name], f"{where}.{name}", take) for name, codec in parameters.items()}
         try:
             return self.kind(**arguments)
-        except Exception as error:  # whatever a constructor, also a user's, says of its arguments
+        except Exception as error:  # the constructor of a user's class may raise any exception
             raise Misfit(f"{where} is not a {self.kind.__name__}: {error}") from error
 
 
@@ -253,11 +252,11 @@ class _Abstract(Codec):
 
     def _find(self, name: Any, package: Any, where: str) -> Any:
         named = [kind for kind in _subclasses(self.kind) if kind.__qualname__ == name]
-        same = [kind for kind in named if _package(kind) == package]
-        # A script is __main__ where it runs, and has its name where it is imported.
+        exact = [kind for kind in named if _package(kind) == package]
+        # The package of a class in a script is __main__ if the script runs, and its file name if it is imported.
         script = [kind for kind in named if "__main__" in (_package(kind), package) and _package(kind) != _OURS]
-        if same or len(script) == 1:
-            return (same or script)[-1]  # a class that a notebook defined again replaces its predecessors
+        if exact or len(script) == 1:
+            return (exact or script)[-1]  # the last definition, if a notebook defines a class repeatedly
         remedy = f"import the module of {shown(package)} that defines the class"
         raise Misfit(f"{where} is of the class {shown(name)}, which is not an imported {self.kind.__name__}: {remedy}")
 
@@ -271,12 +270,12 @@ def _parameters(kind: Any) -> dict[str, Codec]:
         hints = typing.get_type_hints(described)
         return {name: codec_of(hints[name]) for name in inspect.signature(kind).parameters}
     except (NameError, KeyError, TypeError, ValueError, Misfit) as error:
-        wanted = "every argument of its constructor needs an annotation that a file can hold"
-        raise Misfit(f"a {kind.__name__} cannot be written: {wanted} ({error})") from error
+        remedy = "every argument of its constructor needs an annotation that a file can hold"
+        raise Misfit(f"a {kind.__name__} cannot be written: {remedy} ({error})") from error
 
 
 def _subclasses(kind: type) -> list[type]:
-    """All subclasses that are imported and can be made, in order of definition."""
+    """All imported subclasses that are not abstract, in order of definition."""
     direct: list[type] = kind.__subclasses__()
     below = [further for each in direct for further in (each, *_subclasses(each))]
     return [each for each in dict.fromkeys(below) if not inspect.isabstract(each)]
@@ -286,12 +285,12 @@ def _package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
-def _expected(wanted: str, given: Any, where: str) -> Misfit:
-    return Misfit(f"{where}: expected {wanted}, got {shown(given)}")
+def _expected(what: str, given: Any, where: str) -> Misfit:
+    return Misfit(f"{where}: expected {what}, got {shown(given)}")
 
 
 def shown(value: Any) -> str:
-    """A value in an error message, short."""
+    """A short text for a value in an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
-"""A model as a function of its parameters: the losses of examples and their gradients, backward pass included.
+"""A model as a function of its parameters: losses of examples and their gradients, backward pass included.
 
-Layers under `torch.utils.checkpoint` compute their forward pass again in the backward pass, and look their parameters
-up once more. The backward pass therefore has to run while the given parameters are in place: forward and backward pass
-share one `torch.func.functional_call`.
+Layers under `torch.utils.checkpoint` repeat their forward pass during the backward pass, with the parameters that the
+module has at that time. The backward pass therefore has to run while the given parameters are in place: forward and
+backward pass share one `torch.func.functional_call`.
 """
 
 import re
@@ -31,22 +31,21 @@ _T = TypeVar("_T")
 class ModelFunction:
     r"""Losses $\ell(\theta, z)$ of the examples z of a batch, and their gradients, at any parameters $\theta$.
 
-    The user's module is never touched. Parameters are passed in; the module's buffers, and those of a loss that is a
-    module, are copied for every call. A tied parameter has one name. Parameters that a call does not give have the
-    values that the model had when this object was made. Compiled modules run uncompiled.
+    The user's module is never changed. A call gets parameters as an argument, and copies of the buffers of the model
+    and of a loss that is a module. Parameters that a call does not give have the values that the model had when this
+    object was made. A tied parameter has one name. Compiled modules run uncompiled.
 
     Args:
         model: The model, in the mode (train or eval) in which it is evaluated.
         loss: `loss(model, batch)`, shape (B,).
-        dtype: The floating-point type of parameters and buffers; None keeps each tensor's.
+        dtype: The floating-point type of parameters and buffers; None keeps the type of each tensor.
 
     Attributes:
         params: A copy of all parameters, by canonical name.
         trained: The entries of `params` that require gradients.
-        precision: The coarsest floating-point type in which the loss is computed, whatever type the losses have; until
-            `observe` was called, that of the parameters.
-        reentrant: Whether a graph held a layer under a reentrant checkpoint, whose backward pass accepts no list of
-            inputs.
+        precision: The coarsest floating-point type in which the loss is computed, also if the losses are converted to a
+            finer type. Before the first `observe`, the coarsest type of the parameters.
+        reentrant: Whether the observed graph has a reentrant checkpoint, whose backward pass accepts no list of inputs.
 
     Raises:
         NonFiniteError: If a parameter is NaN or infinite.
@@ -63,40 +62,39 @@ class ModelFunction:
     def __init__(self, model: nn.Module, loss: Loss, dtype: torch.dtype | None = None) -> None:
         self.params = snapshot(model, dtype)
         require_finite(self.params, "parameter")
-        self.trained = {
-            name: self.params[name] for name, parameter in model.named_parameters() if parameter.requires_grad
-        }
+        named = dict(model.named_parameters())
+        self.trained = {name: self.params[name] for name, parameter in named.items() if parameter.requires_grad}
         self.precision = coarsest(tensor.dtype for tensor in self.params.values())
         self.reentrant = False
         self._holder = Holder(model, loss)
         self._places, others = places_of(self._holder, model)
-        # Of buffers, every call gets a copy: a module may write into them. Parameters of a loss are constants.
-        self._buffers = {id(buffer): in_dtype(buffer.detach().clone(), dtype) for buffer in self._holder.buffers()}
+        # A module may write into its buffers, so every call gets copies. The parameters of a loss are constants.
+        self._buffers = {id(tensor): in_dtype(tensor.detach().clone(), dtype) for tensor in self._holder.buffers()}
         self._others = {place: id(tensor) for place, tensor in others.items()}
         self._constants = {id(tensor): in_dtype(tensor.detach(), dtype) for tensor in others.values()}
-        floats = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-        self._changed = sorted(str(kind) for kind in floats if dtype not in (None, kind))
+        floats = {parameter.dtype for parameter in named.values() if parameter.is_floating_point()}
+        self._converted = sorted(str(before) for before in floats if dtype not in (None, before))
         self._dtype = dtype
-        self._one_by_one = False
+        self._in_a_loop = False
 
     def __call__(self, params: Params, batch: Batch) -> Tensor:
         """The losses, shape (B,), as a function that `torch.func` can transform."""
         return self.at(params, lambda: self._holder.losses(batch))
 
     def at(self, params: Params, action: Callable[[], _T]) -> _T:
-        """Do something while the module has the given parameters, and return its result."""
+        """Run an action while the module has the given parameters, and return its result."""
         require_names(self.params, params, "the parameters of a call")
         buffers = {key: buffer.clone() for key, buffer in self._buffers.items()}
-        kept = self._constants | buffers
+        further = self._constants | buffers
         values = self.params | dict(params)
         state = {place: values[name] for place, name in self._places.items()}
-        state |= {place: kept[key] for place, key in self._others.items()}
+        state |= {place: further[key] for place, key in self._others.items()}
         with eager():
             result: _T = functional_call(self._holder, state, (action,), tie_weights=False)
         return result
 
     def then(self, params: Params, batch: Batch, action: Callable[[Tensor], None]) -> Tensor:
-        """The losses, shape (B,), after an action on them (a backward pass) while the parameters are in place."""
+        """The losses, shape (B,), and an action on them, such as a backward pass, while the parameters are in place."""
 
         def run() -> Tensor:
             losses = self._holder.losses(batch)
@@ -106,55 +104,51 @@ class ModelFunction:
         return self.at(params, run)
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
-        """The losses, shape (B,), without a graph."""
+        """The losses, shape (B,), without an autograd graph."""
         with torch.no_grad(), self._explained(), warnings.catch_warnings():
-            # Reentrant checkpoints say so of every forward pass that is not meant to be differentiated.
+            # A reentrant checkpoint warns of every forward pass without gradients.
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
             return self(params, batch)
 
     def gradient(
         self, params: Params, batch: Batch, names: Collection[str] | None = None, weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        r"""The losses of a batch and the gradient of their sum, by a plain backward pass.
+        r"""The losses of a batch and the gradient of $\sum_i c_i\ell_i$, by a backward pass.
 
         Args:
-            params: Where; parameters that are missing are the model's.
+            params: The parameters; for parameters that are not given, the model's values.
             batch: The examples.
             names: The parameters to differentiate by; by default all of `params`.
-            weights: Coefficients c of $\sum_i c_i\ell_i$, shape (B,); ones by default.
+            weights: The coefficients c, shape (B,); by default 1.
 
         Returns:
             Losses, shape (B,), and the gradient by name; zeros for parameters that no gradient reaches.
         """
-        losses, gradients = self._differentiate(params, batch, names, weights)
-        return losses, {
-            name: torch.zeros_like(params[name]) if gradient is None else gradient
-            for name, gradient in gradients.items()
-        }
+        losses, gradient = self._differentiate(params, batch, names, weights)
+        return losses, {name: torch.zeros_like(params[name]) if g is None else g for name, g in gradient.items()}
 
     def unreached(self, params: Params, batch: Batch) -> list[str]:
-        """The parameters on which the losses do not depend differentiably."""
-        return [
-            name for name, gradient in self._differentiate(params, batch, None, None)[1].items() if gradient is None
-        ]
+        """The names of the parameters that no gradient of the losses reaches."""
+        return [name for name, g in self._differentiate(params, batch, None, None)[1].items() if g is None]
 
     def example_gradients(
         self, params: Params, batch: Batch, size: int, examples: slice, where: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The losses of examples of a batch, shape (b,), and their gradients by `params`, shape (b, *parameter).
+        """The losses of examples of a batch and their gradients.
 
-        Every example is evaluated as a batch of one. Tensors of the batch whose leading dimension is not the batch size
-        are shared by all examples. The evaluation is vectorised if `torch.func` can, and a loop if not.
+        Every example is evaluated as a batch of size 1. Tensors of the batch whose leading dimension is not the batch
+        size are shared by all examples. The evaluation is vectorised; a model that `vmap` refuses is evaluated in a
+        loop.
 
         Args:
-            params: Where, and by which parameters to differentiate.
+            params: The parameters to differentiate by; for parameters that are not given, the model's values.
             batch: The batch.
-            size: Its number of examples.
-            examples: Which of them.
-            where: What to call the batch.
+            size: The batch size B.
+            examples: The range of examples that are evaluated, b of them.
+            where: Name of the batch in error messages.
 
         Returns:
-            Both.
+            Losses, shape (b,), and gradients by name, shape (b, *parameter).
 
         Raises:
             LossError: If no tensor of the batch has an entry per example.
@@ -166,21 +160,27 @@ class ModelFunction:
                 f"{where}: the loss has {size} examples, but no tensor of the batch has that leading dimension: "
                 f"{[tuple(leaf.shape) for leaf in leaves]}"
             )
-        chosen = [leaf[examples].unsqueeze(1) if mine else leaf for leaf, mine in zip(leaves, stacked, strict=True)]
-        return self._each(params, chosen, lambda leaves: with_tensors(batch, leaves), [False, *stacked], "different")
+        pairs = zip(leaves, stacked, strict=True)
+        singles = [leaf[examples].unsqueeze(1) if is_stacked else leaf for leaf, is_stacked in pairs]
+        return self._each(params, singles, lambda tensors: with_tensors(batch, tensors), [False, *stacked], "different")
 
     def gradients_at(
         self, params: Params, tensors: Sequence[Tensor], rebuild: Callable[[list[Tensor]], Batch]
     ) -> dict[str, Tensor]:
-        """Gradients of batches that each have their own parameters: all tensors have a leading axis of batches.
+        """Gradients of b batches, each at different parameters.
+
+        Args:
+            params: Stacked parameters, shape (b, *parameter) by name.
+            tensors: The tensors of the batches, each of shape (b, ...).
+            rebuild: Makes a batch from a list of its tensors.
 
         Returns:
-            By name, shape (b, *parameter).
+            Gradients of the sums of losses by name, shape (b, *parameter).
         """
         return self._each(params, tensors, rebuild, [True] * (1 + len(tensors)), "same")[1]
 
     def observe(self, batch: Batch) -> "ModelFunction":
-        """Evaluate the losses of a batch once, and note how they are computed: `precision` and `reentrant`."""
+        """Set `precision` and `reentrant` from an evaluation of a batch; returns this object."""
         leaves = {name: _leaf(tensor) for name, tensor in self.params.items()}
         with torch.enable_grad(), self._explained(), Watch() as watch:
             losses = self(leaves, batch)
@@ -190,7 +190,7 @@ class ModelFunction:
 
     @property
     def tolerance(self) -> Tolerance:
-        """What rounding leaves in the type in which the loss is computed."""
+        """The differences that rounding explains in the type in which the loss is computed."""
         return TOLERANCES[self.precision]
 
     def _each(
@@ -201,49 +201,60 @@ class ModelFunction:
         stacked: Sequence[bool],
         randomness: str,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Values and gradients along the leading axis of those inputs (parameters first) that are stacked."""
+        """Evaluate b batches, at stacked parameters or at parameters in common.
 
-        def total(params: Params, *leaves: Tensor) -> Tensor:
+        Args:
+            params: Parameters by name.
+            tensors: The tensors of the batches.
+            rebuild: Makes a batch from a list of its tensors.
+            stacked: Whether the parameters, and then each of `tensors`, have a leading axis of length b.
+            randomness: `same` or `different` random numbers, as `vmap` has it.
+
+        Returns:
+            Sums of losses, shape (b,), and their gradients by name, shape (b, *parameter).
+        """
+
+        def loss_sum(params: Params, *leaves: Tensor) -> Tensor:
             return self(params, rebuild(list(leaves))).sum()
 
         def vectorised() -> tuple[dict[str, Tensor], Tensor]:
-            dims = tuple(0 if mine else None for mine in stacked)
+            dims = tuple(0 if is_stacked else None for is_stacked in stacked)
             with warnings.catch_warnings():
-                # A single operation that cannot be vectorised is done one by one, with a warning.
+                # vmap runs an operation that it cannot vectorise in a loop, and warns.
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 result: tuple[dict[str, Tensor], Tensor] = vmap(
-                    grad_and_value(total), in_dims=dims, randomness=randomness
+                    grad_and_value(loss_sum), in_dims=dims, randomness=randomness
                 )(dict(params), *tensors)
                 return result
 
-        if not self._one_by_one:
+        if not self._in_a_loop:
             try:
-                # In place also while torch.func differentiates, which it does after `total` has returned.
+                # torch.func differentiates after `loss_sum` has returned, so the parameters have to be in place around
+                # the complete call.
                 gradients, values = vectorised() if stacked[0] else self.at(params, vectorised)
                 return values, gradients
             except RuntimeError:
-                # Checkpoints, functions without setup_context, recurrent layers, branches on values. What is a mistake
-                # of the loss is raised again by the loop.
-                self._one_by_one = True
+                # vmap refuses checkpoints, functions without setup_context, recurrent layers and branches on values. A
+                # mistake in the user's loss is raised again by the loop.
+                self._in_a_loop = True
         inputs = zip((next(iter(params.values())), *tensors), stacked, strict=True)
-        leading = next(tensor for tensor, mine in inputs if mine)
-        results = []
-        for index in range(len(leading)):
-            here = {name: tensor[index] for name, tensor in params.items()} if stacked[0] else params
-            single = [tensor[index] if mine else tensor for tensor, mine in zip(tensors, stacked[1:], strict=True)]
-            losses, gradient = self.gradient(here, rebuild(single))
-            results.append((losses.sum(), gradient))
-        return (
-            torch.stack([value for value, _ in results]),
-            {name: torch.stack([gradient[name] for _, gradient in results]) for name in params},
-        )
+        count = next(len(tensor) for tensor, is_stacked in inputs if is_stacked)
+        sums, singles = [], []
+        for index in range(count):
+            point = {name: tensor[index] for name, tensor in params.items()} if stacked[0] else params
+            leaves = [t[index] if is_stacked else t for t, is_stacked in zip(tensors, stacked[1:], strict=True)]
+            losses, gradient = self.gradient(point, rebuild(leaves))
+            sums.append(losses.sum())
+            singles.append(gradient)
+        return torch.stack(sums), {name: torch.stack([gradient[name] for gradient in singles]) for name in params}
 
     def _differentiate(
         self, params: Params, batch: Batch, names: Collection[str] | None, weights: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """As `gradient`, with None for parameters that no gradient reaches."""
         names = list(params) if names is None else list(names)
         leaves = {name: params[name].detach().requires_grad_() for name in names}
-        gradients: dict[str, Tensor | None] = dict.fromkeys(names)
+        gradient: dict[str, Tensor | None] = dict.fromkeys(names)
 
         def backward(losses: Tensor) -> None:
             total = losses.sum() if weights is None else (weights * losses).sum()
@@ -252,37 +263,38 @@ class ModelFunction:
             nodes = nodes_of(total.grad_fn)
             if is_reentrant(nodes):
                 accumulate(total, nodes, leaves.values())
-                gradients.update({name: leaf.grad for name, leaf in leaves.items()})
+                gradient.update({name: leaf.grad for name, leaf in leaves.items()})
             else:
-                reached = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-                gradients.update(zip(names, reached, strict=True))
+                parts = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+                gradient.update(zip(names, parts, strict=True))
 
         with torch.enable_grad(), self._explained():
             losses = self.then({**params, **leaves}, batch, backward)
-        return losses.detach(), gradients
+        return losses.detach(), gradient
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Say what to do about tensors outside the model that stay in another floating-point type."""
+        """A block whose errors about floating-point types say how to convert tensors outside the model."""
         try:
             yield
         except RuntimeError as error:
-            if not self._changed or not re.search(r"dtype|scalar type", str(error)):
+            if not self._converted or not re.search(r"dtype|scalar type", str(error)):
                 raise
             raise LossError(
                 f"the loss cannot be computed in {self._dtype}, to which the parameters were converted: {error}. A "
                 "tensor that is not part of the model, such as class weights or a teacher, stays in its type. Make it "
                 "part of the model or of a loss that is a module, or convert it in the loss to the type of the model's "
-                f"output, or compute in the model's type: dtype={', '.join(self._changed)}"
+                f"output, or compute in the model's type: dtype={', '.join(self._converted)}"
             ) from error
 
 
 def eager() -> AbstractContextManager[Any, Any]:
-    """A block in which compiled modules run as they were written, so that modes and `torch.func` see into them."""
+    """A block in which compiled modules run uncompiled, because modes and `torch.func` cannot see compiled code."""
     if "torch._dynamo" not in sys.modules:
-        return nullcontext()  # nothing is compiled; loading the compiler takes a second and much memory
+        return nullcontext()  # nothing is compiled, and to load the compiler takes a second and much memory
     return torch.compiler.set_stance("force_eager")
 
 
 def _leaf(tensor: Tensor) -> Tensor:
+    """A detached tensor that requires gradients if its type allows."""
     return tensor.detach().requires_grad_(tensor.is_floating_point())

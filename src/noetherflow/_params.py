@@ -1,4 +1,4 @@
-"""Named parameters: snapshots, conversions and strict checks."""
+"""Parameters by name: copies, conversions and checks."""
 
 import copy
 from collections.abc import Iterable
@@ -11,11 +11,12 @@ from noetherflow._types import Params
 
 
 def snapshot(source: nn.Module | Params, dtype: torch.dtype | None = torch.float64) -> dict[str, Tensor]:
-    """A copy of named parameters, detached, that a later optimizer step cannot change.
+    """A detached copy of named parameters, which later steps of an optimizer do not change.
 
     Args:
         source: A module, or tensors by name (such as `dict(model.named_parameters())`).
-        dtype: The type of the copies of floating-point tensors; None keeps each tensor's own. Integers stay integers.
+        dtype: The type of the copies of floating-point tensors; None keeps the type of each tensor. Integers stay
+            integers.
 
     Returns:
         Tensors by canonical name: a tied weight appears once.
@@ -26,37 +27,45 @@ def snapshot(source: nn.Module | Params, dtype: torch.dtype | None = torch.float
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A floating-point tensor in a type; a complex one with parts in that type; any other, or for None, as it is."""
+    """A tensor converted to a floating-point type, or if it is complex to the complex type with parts of that type.
+
+    Args:
+        tensor: Any tensor.
+        dtype: The floating-point type, or None.
+
+    Returns:
+        The converted tensor; integers and booleans, and every tensor if the dtype is None, as they are.
+    """
     if dtype is None or not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
     return tensor.to(dtype.to_complex() if tensor.is_complex() else dtype)
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
-    """Every name under which a parameter appears, with the canonical one that `named_parameters()` uses."""
+    """Canonical name, as in `named_parameters()`, by every name under which a parameter appears."""
     canonical = {id(tensor): name for name, tensor in model.named_parameters()}
     return {name: canonical[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
 
 
-def require_names(available: Iterable[str], wanted: Iterable[str], what: str) -> None:
-    """Raise unless every wanted name is there."""
-    have = set(available)
-    missing = [name for name in wanted if name not in have]
+def require_names(available: Iterable[str], required: Iterable[str], what: str) -> None:
+    """Raise `ParameterNameError` unless every required name is available; `what` is the subject of the message."""
+    known = set(available)
+    missing = [name for name in required if name not in known]
     if missing:
-        shown = sorted(have)
+        shown = sorted(known)
         listing = ", ".join(shown[:12]) + (f", ... ({len(shown)} in all)" if len(shown) > 12 else "")
         raise ParameterNameError(f"{what} names {missing}, which are not among the parameters: {listing}")
 
 
 def require_finite(params: Params, what: str) -> None:
-    """Raise if any tensor holds NaN or infinity, naming the first."""
+    """Raise `NonFiniteError` if a tensor holds NaN or infinity; `what` and a name are the subject of the message."""
     for name, tensor in params.items():
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{what} {name!r} holds {_count_bad(tensor)} non-finite entries of {tensor.numel()}")
 
 
 def copy_of(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """An independent copy of a model in another floating-point type."""
+    """An independent copy of a model, converted to a floating-point type."""
     result = copy.deepcopy(model)
     for tensor in (*result.parameters(), *result.buffers()):
         tensor.data = in_dtype(tensor.data, dtype)
@@ -64,4 +73,5 @@ def copy_of(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _count_bad(tensor: Tensor) -> int:
+    """The number of entries that are NaN or infinite."""
     return int((~torch.isfinite(tensor)).sum())

@@ -1,4 +1,4 @@
-"""What stands in the way of losses and gradients of single examples, and functions of every example."""
+"""Checks that losses are those of independent examples, and functions that are evaluated for every example."""
 
 import contextlib
 import warnings
@@ -16,7 +16,7 @@ from noetherflow._types import Params
 
 
 def require_uncoupled(model: nn.Module) -> None:
-    """Raise if a layer of the model normalises over the batch, so that no example has a gradient of its own."""
+    """Raise `CoupledExamplesError` if a layer normalises over the batch: then no example has a gradient."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise CoupledExamplesError(
@@ -27,7 +27,20 @@ def require_uncoupled(model: nn.Module) -> None:
 
 
 def require_losses(values: Tensor, where: str) -> int:
-    """Raise unless these are losses, one finite floating-point number per example; returns the number of examples."""
+    """Raise unless values are losses: one finite floating-point number per example.
+
+    Args:
+        values: What the user's loss returned.
+        where: Subject of the message, such as the number of the batch.
+
+    Returns:
+        The number of examples B.
+
+    Raises:
+        LossError: If values are not a floating-point tensor of shape (B,).
+        EmptyDataError: If B is 0.
+        NonFiniteError: If a loss is NaN or infinite.
+    """
     if not isinstance(values, Tensor):
         raise LossError(f"{where}: loss(model, batch) must return a tensor of shape (B,), got {type(values).__name__}")
     if not values.is_floating_point():
@@ -51,7 +64,17 @@ def require_losses(values: Tensor, where: str) -> int:
 
 
 def require_differentiable(unreached: Collection[str], params: Params, needed: set[str], where: str) -> None:
-    """Raise if the loss is detached from all parameters, or from a parameter on which a symmetry acts."""
+    """Raise `LossError` if no gradient reaches any parameter, or a parameter on which a symmetry acts.
+
+    Args:
+        unreached: The parameters that no gradient reaches.
+        params: All trainable parameters.
+        needed: The parameters on which symmetries act.
+        where: Subject of the message.
+
+    Raises:
+        LossError: See above.
+    """
     if len(unreached) == len(params):
         raise LossError(
             f"{where}: the loss does not depend differentiably on any trainable parameter. Look for .detach(), "
@@ -65,49 +88,64 @@ def require_differentiable(unreached: Collection[str], params: Params, needed: s
 
 
 def each(function: Callable[..., Any], inputs: tuple[Any, ...], shared: tuple[bool, ...], randomness: str) -> Any:
-    """A function of every entry along the leading axis of its inputs, but for those that are shared.
+    """Evaluate a function at every index of the leading axis of its inputs.
 
-    It is vectorised if it can be. Models that look at their inputs in Python (those of transformers that warn about
-    padding do) cannot be, nor recurrent layers; they are evaluated in a loop.
+    The evaluation is vectorised by `torch.func.vmap`. A function that vmap refuses is evaluated in a loop: recurrent
+    layers, and models that branch on their inputs in Python (as models of transformers do to warn about padding).
+
+    Args:
+        function: A function of nested containers of tensors that returns such containers.
+        inputs: Its arguments; the tensors of an argument that is not shared have a leading axis of length b.
+        shared: For each argument, whether all evaluations get the same tensors.
+        randomness: `same` or `different` random numbers, as `vmap` has it.
 
     Returns:
-        What the function returns, stacked.
+        The results, stacked along a leading axis of length b.
 
     Raises:
-        RuntimeError: Whatever the function raises.
+        RuntimeError: If the function raises it in the loop.
     """
     try:
         with warnings.catch_warnings():
-            # A single operation that cannot be batched is done one by one, with a warning.
+            # vmap runs an operation that it cannot vectorise in a loop, and warns.
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            return vmap(function, in_dims=tuple(None if common else 0 for common in shared), randomness=randomness)(
-                *inputs
-            )
+            dims = tuple(None if is_shared else 0 for is_shared in shared)
+            return vmap(function, in_dims=dims, randomness=randomness)(*inputs)
     except RuntimeError:
-        pass  # a mistake of the function's own is raised again below
-    leading = next(tensor for tensor, common in zip(inputs, shared, strict=True) if not common)
+        pass  # the loop raises a mistake in the function again
+    stacked = next(value for value, is_shared in zip(inputs, shared, strict=True) if not is_shared)
     results = [
         function(
             *(
-                tensor if common else tree_map(lambda t, at=index: t[at], tensor)
-                for tensor, common in zip(inputs, shared, strict=True)
+                value if is_shared else tree_map(lambda tensor, at=index: tensor[at], value)
+                for value, is_shared in zip(inputs, shared, strict=True)
             )
         )
-        for index in range(len(tree_leaves(leading)[0]))
+        for index in range(len(tree_leaves(stacked)[0]))
     ]
-    return tree_map(lambda *parts: torch.stack(parts), *results)
+    return tree_map(lambda *tensors: torch.stack(tensors), *results)
 
 
-def require_independent(alone: Tensor, together: Tensor, where: str, tolerance: float) -> None:
-    """Raise if examples have another loss on their own than within their batch, beyond a relative tolerance."""
-    alone, together = alone.double(), together.double()
-    difference = (alone - together).abs()
-    scale = together.abs().mean() + together.abs()
-    worst = int((difference / scale.clamp_min(torch.finfo(together.dtype).tiny)).argmax())
+def require_independent(single: Tensor, batched: Tensor, where: str, tolerance: float) -> None:
+    """Raise `CoupledExamplesError` if the loss of an example depends on the batch around it.
+
+    Args:
+        single: The losses of examples evaluated as batches of one, shape (b,).
+        batched: The losses of those examples within their batch, shape (b,).
+        where: Subject of the message.
+        tolerance: Largest difference, relative to the loss of the example plus the mean of all losses.
+
+    Raises:
+        CoupledExamplesError: See above.
+    """
+    single, batched = single.double(), batched.double()
+    difference = (single - batched).abs()
+    scale = batched.abs().mean() + batched.abs()
+    worst = int((difference / scale.clamp_min(torch.finfo(batched.dtype).tiny)).argmax())
     if not difference[worst] <= tolerance * scale[worst]:
         raise CoupledExamplesError(
-            f"{where}: example {worst} has loss {together[worst].item():.6g} within its batch and "
-            f"{alone[worst].item():.6g} on its own. Either (a) the loss couples examples (contrastive losses, a "
+            f"{where}: example {worst} has loss {batched[worst].item():.6g} within its batch and "
+            f"{single[worst].item():.6g} on its own. Either (a) the loss couples examples (contrastive losses, a "
             "normalisation over the batch), and no example has a gradient of its own; or (b) a tensor of the batch "
             "that all examples share happens to have the batch size as its leading dimension. For (a), MicrobatchMeter "
             "measures the noise between microbatches"
@@ -116,7 +154,12 @@ def require_independent(alone: Tensor, together: Tensor, where: str, tolerance: 
 
 @contextlib.contextmanager
 def own_randomness(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """A block that may draw random numbers (dropout) and leaves the global generators as they were."""
+    """A block that may draw random numbers (dropout) and leaves the global generators of PyTorch unchanged.
+
+    Args:
+        device: The device of the model.
+        seed: Seed within the block; None goes on from the present state.
+    """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         if seed is not None:

@@ -1,4 +1,4 @@
-"""The floating-point type in which a computation runs, and what rounding in that type leaves."""
+"""The floating-point type in which a computation runs, and the differences that rounding in that type explains."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from torch.overrides import TorchFunctionMode
 @final
 @dataclass(frozen=True)
 class Tolerance:
-    """Relative differences that rounding explains, for one floating-point type.
+    """Relative differences that rounding explains, for a floating-point type.
 
     Args:
-        rounding: Of two evaluations of one loss or one gradient: the square root of the machine epsilon.
-        proof: Residual of an exact symmetry, the largest over examples and finite transformations. A mistake leaves
-            1e-3 to 1; types of 16 bits tell only large mistakes from rounding.
+        rounding: Bound for two evaluations of a loss or a gradient: the square root of the machine epsilon.
+        proof: Bound for the residual of an exact symmetry, the largest over examples and finite transformations. The
+            residual of a wrong symmetry is 1e-3 to 1, so types of 16 bits tell only large errors from rounding.
     """
 
     rounding: float
@@ -33,17 +33,20 @@ TOLERANCES = {
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The floating-point type with the largest machine epsilon; float64 if there is none."""
+    """The floating-point type with the largest machine epsilon; float64 if no type has an entry in `TOLERANCES`."""
     known = [dtype for dtype in dtypes if dtype in TOLERANCES]
     return max(known, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
 
 
 @final
 class Watch(TorchFunctionMode):
-    """A block in which the floating-point types of all calls are noted that have to do with parameters.
+    """A block that collects the dtypes of all calls in which a parameter, or a tensor that depends on one, takes part.
 
-    A bfloat16 layer whose output is converted to float32, an autocast region and a teacher under `no_grad` all count;
-    the type of the data does not.
+    A bfloat16 layer whose output is converted to float32, an autocast region, and a teacher under `no_grad` count. The
+    dtype of the data does not count.
+
+    Attributes:
+        seen: The dtypes of the arguments and results of those calls.
     """
 
     def __init__(self) -> None:
@@ -53,22 +56,21 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call the function; note the types of its arguments and results."""
+        """Call the function, and collect the dtypes of its arguments and results."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = _tensors((args, kwargs))
-        returned = _tensors(result)
-        if any(tensor.requires_grad or isinstance(tensor, nn.Parameter) for tensor in (*given, *returned)):
-            self.seen |= {tensor.dtype for tensor in (*given, *returned)}
+        tensors = _tensors((args, kwargs, result))
+        if any(tensor.requires_grad or isinstance(tensor, nn.Parameter) for tensor in tensors):
+            self.seen |= {tensor.dtype for tensor in tensors}
         return result
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in nested containers."""
+    """The tensors in nested dictionaries, tuples and lists."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, (tuple, list)):
         return []
-    return [tensor for part in value for tensor in _tensors(part)]
+    return [tensor for entry in value for tensor in _tensors(entry)]

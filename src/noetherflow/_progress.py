@@ -1,4 +1,4 @@
-"""One progress display for every long job, with a bar for each job inside another."""
+"""Progress bars of long loops; nested loops share one display on the terminal."""
 
 import contextlib
 import multiprocessing
@@ -6,17 +6,23 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# The display on the screen, if there is one: a second would write over it.
+# The display on the terminal, or nothing. A second display would write over the first.
 _shown: list[Any] = []
 
 
 def track(items: Iterable[T], description: str, *, total: int | None = None, shown: bool = True) -> Iterator[T]:
-    """Iterate with a progress bar on standard error.
+    """Iterate over items with a progress bar on standard error.
 
-    Silent where standard error is not a terminal, in worker processes, and where rich is not installed.
+    There is no bar where standard error is not a terminal, in worker processes, and without the package rich.
+
+    Args:
+        items: The items.
+        description: Text in front of the bar.
+        total: Number of items; None if it is unknown.
+        shown: False for no bar.
 
     Yields:
-        The items, as they come.
+        The items.
     """
     display = _display() if shown and multiprocessing.parent_process() is None else None
     if display is None:
@@ -33,7 +39,7 @@ def track(items: Iterable[T], description: str, *, total: int | None = None, sho
 
 
 def _display() -> Any:
-    """A display that draws nothing yet; None where there is no terminal, or nothing to draw with."""
+    """A display without bars; None if standard error is not a terminal, or if rich is not installed."""
     try:
         from rich import progress
         from rich.console import Console

@@ -1,4 +1,4 @@
-"""Moving a model along its symmetries without changing its function."""
+"""Moving a model along its symmetries, which changes no loss."""
 
 import torch
 from torch import Tensor, nn
@@ -26,27 +26,29 @@ def rebalance_(
 ) -> float:
     r"""Move a model to its noise equilibrium in place, and check that no example's loss has changed.
 
-    The group element found by `solve_equilibrium` is applied to the parameters as they are now,
-    $\theta \to e^{Q_x}\theta$. The loss of every example of a batch is computed before and after, and the model is
-    moved only if no loss changes by more than the tolerance.
+    The group element that `solve_equilibrium` returned acts on the present parameters, $\theta \to e^{Q_x}\theta$. The
+    loss of every example of a batch is computed at $\theta$ and at $e^{Q_x}\theta$, and the model is moved only if no
+    loss changes by more than the tolerance.
 
     Args:
         model: The model, changed in place.
         equilibrium: From `solve_equilibrium`.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
         batch: The examples on which the function is checked.
-        optimizer: A `torch.optim.SGD` whose momentum moves along; it transforms like a gradient, by $e^{-Q_x}$.
-        tolerance: Largest change of an example's loss that is accepted, relative to that loss or to the batch's mean,
-            whichever is larger. By default the square root of the machine epsilon of the coarsest floating-point
-            type in which the loss is computed.
+        optimizer: A `torch.optim.SGD`, whose momentum is transformed like a gradient, by $e^{-Q_x}$.
+        tolerance: Largest accepted change of the loss of an example, relative to that loss or to the mean of all
+            absolute losses, whichever is larger. By default the square root of the machine epsilon of the coarsest
+            floating-point type in which the loss is computed.
 
     Returns:
-        The largest relative change of an example's loss.
+        The largest relative change of the loss of an example.
 
     Raises:
         EquilibriumError: If the solver did not reach an equilibrium.
-        FunctionChangedError: If an example's loss would change by more than the tolerance; the model is as it was.
-        SettingsError: If the optimizer holds state that does not move with the parameters.
+        FunctionChangedError: If the loss of an example would change by more than the tolerance; the model stays as it
+            was.
+        SettingsError: If the optimizer is not `torch.optim.SGD`.
+        ParameterNameError: If the equilibrium names parameters that the model does not have.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -60,7 +62,7 @@ def rebalance_(
         >>> nf.rebalance_(net, equilibrium, loss, batches[0]) < 1e-12
         True
 
-    Source: Ziyin et al. (2024): the loss is constant along the orbit, its noise is not.
+    Source: Ziyin et al. (2024): the loss is constant along the orbit, the noise of its gradient is not.
     """
     if equilibrium.status in _UNUSABLE:
         raise EquilibriumError(f"there is no equilibrium to move to: {equilibrium.status.value}\n{equilibrium.message}")
@@ -69,7 +71,8 @@ def rebalance_(
         require_names(named, symmetry.names, "the equilibrium")
     buffers = None if optimizer is None else _momenta(optimizer, named)
     function = ModelFunction(model, loss)
-    moved = {name: tensor.to(named[name].dtype) for name, tensor in _moved(equilibrium, function.params, 1.0).items()}
+    transformed = _transformed(equilibrium, function.params, 1.0)
+    moved = {name: tensor.to(named[name].dtype) for name, tensor in transformed.items()}
     batch = cast(batch, None, next(iter(named.values())).device)
     loss_before = _losses(function, function.params, batch)
     if tolerance is None:
@@ -90,39 +93,39 @@ def rebalance_(
             parameter.copy_(moved[name])
     if buffers is not None:
         with torch.no_grad():
-            momenta = _moved(equilibrium, {name: buffer.detach() for name, buffer in buffers.items()}, -1.0)
+            momenta = _transformed(equilibrium, {name: buffer.detach() for name, buffer in buffers.items()}, -1.0)
             for name, momentum in momenta.items():
                 buffers[name].copy_(momentum)
     return change[worst].item()
 
 
-def _moved(equilibrium: Equilibrium, tensors: dict[str, Tensor], sign: float) -> dict[str, Tensor]:
-    """The group element (sign 1) or its inverse (sign -1), computed in float64."""
-    moved = snapshot(tensors)
+def _transformed(equilibrium: Equilibrium, tensors: dict[str, Tensor], sign: float) -> dict[str, Tensor]:
+    """e^{Q_x} v for sign 1, e^{-Q_x} v for sign -1, with v the tensors; computed in float64."""
+    result = snapshot(tensors)
     for name, symmetry in equilibrium.symmetries.items():
-        moved = symmetry.act(sign * equilibrium.coordinates[name], moved)
-    return moved
+        result = symmetry.act(sign * equilibrium.coordinates[name], result)
+    return result
 
 
 def _losses(function: ModelFunction, params: dict[str, Tensor], batch: Batch) -> Tensor:
-    # The same seed before and after, so that dropout drops the same units.
+    """The losses of a batch, float64, shape (B,)."""
+    # One seed for the losses before and after the move, so that dropout drops equal units.
     with own_randomness(next(iter(params.values())).device, seed=0):
-        values = function.losses(params, batch)
-    require_losses(values, "rebalance_")
-    return values.double()
+        losses = function.losses(params, batch)
+    require_losses(losses, "rebalance_")
+    return losses.double()
 
 
 def _momenta(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The momentum buffers by parameter name, zeros where there is none yet."""
+    """The momentum buffers by parameter name; zeros for parameters without a buffer."""
     if not isinstance(optimizer, torch.optim.SGD):
         raise SettingsError(
             f"only the state of torch.optim.SGD moves with the parameters, got {type(optimizer).__name__}: rebalance "
             "without optimizer= and start the optimizer afresh"
         )
-    buffers = {
-        name: optimizer.state[parameter].get("momentum_buffer")
-        for name, parameter in named.items()
-        if parameter in optimizer.state
-    }
-    held = {name: buffer for name, buffer in buffers.items() if buffer is not None}
-    return {name: held.get(name, torch.zeros_like(parameter)) for name, parameter in named.items()}
+    buffers = {}
+    for name, parameter in named.items():
+        # `get`, because optimizer.state[parameter] would create an entry.
+        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        buffers[name] = torch.zeros_like(parameter) if buffer is None else buffer
+    return buffers

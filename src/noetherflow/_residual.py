@@ -1,4 +1,4 @@
-"""How far from a symmetry: cosines of gradients, relative changes of losses, and symmetries that share entries."""
+"""Deviations from a symmetry: cosines of gradients and relative changes of losses. Symmetries that share entries."""
 
 import functools
 from collections.abc import Mapping
@@ -11,53 +11,57 @@ from noetherflow.symmetry import Symmetry
 
 
 def cosine(gradients: Params, direction: Params, *, batched: bool = False) -> Tensor:
-    r"""$|g \cdot v| / (|g|\,|v|)$ over the parameters that v moves.
+    r"""The cosine $|g \cdot v| / (|g|\,|v|)$ over the parameters of v.
 
-    Vectors are divided by their largest entry first, so that squares neither vanish (below 1e-154) nor overflow, and
-    16-bit types are converted to float32.
+    Vectors are divided by their largest entry first, because squares of entries below 1e-154 underflow and squares of
+    entries above 1e154 overflow. Types of 16 bits are converted to float32.
 
     Args:
-        gradients: g, by name; with `batched`, every tensor has a leading axis of B examples.
-        direction: v, by name.
-        batched: Whether there is such an axis.
+        gradients: g by name, shape (*parameter), or (B, *parameter) with `batched`.
+        direction: v by name, shape (*parameter).
+        batched: Whether the gradients are those of B examples.
 
     Returns:
-        Shape (), or (B,). 0 where g or v vanishes, infinity where g or v is not finite.
+        Shape (), or (B,) with `batched`. 0 where g or v vanishes, infinity where g or v is not finite.
     """
     names = list(direction)
     stacks = [gradients[name] if batched else gradients[name].unsqueeze(0) for name in names]
-    dtype = functools.reduce(
-        torch.promote_types, [tensor.dtype for tensor in (*stacks, *direction.values())], torch.float32
-    )
+    dtypes = [tensor.dtype for tensor in (*stacks, *direction.values())]
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     g, g_size = _unit(stacks, dtype)
     v, v_size = _unit([direction[name].unsqueeze(0) for name in names], dtype)
-    along = torch.stack([stack @ row[0] for stack, row in zip(g, v, strict=True)]).sum(0)
-    norms = [torch.stack([stack.square().sum(1) for stack in side]).sum(0).sqrt() for side in (g, v)]
-    result = (along.abs() / (norms[0] * norms[1])).nan_to_num(nan=torch.inf)
+    products = torch.stack([rows @ vector[0] for rows, vector in zip(g, v, strict=True)]).sum(0)
+    norms = [torch.stack([part.square().sum(1) for part in parts]).sum(0).sqrt() for parts in (g, v)]
+    result = (products.abs() / (norms[0] * norms[1])).nan_to_num(nan=torch.inf)
     result = torch.where((g_size == 0) | (v_size == 0), 0.0, result)
     return result if batched else result[0]
 
 
-def _unit(tensors: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Stacks flattened to (B, n) over the largest entry of each example, and that entry, shape (B,)."""
-    flat = [stack.flatten(1).to(dtype) for stack in tensors]
-    largest = torch.stack([stack.abs().amax(1) for stack in flat if stack.numel()]).amax(0)
-    return [stack / largest[:, None] for stack in flat], largest
+def _unit(stacks: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Stacks flattened to (B, n) and divided by the largest entry of each example, and that entry, shape (B,)."""
+    flat = [stack.flatten(1).to(dtype) for stack in stacks]
+    largest = torch.stack([rows.abs().amax(1) for rows in flat if rows.numel()]).amax(0)
+    return [rows / largest[:, None] for rows in flat], largest
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:
-    """How much each loss has changed, relative to that loss or to the mean of all, whichever is larger; shape (B,)."""
+    """|after - before| / max(|before|, mean |before|) of every loss, shape (B,); infinity for NaN."""
     scale = torch.maximum(before.abs(), before.abs().mean()).clamp_min(torch.finfo(before.dtype).tiny)
     return ((after - before).abs() / scale).nan_to_num(nan=torch.inf)
 
 
 def entangled(symmetries: Mapping[str, Symmetry], params: Params) -> tuple[list[list[str]], set[str]]:
-    """Group symmetries by the entries they share.
+    """Group symmetries by the entries of parameters that they share.
+
+    Args:
+        symmetries: Symmetries by name.
+        params: Parameters by canonical name.
 
     Returns:
-        The groups, and the names of the symmetries that act on some entry in two roles.
+        The groups, as lists of names, and the names of the symmetries that act on an entry through two axes.
     """
     names = list(symmetries)
+    # Disjoint sets: every symmetry points to a symmetry of its group, and the root of the group to itself.
     parent = list(range(len(names)))
 
     def root(index: int) -> int:
@@ -65,6 +69,7 @@ def entangled(symmetries: Mapping[str, Symmetry], params: Params) -> tuple[list[
             index = parent[index]
         return index
 
+    # For every entry, the index of the last symmetry that acts on the entry; -1 for none.
     owner: dict[str, Tensor] = {}
     doubled = set()
     for index, symmetry in enumerate(symmetries.values()):

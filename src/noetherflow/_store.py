@@ -1,12 +1,12 @@
 """Results as files: a safetensors file whose metadata hold JSON and a checksum.
 
-| entry of the metadata | what it holds |
+| entry of the metadata | value |
 |---|---|
 | `noetherflow` | JSON: kind (class), format (version), versions, and the result as `_codec` writes it |
 | `sha256` | the digest of that JSON and of all tensors: keys, dtypes, shapes, bytes |
 
-safetensors itself checks that a file is complete, but not that its numbers are those that were written. Nothing in a
-file names code, and nothing is unpickled. A file is read to its end and checked before any object is returned.
+safetensors checks that a file is complete; the checksum shows whether a number was changed. A file names no code, and
+nothing is unpickled. A file is read completely and checked before an object is returned.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from noetherflow._codec import Misfit, codec_of, shown
 from noetherflow._errors import FileError, NoetherflowError
 
 T = TypeVar("T")
-# Raised by one with every change after which an older release would read a file wrongly, or not at all.
+# Version of the format. Raise it by 1 with every change after which an older release would misread a file.
 _FORMAT = 1
 _AGAIN = "save the result again"
 _JSON, _DIGEST = "noetherflow", "sha256"
@@ -36,10 +36,10 @@ def save(result: object, path: str | Path) -> None:
 
     Args:
         result: An object of a class that `_codec` can describe. Tensors are written from any device.
-        path: The file; missing folders are made.
+        path: The file; missing folders are created.
 
     Raises:
-        FileError: If the result holds what a file cannot, or if the file cannot be written.
+        FileError: If a part of the result has no form in a file, or if the file cannot be written.
     """
     kind = type(result).__name__
     tensors = _Tensors()
@@ -48,7 +48,7 @@ def save(result: object, path: str | Path) -> None:
         versions = _versions.versions()
         text = json.dumps({"kind": kind, "format": _FORMAT, "versions": versions, "result": tree}, allow_nan=False)
         with _files.atomic(path) as temporary:
-            save_file(tensors.kept, temporary, {_JSON: text, _DIGEST: _digest(text, tensors.kept)})
+            save_file(tensors.by_key, temporary, {_JSON: text, _DIGEST: _digest(text, tensors.by_key)})
     except (Misfit, OSError, ValueError, SafetensorError) as error:
         raise FileError(_line(f"{path}: the {kind} cannot be saved there: {error}")) from error
 
@@ -59,10 +59,10 @@ def load(kind: type[T], path: str | Path, check: Callable[[T], None] | None = No
     Args:
         kind: The class of the result.
         path: The file.
-        check: Raises if the parts of the result do not belong together.
+        check: A function that raises if the parts of the result do not belong together.
 
     Returns:
-        The result; its tensors are on the CPU, each in memory of its own.
+        The result; its tensors are on the CPU and share no memory.
 
     Raises:
         FileError: If there is no such file, or if it does not hold a complete, undamaged result of this class that this
@@ -82,14 +82,14 @@ def load(kind: type[T], path: str | Path, check: Callable[[T], None] | None = No
 
 
 class _Tensors:
-    """Tensors to be written, by key."""
+    """The tensors of a file by key."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
+        self.by_key: dict[str, Tensor] = {}
         self._storages: set[int] = set()
 
     def put(self, where: str, tensor: Tensor) -> str:
-        """Keep a copy on the CPU where a tensor is not dense, contiguous and in memory of its own there."""
+        """Store a tensor as a dense, contiguous tensor on the CPU that shares no memory; returns its key."""
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
             raise Misfit(f"{where} is a tensor of layout {tensor.layout} on {tensor.device}, expected a dense tensor")
         if tensor.dtype is torch.complex128:
@@ -99,14 +99,14 @@ class _Tensors:
         if dense.untyped_storage().data_ptr() in self._storages:
             dense = dense.clone()
         self._storages.add(dense.untyped_storage().data_ptr())
-        # The place makes a file legible to other programs; the number makes the key unique.
-        key = f"{len(self.kept)} {where}".encode("ascii", "backslashreplace").decode()
-        self.kept[key] = dense
+        # The place in the result tells other programs what the tensor is; the number makes the key unique.
+        key = f"{len(self.by_key)} {where}".encode("ascii", "backslashreplace").decode()
+        self.by_key[key] = dense
         return key
 
 
 def _read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The JSON and the tensors of a file that holds an undamaged result of a class, in a format known here."""
+    """The JSON and the tensors of a file; raises `Misfit` unless the file holds an undamaged result of a class."""
     if not Path(path).is_file():
         raise Misfit("it is a folder or a device" if Path(path).exists() else "there is no such file, correct the path")
     try:
@@ -115,7 +115,7 @@ def _read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor
             if not {_JSON, _DIGEST} <= metadata.keys():
                 raise Misfit("it is a safetensors file of another program")
             content = _content(metadata[_JSON], kind)
-            # Copies: what safetensors returns are views of the file, which another program may overwrite.
+            # Copies, because safetensors returns views of the file, which another program may overwrite.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise Misfit(f"it is truncated, damaged or of another kind ({error}), {_AGAIN}") from error
@@ -125,7 +125,7 @@ def _read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor
 
 
 def _content(text: str, kind: str) -> dict[str, Any]:
-    """The JSON of a file, if it describes a result of a class in a format known here."""
+    """The JSON of a file; raises `Misfit` unless it describes a result of a class in a format of this release."""
     try:
         content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -143,18 +143,18 @@ def _content(text: str, kind: str) -> dict[str, Any]:
 
 
 def _require_consistent(result: T, left: dict[str, Tensor], check: Callable[[T], None] | None) -> None:
-    """Raise if tensors are left to which no place of a result refers, or if its parts do not belong together."""
+    """Raise `Misfit` if a result refers to fewer tensors than its file holds, or if its parts do not fit together."""
     if left:
         raise Misfit(f"no place refers to the tensors {', '.join(map(shown, left))}")
     try:
         if check is not None:
             check(result)
-    except Exception as error:  # whatever a symmetry, also a user's, says of tensors that it does not fit
+    except Exception as error:  # the checks of a user's symmetry may raise any exception
         raise Misfit(str(error) or type(error).__name__) from error
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
-    """A checksum of all that a file holds."""
+    """The SHA-256 of the JSON and of the key, dtype, shape and bytes of every tensor."""
     digest = hashlib.sha256(json.dumps(text).encode())
     for key in sorted(tensors):
         numbers: Any = tensors[key].reshape(-1).view(torch.uint8).numpy()
@@ -164,6 +164,7 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The entries of a JSON object; raises ValueError if a key occurs twice."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise ValueError("an entry is there twice")
@@ -171,6 +172,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse(name: str) -> float:
+    """Raise for the constants NaN and Infinity, which Python reads although JSON does not have them."""
     raise ValueError(f"{name} is not JSON")
 
 

@@ -9,19 +9,19 @@ from typing import final
 
 # Spaces between columns: 2 where they fit, else 1.
 _GAPS = (2, 1)
-# A column that folds keeps this many characters as long as a column that does not fold can be narrowed.
+# Columns that fold are narrowed to this width first; only then the columns that do not fold are narrowed.
 _LEAST = 8
 
 
 @final
 @dataclass(frozen=True)
 class Column:
-    """The heading of a column, and how its cells are laid out.
+    """The heading and the layout of a column.
 
     Args:
-        heading: What stands above the cells.
+        heading: The text above the cells.
         right: Whether cells are aligned on the right, as numbers are.
-        folds: Whether long cells are folded where the table is too wide; others are folded last.
+        folds: Whether long cells are folded if the table is too wide. Columns that do not fold are narrowed last.
     """
 
     heading: str
@@ -32,16 +32,16 @@ class Column:
 @final
 @dataclass(frozen=True)
 class Table:
-    """A title, columns, rows of text, and notes below; without headings it has neither head nor rule.
+    """A title, columns, rows of text, and notes below the rows.
 
     Args:
-        title: Above the table; empty for none.
-        columns: One per cell of a row.
-        rows: The cells. A line break inside a cell starts a new line of that cell.
+        title: The text above the table, or an empty string.
+        columns: The columns. If all headings are empty, the table has neither a line of headings nor a rule.
+        rows: The cells, one per column. A line break in a cell starts a new line of that cell.
         notes: Sentences below the table.
 
     Raises:
-        ValueError: If a row has not one cell per column.
+        ValueError: If the number of cells of a row is not that of the columns.
     """
 
     title: str
@@ -55,7 +55,7 @@ class Table:
                 raise ValueError(f"expected {len(self.columns)} cells in a row, got {len(row)}: {row}")
 
     def text(self, width: int | None = None) -> str:
-        """Lines of at most `width` characters, by default the width of the terminal; no line break at the end."""
+        """The table as lines of at most `width` characters, by default the width of the terminal."""
         width = width or shutil.get_terminal_size().columns
         headed = any(column.heading for column in self.columns)
         grid = [tuple(column.heading for column in self.columns)] * headed + list(self.rows)
@@ -71,7 +71,7 @@ class Table:
         return "\n".join(lines)
 
     def html(self) -> str:
-        """A `<table>` followed by the notes; every text is escaped."""
+        """The table as a `<table>` element, followed by the notes; every text is escaped."""
         parts = ["<table>"]
         if self.title:
             parts.append(f'<caption style="text-align:left;white-space:nowrap">{_escaped(self.title)}</caption>')
@@ -91,22 +91,28 @@ class Table:
 
 
 def text_of(tables: Sequence[Table], width: int | None = None) -> str:
-    """Several tables below each other, with an empty line between two."""
+    """Tables as text, separated by empty lines."""
     return "\n\n".join(table.text(width) for table in tables)
 
 
 def html_of(tables: Sequence[Table]) -> str:
-    """Several tables below each other, as HTML."""
+    """Tables as a `<div>` element."""
     return "<div>\n" + "\n".join(table.html() for table in tables) + "\n</div>"
 
 
 def steps(count: float) -> str:
-    """A number of steps as people write it; infinity is `never`."""
+    """A number of steps with separators of thousands, such as `46,853`; `never` for infinity."""
     return f"{count:,.0f}" if count < 1e7 else "never" if count == float("inf") else f"{count:.1e}"
 
 
 def _widths(columns: Sequence[Column], cells: Sequence[Sequence[Sequence[str]]], width: int) -> tuple[list[int], int]:
-    """The width of every column, that of its longest line, narrowed until the table fits; and the gap between two."""
+    """The width of every column, and the gap between columns.
+
+    A column has the width of its longest line. If the table is too wide, the widest column is narrowed until it fits.
+
+    Returns:
+        The widths and the gap, in characters.
+    """
     sizes = [max([_size(line) for row in cells for line in row[k]], default=0) for k in range(len(columns))]
     gap = next((gap for gap in _GAPS if sum(sizes) + gap * (len(columns) - 1) <= width), _GAPS[-1])
     room = max(width - gap * (len(columns) - 1), len(columns))
@@ -119,7 +125,7 @@ def _widths(columns: Sequence[Column], cells: Sequence[Sequence[Sequence[str]]],
 
 
 def _lay_out(row: Sequence[Sequence[str]], columns: Sequence[Column], widths: Sequence[int], gap: int) -> list[str]:
-    """The lines of one row: cells folded to their widths, then padded."""
+    """The lines of a row: cells folded to the widths of their columns, then padded."""
     folded = [[part for line in cell for part in _fold(line, size)] for cell, size in zip(row, widths, strict=True)]
     lines = []
     for index in range(max(map(len, folded), default=0)):
@@ -133,7 +139,7 @@ def _lay_out(row: Sequence[Sequence[str]], columns: Sequence[Column], widths: Se
 
 
 def _fold(line: str, width: int) -> list[str]:
-    """A line cut into parts of at most `width`: at a space where there is one, else inside a word."""
+    """The parts of a line, each of at most `width`; a line is cut at a space, or inside a word that is too long."""
     parts = []
     while (fits := _fitting(line, width)) < len(line):
         space = line.rfind(" ", 0, fits + 1)
@@ -144,7 +150,7 @@ def _fold(line: str, width: int) -> list[str]:
 
 
 def _fitting(line: str, width: int) -> int:
-    """How many characters fit into a width, at least 1."""
+    """The number of characters that fit into a width, at least 1."""
     used = 0
     for count, character in enumerate(line):
         used += _size(character)
@@ -159,9 +165,10 @@ def _size(text: str) -> int:
 
 
 def _legible(text: str) -> str:
-    """A text in which no character but the line break acts on the terminal."""
+    """A text in which control characters, except the line break, are written as escape sequences."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _escaped(text: str) -> str:
+    """A text as HTML."""
     return html.escape(_legible(text)).replace("\n", "<br>")

@@ -1,4 +1,4 @@
-"""Is it a symmetry? A numerical certificate."""
+"""The numerical certificate of a declared symmetry."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,22 +16,21 @@ from noetherflow._residual import cosine, relative_change
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.symmetry import Symmetry
 
-# Typical size of the coordinates of the finite transformations that are tried: tensors change by factors of about
-# e^{+-1/2}.
+# Typical size of the coordinates of finite transformations, which change tensors by factors of about e^{+-1/2}.
 _SIZE = 0.5
 
 
 @final
 class Residual(float):
-    """How far a transformation is from being a symmetry: the larger of its two parts, as a number.
+    """The deviation of a transformation from a symmetry: max(loss, gradient), a dimensionless number.
 
     Attributes:
-        loss: Largest change of the loss of a single example under a finite transformation, relative to the size of
-            that loss or of the batch's mean, whichever is larger.
-        gradient: Largest cosine between the gradient of a single example and the direction of motion Q theta.
-        example: Index in the batch of the example that is worst.
-        precision: The coarsest floating-point type in which the losses were computed: an exact symmetry leaves rounding
-            of this type.
+        loss: Largest change of the loss of an example under a finite transformation, relative to the absolute value of
+            that loss or to the mean of all absolute losses, whichever is larger.
+        gradient: Largest cosine between the gradient of an example and the direction of motion Q theta.
+        example: Index in the batch of the example with the largest deviation.
+        precision: The coarsest floating-point type in which the losses were computed. The residual of an exact symmetry
+            is rounding in this type.
 
     Examples:
         >>> import noetherflow as nf
@@ -46,13 +45,13 @@ class Residual(float):
     precision: torch.dtype
 
     def __new__(cls, loss: float, gradient: float, example: int, precision: torch.dtype = torch.float64) -> "Residual":
-        """Combine both parts."""
+        """A float whose value is the larger part."""
         self = super().__new__(cls, max(loss, gradient))
         self.loss, self.gradient, self.example, self.precision = loss, gradient, example, precision
         return self
 
     def __getnewargs__(self) -> tuple[float, float, int, torch.dtype]:  # type: ignore[override]
-        """The parts, from which pickle and copy make the residual again; a float gives only its value."""
+        """The arguments with which pickle and copy make the residual again; the default for a float is its value."""
         return self.loss, self.gradient, self.example, self.precision
 
 
@@ -66,29 +65,29 @@ def verify_symmetry(
     dtype: torch.dtype = torch.float64,
     generator: torch.Generator | None = None,
 ) -> Residual:
-    r"""Measure how much a declared symmetry changes the loss of any single example.
+    r"""Measure how much a declared symmetry changes the losses of single examples.
 
-    A symmetry leaves $\ell(e^{Q_x}\theta, z) = \ell(\theta, z)$ for every example z, and so
-    $\nabla\ell \cdot Q_x\theta = 0$. Both are tried on random coordinates x, on a copy of the model in float64: an
-    exact symmetry leaves only rounding, about 1e-14. A model that computes in a coarser type whatever the type of its
-    parameters, such as a normalisation in float32, leaves rounding of that type: see `Residual.precision`.
+    A symmetry satisfies $\ell(e^{Q_x}\theta, z) = \ell(\theta, z)$ for every example z, and therefore
+    $\nabla\ell \cdot Q_x\theta = 0$. Both equations are tested at random coordinates x, on a copy of the model in
+    float64. The residual of an exact symmetry is rounding, about 1e-14. If a layer always computes in a coarser type,
+    such as a normalisation in float32, the residual is rounding in that type: see `Residual.precision`.
 
     Args:
-        model: The model, in the mode (train or eval) in which the question is asked. It is not changed.
+        model: The model, in the mode (train or eval) in which the symmetry is declared. It is not changed.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
-        batch: Some examples.
-        symmetry: The declaration to test.
-        draws: How many finite transformations to try.
-        dtype: Floating-point type of the check.
-        generator: Source of the random coordinates; a fixed one by default.
+        batch: The examples on which the symmetry is tested.
+        symmetry: The declared symmetry.
+        draws: Number of finite transformations.
+        dtype: Floating-point type of the copy of the model.
+        generator: Source of the random coordinates; by default a generator with seed 0.
 
     Returns:
-        The residual, a float that also knows its two parts and the worst example; dimensionless.
+        The residual, a float with both parts and the index of the worst example as attributes; dimensionless.
 
     Raises:
         ParameterNameError: If the symmetry names parameters that the model does not have.
-        ParameterShapeError: If its axes do not fit.
-        NonFiniteError: If a parameter or a loss is not finite to begin with.
+        ParameterShapeError: If the axes of the symmetry do not fit the parameters.
+        NonFiniteError: If a parameter or a loss is not finite at the parameters of the model.
         LossError: If the loss does not return one number per example.
 
     Examples:
@@ -113,7 +112,7 @@ def verify_symmetry(
     device = next(iter(params.values())).device
     batch = cast(batch, dtype, device)
     generator = generator or torch.Generator().manual_seed(0)
-    # The same seed before every evaluation, so that dropout drops the same units before and after.
+    # One seed for all evaluations, so that dropout drops equal units before and after the transformation.
     with own_randomness(device, seed=0):
         before = function.losses(params, batch)
         size = require_losses(before, "verify_symmetry")
@@ -129,9 +128,9 @@ def verify_symmetry(
 
 
 def random_coordinates(symmetry: Symmetry, params: Params, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Some elements of a symmetry's algebra, of a size at which tensors change by factors of about e^(+-1/2)."""
+    """Random elements x of the Lie algebra, `draws` of them; e^{Q_x} changes tensors by factors of about e^{+-1/2}."""
     identity = symmetry.identity(params)
-    # Behind powers of activations a tensor may be multiplied by e^(64 x), and numbers end at e^709.
+    # After powers of activations, a tensor may be multiplied by e^(64 x); float64 overflows at e^709.
     power = max(Counter(symmetry.regions(params)).values())
     for _ in range(draws):
         x = _SIZE / power * torch.randn(identity.shape, generator=generator, dtype=torch.float64)
@@ -143,13 +142,12 @@ def random_coordinates(symmetry: Symmetry, params: Params, draws: int, generator
 def _worst_cosines(
     symmetry: Symmetry, function: ModelFunction, batch: Batch, size: int, generator: torch.Generator
 ) -> Tensor:
-    """|g . Q theta| / (|g| |Q theta|) of every example, over the parameters on which the symmetry acts; shape (B,)."""
+    """|g . Q theta| / (|g| |Q theta|) for the gradient g of every example, shape (B,)."""
     params = {name: function.params[name] for name in symmetry.names}
     (x,) = random_coordinates(symmetry, params, 1, generator)
     direction = symmetry.generate(x, params)
     cosines = []
-    # One example at a time: this is a certificate for models of any size, and must not need B copies of their
-    # gradients.
+    # One example at a time, because a large model leaves no memory for B gradients.
     for index in range(size):
         single = select(batch, torch.tensor([index], device=x.device), size)
         with own_randomness(x.device, seed=0):

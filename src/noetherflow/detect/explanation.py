@@ -1,4 +1,4 @@
-"""What was found, as values and as a table."""
+"""The result of `explain`: symmetries, rejected candidates and axes, as values, as a table, as files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,17 @@ from noetherflow.symmetry.axes import AxisSymmetry
 @final
 @dataclass(frozen=True, eq=False)
 class Finding:
-    """One symmetry with its certificate.
+    """A symmetry with its numerical certificate.
 
     Args:
-        name: Where it stands.
-        symmetry: What acts.
-        residual: Worst relative change of a loss, and worst cosine with a gradient; rounding if it is exact.
-        diagonal: Which operation treats rows one by one, if it is a number per row and not a matrix.
-        small: Which small number it takes for nothing, if it is approximate.
+        name: The layers between which the symmetry acts.
+        symmetry: The symmetry.
+        residual: The larger of the relative change of a loss and the cosine between a gradient and the direction of
+            motion; rounding for an exact symmetry.
+        diagonal: The operation that forbids a mixing of rows, so that the symmetry is a rescaling of each row and not a
+            matrix; empty for other symmetries.
+        small: The small number that an approximate symmetry ignores, such as the eps of a normalisation; empty for
+            exact symmetries.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -43,7 +46,13 @@ class Finding:
 @final
 @dataclass(frozen=True)
 class AxisNote:
-    """One axis of one parameter: the names of the symmetries that act on it, or the reason why none does.
+    """An axis of a parameter, with the symmetries that act on the axis or the reason why no symmetry acts.
+
+    Args:
+        parameter: The name of the parameter.
+        axis: The index of the axis.
+        symmetries: The names of the symmetries.
+        reason: The operation that forbids a symmetry; empty if there are symmetries.
 
     Examples:
         >>> import noetherflow as nf
@@ -60,12 +69,12 @@ class AxisNote:
 @final
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What `explain` returns.
+    """The result of `explain`.
 
     Args:
         found: The symmetries, each with its certificate.
-        rejected: Candidates that the graph allows and the numbers do not.
-        axes: Every axis of every parameter.
+        rejected: Candidates from the graph whose residual is more than rounding.
+        axes: All axes of all parameters.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -83,16 +92,16 @@ class Explanation:
     @property
     def symmetries(self) -> dict[str, Symmetry]:
         """The symmetries by name."""
-        return {one.name: one.symmetry for one in self.found}
+        return {finding.name: finding.symmetry for finding in self.found}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """All findings and axes as JSON types."""
         return {
-            "symmetries": [_finding_to_json(one) for one in self.found],
-            "rejected": [_finding_to_json(one) for one in self.rejected],
+            "symmetries": [_finding_to_json(finding) for finding in self.found],
+            "rejected": [_finding_to_json(finding) for finding in self.rejected],
             "axes": [
-                {"parameter": one.parameter, "axis": one.axis, "symmetries": one.symmetries, "reason": one.reason}
-                for one in self.axes
+                {"parameter": note.parameter, "axis": note.axis, "symmetries": note.symmetries, "reason": note.reason}
+                for note in self.axes
             ],
         }
 
@@ -100,7 +109,7 @@ class Explanation:
         """Write the explanation to a file (safetensors and JSON, no pickle), completely or not at all.
 
         Args:
-            path: The file, by custom `*.safetensors`.
+            path: The file, by convention `*.safetensors`.
 
         Raises:
             FileError: If the file cannot be written.
@@ -118,7 +127,7 @@ class Explanation:
             The explanation.
 
         Raises:
-            FileError: If the file is missing, damaged, or holds something else.
+            FileError: If the file is missing, damaged, or holds a result of a different class.
         """
         return _store.load(cls, path)
 
@@ -143,38 +152,40 @@ def _tables(explanation: Explanation) -> tuple[Table, ...]:
         Column("resid", right=True),
         Column("note", folds=True),
     )
-    empty = [note for note in explanation.axes if not note.symmetries]
+    free = [note for note in explanation.axes if not note.symmetries]
     return (
         Table("Symmetries", columns, tuple(rows)),
         Table(
-            "Axes on which none acts",
+            "Axes on which no symmetry acts",
             (Column("parameter", folds=True), Column("axis"), Column("because of", folds=True)),
-            tuple((note.parameter, str(note.axis), note.reason) for note in empty),
+            tuple((note.parameter, str(note.axis), note.reason) for note in free),
         ),
     )
 
 
 def _row(finding: Finding, note: str) -> tuple[str, ...]:
+    """The cells of a finding."""
     plus, minus = ("\n".join(map(_shown, axes)) for axes in (finding.symmetry.plus, finding.symmetry.minus))
     return finding.name, finding.symmetry.label, plus, minus, f"{finding.residual:.0e}", note
 
 
 def _shown(axis: Axis) -> str:
+    """An axis in a cell: name, dimension, range of rows, repetition, and the range in a second axis."""
     part = f"[{axis.start or 0}:{axis.stop}]" if axis.stop is not None else ""
     repeat = f" x{axis.repeat}" if axis.repeat > 1 else ""
     within = f" in {axis.within[0]}[{axis.within[1]}:{axis.within[2]}]" if axis.within else ""
     return f"{axis.name} {axis.dim}{part}{repeat}{within}"
 
 
-def _finding_to_json(one: Finding) -> dict[str, Any]:
+def _finding_to_json(finding: Finding) -> dict[str, Any]:
     return {
-        "name": one.name,
-        "kind": type(one.symmetry).__name__,
-        "plus": [_axis_to_json(axis) for axis in one.symmetry.plus],
-        "minus": [_axis_to_json(axis) for axis in one.symmetry.minus],
-        "residual": float(one.residual),
-        "diagonal_because_of": one.diagonal,
-        "approximate_because_of": one.small,
+        "name": finding.name,
+        "kind": type(finding.symmetry).__name__,
+        "plus": [_axis_to_json(axis) for axis in finding.symmetry.plus],
+        "minus": [_axis_to_json(axis) for axis in finding.symmetry.minus],
+        "residual": float(finding.residual),
+        "diagonal_because_of": finding.diagonal,
+        "approximate_because_of": finding.small,
     }
 
 

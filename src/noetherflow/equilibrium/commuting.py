@@ -40,7 +40,7 @@ class CommutingOrbit(Orbit):
         self._params = {name: params[name] for name in names}
         self._variance = {name: variance[name] for name in names}
         self._roles = {name: roles_of(symmetry, self._params) for name, symmetry in symmetries.items()}
-        self._ones = {name: torch.ones_like(tensor) for name, tensor in self._params.items()}
+        self._unit = {name: torch.ones_like(tensor) for name, tensor in self._params.items()}
         self._decay = {name: 2 * sgd.gamma * tensor.square() for name, tensor in self._params.items()}
         self._noise = {name: sgd.temperature * tensor for name, tensor in self._variance.items()}
         identities = {name: symmetry.identity(self._params) for name, symmetry in symmetries.items()}
@@ -94,7 +94,7 @@ class CommutingOrbit(Orbit):
         """The exponents s_p(x), by parameter."""
         total = {name: torch.zeros_like(tensor) for name, tensor in self._params.items()}
         for name, coordinate in self._unflatten(x).items():
-            for parameter, part in self._symmetries[name].generate(coordinate, self._ones).items():
+            for parameter, part in self._symmetries[name].generate(coordinate, self._unit).items():
                 total[parameter] = total[parameter] + part
         return total
 

@@ -1,4 +1,4 @@
-"""Do the parts of measured moments, read from a file, belong together?"""
+"""Checks that the parts of moments from a file belong together."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def require_consistent(moments: "NoiseMoments") -> None:
-    """Raise unless names, shapes and dtypes of all statistics are those of the mean gradient and the symmetries.
+    """Raise unless names, shapes and dtypes of all statistics fit the mean gradient and the symmetries.
 
     Args:
         moments: The moments.
 
     Raises:
-        ParameterShapeError: If a statistic is missing, too many, or not float64 of the expected shape.
-        ParameterNameError: If a symmetry names parameters that are not there.
+        ParameterShapeError: If a statistic is missing, is not expected, or is not float64 of the expected shape.
+        ParameterNameError: If a symmetry names parameters without a mean gradient.
     """
     if moments.count < 0:
         raise ParameterShapeError(f"the number of examples is {moments.count}, expected 0 or more")
@@ -38,12 +38,12 @@ def require_consistent(moments: "NoiseMoments") -> None:
 
 
 def _statistics(moments: "NoiseMoments") -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
-    """Every tensor, with its place and the shape it should have."""
+    """Every tensor, with its place in the moments and the expected shape."""
     yield "total_scatter", moments.total_scatter, ()
     for name, tensor in moments.mean.items():
         yield f"mean[{name!r}]", tensor, tuple(tensor.shape)
     for name, tensor in moments.square_scatter.items():
-        # A parameter without a mean fails: no tensor has a negative size.
+        # No tensor has a negative size, so a parameter without a mean is refused.
         expected = tuple(moments.mean[name].shape) if name in moments.mean else (-1,)
         yield f"square_scatter[{name!r}]", tensor, expected
     stack = {name: tensor[None] for name, tensor in moments.mean.items()}

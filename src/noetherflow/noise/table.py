@@ -1,4 +1,4 @@
-"""Measured moments as tables."""
+"""Moments of gradients as tables."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -13,28 +13,28 @@ if TYPE_CHECKING:
     from noetherflow.noise.moments import NoiseMoments
 
 _LEGEND = (
-    ("noise+", "N+, gradient noise on the plus side, per example, added over coordinates"),
-    ("noise-", "N-, the same on the minus side"),
-    ("net", "N+ - N- = Tr[Sigma Q], what drives the charge"),
-    ("error", "standard error of net, coordinates taken as independent"),
+    ("noise+", "N+, gradient noise on the plus side, per example, summed over coordinates"),
+    ("noise-", "N-, gradient noise on the minus side, per example, summed over coordinates"),
+    ("net", "N+ - N- = Tr[Sigma Q], which drives the charge"),
+    ("error", "standard error of net, if the coordinates are independent"),
 )
 
 
 def halves(symmetry: Symmetry, grams: Grams) -> Grams:
-    """What plus and minus contribute to the charge, added over its coordinates, each of shape ()."""
-    nothing = Grams(*map(torch.zeros_like, grams))
-    plus = symmetry.charge_of(Grams(grams.plus, nothing.minus))
-    minus = symmetry.charge_of(Grams(nothing.plus, grams.minus))
-    return Grams(total(plus), 0.0 - total(minus))  # 0, not -0, without a minus side
+    """C+ and C- of the charge C = C+ - C-, summed over its coordinates, each of shape ()."""
+    zeros = Grams(*map(torch.zeros_like, grams))
+    plus = symmetry.charge_of(Grams(grams.plus, zeros.minus))
+    minus = symmetry.charge_of(Grams(zeros.plus, grams.minus))
+    return Grams(total(plus), 0.0 - total(minus))  # 0.0 - 0.0 is 0 and not -0, if there is no minus side
 
 
 def total(coordinates: Tensor) -> Tensor:
-    """A number, the sum of a vector, or the trace of a matrix; shape ()."""
+    """The sum over coordinates, shape (): a number, the sum of a vector, or the trace of a matrix."""
     return coordinates.trace() if coordinates.ndim == 2 else coordinates.sum()
 
 
 def tables_of(moments: "NoiseMoments") -> tuple[Table, ...]:
-    """The noise of each symmetry, the total, and what the columns mean."""
+    """The noise of each symmetry, the total, and the legend."""
     names = Column("symmetry", folds=True)
     columns = (names, *(Column(heading, right=True) for heading, _ in _LEGEND))
     title = f"Gradient noise ({moments.count} examples)"
@@ -51,6 +51,7 @@ def tables_of(moments: "NoiseMoments") -> tuple[Table, ...]:
 
 
 def _rows(moments: "NoiseMoments") -> Iterator[tuple[str, ...]]:
+    """The cells of each symmetry, in the order of the columns."""
     errors = moments.standard_errors
     for name, grams in moments.grams.items():
         plus, minus = halves(moments.symmetries[name], grams)

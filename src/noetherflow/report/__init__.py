@@ -1,1 +1,1 @@
-"""An analysis to look at: tables and figures."""
+"""Figures of an analysis."""

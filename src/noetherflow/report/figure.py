@@ -1,4 +1,4 @@
-"""The analysis as a picture."""
+"""An analysis as a figure of three panels."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ _MARKERS = "osD^vP*X"
 
 
 def draw(analysis: Analysis) -> "Figure":
-    """Push against pull of every coordinate; how far each coordinate is from the equilibrium; the totals.
+    """A figure with P against R of every coordinate, the distance x of every coordinate, and the ratios of totals.
 
     Returns:
         The figure.
@@ -38,7 +38,7 @@ def draw(analysis: Analysis) -> "Figure":
 
 
 def save(analysis: Analysis, stem: Path) -> list[Path]:
-    """Write the picture beside a stem as PNG and SVG.
+    """Write the figure to `stem.png` and `stem.svg`.
 
     Returns:
         The paths.
@@ -54,16 +54,17 @@ def save(analysis: Analysis, stem: Path) -> list[Path]:
 
 
 def write(figure: "Figure", path: Path) -> None:
-    """Write a picture to a file, complete or not at all; the suffix of the path is the format."""
+    """Write a figure to a file, completely or not at all; the suffix of the path is the format."""
     from matplotlib import rc_context
 
-    # SVG files that are equal from run to run, with text that stays text. For this file only: the settings of
-    # matplotlib belong to the program that imports this package.
+    # A fixed salt makes the ids of an SVG file equal in all runs; the font type "none" writes text as text and not as
+    # curves. The settings hold for this file only, because the settings of matplotlib belong to the importing program.
     with _files.atomic(path) as temporary, rc_context({"svg.hashsalt": "noetherflow", "svg.fonttype": "none"}):
         figure.savefig(temporary, dpi=160)
 
 
 def _draw_balance(analysis: Analysis, axes: "Axes") -> None:
+    """P against R of every coordinate, or of the diagonal of a matrix. On the line P = R, a charge does not drift."""
     for index, (name, symmetry) in enumerate(analysis.equilibrium.symmetries.items()):
         push, pull = forces(symmetry, analysis.initial, analysis.noise.grams[name], analysis.sgd)
         if push.ndim == 2:
@@ -74,7 +75,7 @@ def _draw_balance(analysis: Analysis, axes: "Axes") -> None:
         yscale="log",
         xlabel="pull on the charge (R)",
         ylabel="push on the charge (P)",
-        title="balance now; on the line: at rest",
+        title="balance at present; no drift on the line",
     )
     low, high = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
     axes.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=0)
@@ -82,6 +83,7 @@ def _draw_balance(analysis: Analysis, axes: "Axes") -> None:
 
 
 def _draw_distance(analysis: Analysis, axes: "Axes") -> None:
+    """The coordinates x in increasing order; of a matrix x, the eigenvalues."""
     for index, (name, x) in enumerate(analysis.equilibrium.coordinates.items()):
         coordinates = (torch.linalg.eigvalsh(x) if x.ndim == 2 else x.reshape(-1)).sort().values
         position = torch.linspace(0, 1, len(coordinates) + 2)[1:-1]
@@ -96,6 +98,7 @@ def _draw_distance(analysis: Analysis, axes: "Axes") -> None:
 
 
 def _draw_totals(analysis: Analysis, axes: "Axes") -> None:
+    """Noise and potential at the equilibrium, divided by their present values."""
     equilibrium = analysis.equilibrium
     after = (
         equilibrium.trace_after / equilibrium.trace_before,
@@ -108,5 +111,5 @@ def _draw_totals(analysis: Analysis, axes: "Axes") -> None:
 
 
 def _points(index: int) -> dict[str, Any]:
-    """One symbol per symmetry, so that the picture survives a grey printer."""
+    """The style of the points of a symmetry; markers differ because a print may lack colours."""
     return {"linestyle": "none", "marker": _MARKERS[index % len(_MARKERS)], "markersize": 4, "color": f"C{index}"}

@@ -1,4 +1,4 @@
-"""Watching the charges move: SGD, gradient descent, their continuous limits, many replicas at once."""
+"""Simulated training: SGD, gradient descent and their continuous limits, for many replicas at once."""
 
 from noetherflow.simulation.dynamics import GradientDescent, GradientFlow, Langevin
 from noetherflow.simulation.noether import NoetherFlow

@@ -1,4 +1,4 @@
-"""What moves the parameters: SGD, gradient descent and their continuous limits, as settings."""
+"""Settings of the dynamics that `simulate` accepts besides `SGD`: gradient descent and the continuous limits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from noetherflow._optimizers import SGD
 @final
 @dataclass(frozen=True)
 class GradientDescent:
-    r"""Full-batch gradient descent: SGD without its noise.
+    r"""Gradient descent on all examples: SGD without noise.
 
     $$\theta' = \theta - \mathrm{lr}\,(\nabla L + 2\gamma\theta)$$
 
     Args:
         lr: Learning rate, positive.
-        weight_decay: As in `torch.optim.SGD`, $2\gamma$.
+        weight_decay: $2\gamma$, as in `torch.optim.SGD`.
         momentum: Heavy-ball momentum in [0, 1).
 
     Raises:
@@ -39,17 +39,19 @@ class GradientDescent:
         self.settings()
 
     def settings(self) -> SGD:
-        """The same as settings of SGD, which check themselves; the batch size has no meaning here."""
+        """The settings as an `SGD`, whose constructor checks them; the batch size has no meaning for a full batch."""
         return SGD(self.lr, batch_size=1, weight_decay=self.weight_decay, momentum=self.momentum)
 
 
 @final
 @dataclass(frozen=True)
 class GradientFlow:
-    r"""Gradient flow, $d\theta/dt = -\nabla L - 2\gamma\theta$, by the classical Runge-Kutta method of order four.
+    r"""Gradient flow by the classical Runge-Kutta method of order four.
+
+    $$d\theta/dt = -\nabla L - 2\gamma\theta$$
 
     Args:
-        dt: Time step, positive. A step of SGD takes time lr.
+        dt: Time step, positive. One step of SGD takes the time lr.
         weight_decay: $2\gamma$.
 
     Raises:
@@ -78,12 +80,13 @@ class Langevin:
 
     $$d\theta = -(\nabla L + 2\gamma\theta)\,dt + \sqrt{2\sigma^2\Sigma(\theta)}\,dW$$
 
-    The noise needs no covariance matrix: with independent normal $\xi_i$, one for each of the N examples,
-    $N^{-1/2} \sum_i (\xi_i - \bar\xi)\,\nabla\ell_i$ has covariance $\Sigma$, and is the gradient of one weighted loss.
+    The noise needs no covariance matrix. For independent standard normal numbers $\xi_1 \ldots \xi_N$, the vector
+    $N^{-1/2} \sum_i (\xi_i - \bar\xi)\,\nabla\ell_i$ has covariance $\Sigma$, and it is the gradient of a weighted sum
+    of losses.
 
     Args:
-        sgd: The settings whose limit it is: $\gamma$ and $\sigma^2$.
-        dt: Time step; by default the learning rate, so that a step stands for a step of SGD.
+        sgd: Settings of SGD, from which $\gamma$ and $\sigma^2$ are taken.
+        dt: Time step; by default the effective learning rate, so that a step corresponds to a step of SGD.
 
     Raises:
         SettingsError: If the time step is not positive.
@@ -106,15 +109,15 @@ class Langevin:
 
     @property
     def time_step(self) -> float:
-        """The time step taken."""
+        """`dt`, or the effective learning rate if `dt` is None."""
         return self.sgd.effective_lr if self.dt is None else self.dt
 
 
-# A factor on the learning rate by step, such as a warmup.
+# A factor on the learning rate as a function of the step, such as a warmup.
 Schedule = Callable[[int], float]
 
 
 def require_time_step(dt: float) -> None:
-    """Raise unless a time step is a finite number above 0."""
+    """Raise `SettingsError` unless a time step is a finite number above 0."""
     if not 0 < dt < float("inf"):
         raise SettingsError(f"dt must be a finite number above 0, got {dt!r}")

@@ -1,4 +1,4 @@
-"""One function for one step of all replicas, recorded once and replayed without the overhead of its making."""
+"""Gradients of all replicas in one call, and functions that are recorded as a graph once and replayed afterwards."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -19,18 +19,18 @@ _Function = Callable[..., tuple[Tensor, ...]]
 
 @final
 class ReplicaGradients:
-    r"""Gradients of $\sum_i c_i \ell_i$ for all replicas together.
+    r"""Gradients of $\sum_i c_i \ell_i(\theta_r)$ for all replicas r.
 
-    The loss is vectorised over replicas, and one backward pass serves all. Where `torch.func` cannot vectorise a model,
-    each replica has a backward pass of its own.
+    The losses are vectorised over replicas, so that one backward pass gives all gradients. Where `torch.func` cannot
+    vectorise a model, a loop runs one backward pass per replica.
 
     Args:
-        model: The model, of which only the structure is used.
-        loss: One loss per example.
-        names: The parameters that move, in the order of the stacks below.
-        fixed: Those that do not.
-        rebuild: Puts the tensors of a batch back into its containers.
-        dtype: Floating-point type of everything.
+        model: The model; its parameters are not used.
+        loss: `loss(model, batch)`, shape (n,).
+        names: Parameters to differentiate by, in the order of the stacks of a call.
+        fixed: All further parameters, equal for all replicas.
+        rebuild: Makes a batch from a list of its tensors.
+        dtype: Floating-point type of parameters and buffers.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ReplicaGradients:
         dtype: torch.dtype,
     ) -> None:
         self._function = ModelFunction(model, loss, dtype)
-        self._one_by_one = False
+        self._in_a_loop = False
         self._names, self._fixed, self._rebuild = list(names), dict(fixed), rebuild
 
     def __call__(
@@ -54,61 +54,62 @@ class ReplicaGradients:
         Args:
             stacks: Stacked parameters, each of shape (R, *parameter).
             weights: The coefficients c, shape (R, n).
-            leaves: The tensors of the batch, shape (R, n, ...), or (n, ...) if all replicas share them.
-            shared: Whether they do.
+            leaves: The tensors of the batch, shape (R, n, ...), or (n, ...) if `shared`.
+            shared: Whether all replicas have the batch in common.
 
         Returns:
-            Both.
+            Gradients in the order of `stacks`, and mean losses.
         """
-        if not self._one_by_one:
+        if not self._in_a_loop:
             try:
-                return self._together(stacks, weights, leaves, shared)
+                return self._vectorised(stacks, weights, leaves, shared)
             except RuntimeError:
-                # Checkpoints, functions without setup_context, branches on values. What is a mistake of the loss is
-                # raised again by the loop.
-                self._one_by_one = True
-        results = []
+                # vmap refuses checkpoints, functions without setup_context and branches on values. A mistake in the
+                # user's loss is raised again by the loop.
+                self._in_a_loop = True
+        gradients, means = [], []
         for replica, weight in enumerate(weights):
-            params = {**self._fixed, **{name: stack[replica] for name, stack in zip(self._names, stacks, strict=True)}}
+            moving = {name: stack[replica] for name, stack in zip(self._names, stacks, strict=True)}
             batch = self._rebuild([leaf if shared else leaf[replica] for leaf in leaves])
-            losses, gradient = self._function.gradient(params, batch, self._names, weight)
+            losses, gradient = self._function.gradient({**self._fixed, **moving}, batch, self._names, weight)
             _require_shape(losses, weight)
-            results.append((gradient, losses.mean()))
-        gradients = [torch.stack([gradient[name] for gradient, _ in results]) for name in self._names]
-        return gradients, torch.stack([mean for _, mean in results])
+            gradients.append(gradient)
+            means.append(losses.mean())
+        return [torch.stack([gradient[name] for gradient in gradients]) for name in self._names], torch.stack(means)
 
-    def _together(
+    def _vectorised(
         self, stacks: Sequence[Tensor], weights: Tensor, leaves: Sequence[Tensor], shared: bool
     ) -> tuple[Sequence[Tensor], Tensor]:
-        """All replicas vectorised."""
+        """What a call returns, by `vmap` over replicas; raises RuntimeError if the model cannot be vectorised."""
 
-        def weighted_loss(moving: Sequence[Tensor], weight: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-            params = {**self._fixed, **dict(zip(self._names, moving, strict=True))}
-            values = self._function(params, self._rebuild(list(tensors)))
-            _require_shape(values, weight)
-            return (weight * values).sum(), values.mean()
+        def of_replica(theta: Sequence[Tensor], weight: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            params = {**self._fixed, **dict(zip(self._names, theta, strict=True))}
+            losses = self._function(params, self._rebuild(list(tensors)))
+            _require_shape(losses, weight)
+            return (weight * losses).sum(), losses.mean()
 
-        def total(moving: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        def total(theta: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
             dims = (0, 0, *(None if shared else 0 for _ in leaves))
-            weighted, means = vmap(weighted_loss, in_dims=dims, randomness="different")(moving, weights, *leaves)
+            weighted, means = vmap(of_replica, in_dims=dims, randomness="different")(theta, weights, *leaves)
             return weighted.sum(), means
 
         gradients, means = grad(total, has_aux=True)(tuple(stacks))
         return gradients, means
 
 
-def _require_shape(values: Tensor, weight: Tensor) -> None:
-    if not isinstance(values, Tensor) or values.shape != weight.shape:
-        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+def _require_shape(losses: Tensor, weight: Tensor) -> None:
+    """Raise `LossError` unless losses have the shape (n,) of the coefficients."""
+    if not isinstance(losses, Tensor) or losses.shape != weight.shape:
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise LossError(f"loss(model, batch) must return one loss per example, shape {tuple(weight.shape)}, got {got}")
 
 
 @final
 class Fused:
-    """A function of tensors, recorded as a graph of primitive operations at its first call and replayed from then on.
+    """A function of tensors that is recorded as a graph of primitive operations in its first call, and replayed later.
 
-    Vectorising and differentiating anew at every step costs far more than the arithmetic of small models. A function
-    that cannot be recorded, or whose record gives other numbers, is simply called.
+    To vectorise and differentiate again in every step costs far more than the arithmetic of small models. A function
+    that cannot be recorded, or whose graph returns different numbers, is called as it is.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -116,7 +117,7 @@ class Fused:
         self._recorded: tuple[_Function, _Function] | None = None
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The function's value."""
+        """The result of the function."""
         if self._recorded is None:
             result = self._function(*tensors)
             self._recorded = self._record(tensors, result)
@@ -124,32 +125,34 @@ class Fused:
         return self._recorded[0](*tensors)
 
     def rest(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """All but the first entry of the function's value, which costs less where nothing else needs that entry."""
+        """The result of the function without its first entry; operations that only that entry needs are left out."""
         return self(*tensors)[1:] if self._recorded is None else self._recorded[1](*tensors)
 
     def _record(self, tensors: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> tuple[_Function, _Function]:
+        """The fastest function that returns the expected tensors, and that function without its first entry."""
         functions = _with_rest(self._function)
-        # Whatever keeps a model from being recorded (a branch on a value, an exotic operation) is no concern of the
-        # caller.
+        # The function works without a record, so no reason for a failure (a branch on a value, an operation that
+        # make_fx does not know) concerns the caller.
         with contextlib.suppress(Exception):
             graph = make_fx(self._function)(*tensors)
             recording = Recording(graph, tensors)
             if _equal(recording.result, expected, slack=0):
                 functions = _with_rest(graph.forward)
-                whole, rest = condense(recording)
-                found = whole(*tensors), rest(*tensors)
-                # Products that are taken in another order round differently.
-                if _equal(found[0], expected, slack=1e3) and _equal(found[1], expected[1:], slack=1e3):
-                    functions = whole, rest
+                full, rest = condense(recording)
+                results = full(*tensors), rest(*tensors)
+                # Products in a different order round differently.
+                if _equal(results[0], expected, slack=1e3) and _equal(results[1], expected[1:], slack=1e3):
+                    functions = full, rest
         return functions
 
 
 def _with_rest(function: _Function) -> tuple[_Function, _Function]:
+    """A function, and that function without the first entry of its result."""
     return function, lambda *tensors: function(*tensors)[1:]
 
 
-def _equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], *, slack: float) -> bool:
-    """Whether tensors are equal, up to so many units of rounding of the largest entry."""
+def _equal(results: tuple[Tensor, ...], expected: tuple[Tensor, ...], *, slack: float) -> bool:
+    """Whether tensors are equal up to a relative error of 1e-6, or up to slack * eps * largest expected entry."""
 
     def close(a: Tensor, b: Tensor) -> bool:
         if (a.shape, a.dtype) != (b.shape, b.dtype):
@@ -158,4 +161,4 @@ def _equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], *, slack: fl
         scale = finite.max().item() if slack and finite.numel() else 0.0
         return torch.allclose(a, b, rtol=1e-6, atol=slack * torch.finfo(b.dtype).eps * scale, equal_nan=True)
 
-    return all(close(a, b) for a, b in zip(found, expected, strict=True))
+    return all(close(a, b) for a, b in zip(results, expected, strict=True))

@@ -1,4 +1,4 @@
-"""A recorded step, cleared of what does not have to be done again at every step."""
+"""Optimisation of a recorded graph: constants are folded, views and products are merged, unused results go."""
 
 import functools
 import math
@@ -11,19 +11,19 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-# What depends on the shape of its first argument alone.
+# Operations whose result depends only on the shape of their first argument.
 _SHAPED = {"ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"}
-# Where a product by a tensor of one entry is, to the last bit, the product by a number.
+# In these types, x * tensor(c) and x * c are equal to the last bit.
 _REAL = (torch.float32, torch.float64)
 
 
 @final
 class Recording(Interpreter):
-    """One run of a recorded graph that keeps what every node gave.
+    """One run of a recorded graph that keeps the value of every node.
 
     Args:
         module: The graph.
-        tensors: Its arguments.
+        tensors: The arguments of the run.
     """
 
     def __init__(self, module: GraphModule, tensors: tuple[Tensor, ...]) -> None:
@@ -32,20 +32,19 @@ class Recording(Interpreter):
 
 
 def condense(recording: Recording) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Two faster functions that give what a recorded graph gives: all of it, and all but its first entry.
+    """Two faster functions that return what a recorded graph returns, up to rounding.
 
-    Results are the same up to rounding. What depends on no argument is computed once; views that change nothing,
-    factors of one and results that nobody asks for are dropped; factors that meet are multiplied; a product that is
-    transposed becomes the product of the transposed.
+    Nodes that depend on no argument become constants. Views that change nothing, factors of 1 and nodes without users
+    are removed. Adjacent numerical factors are multiplied. A transposed matrix product (A^T B)^T becomes B^T A.
 
     Args:
         recording: A run of the graph.
 
     Returns:
-        The functions.
+        A function with the result of the graph, and a function with that result without its first entry.
 
     Raises:
-        ValueError: If the graph writes into tensors: then the order of its operations matters.
+        ValueError: If the graph writes into tensors, so that the order of its operations matters.
     """
     values: dict[Node, Any] = dict(recording.env)
     graph = Graph()
@@ -58,31 +57,31 @@ def condense(recording: Recording) -> tuple[Callable[..., Any], Callable[..., An
     constants = _fold(graph, values)
     _merge_aliases(graph, values)
     _simplify_products(graph, values, constants)
-    _turn_products(graph)
+    _transpose_products(graph)
     _call_methods(graph)
     return _build(graph, constants, first=True), _build(graph, constants, first=False)
 
 
 def _build(graph: Graph, constants: Mapping[Node, Tensor], *, first: bool) -> Callable[..., Any]:
-    """A function of the arguments alone: the constants become its first arguments, and are bound."""
-    whole = Graph()
+    """The function of a graph, with or without the first entry of its result; the constants are bound."""
+    built = Graph()
     copies: dict[Node, Node] = {}
-    # The fastest way to a constant is an argument: an attribute of a module is looked up at every use.
+    # A constant is an argument because an attribute of a module is looked up at every use, which is slower.
     used = [node for node in graph.nodes if node in constants and any(user not in constants for user in node.users)]
     for index, node in enumerate(used):
-        copies[node] = whole.placeholder(f"constant_{index}")
+        copies[node] = built.placeholder(f"constant_{index}")
     for node in graph.nodes:
         if node.op == "output":
             results = tuple(copies[result] for result in node.args[0])
-            whole.output(results if first else results[1:])
+            built.output(results if first else results[1:])
         elif node not in constants:
-            copies[node] = whole.node_copy(node, copies.__getitem__)
-    whole.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _draws(node))
-    return functools.partial(GraphModule({}, whole).forward, *(constants[node] for node in used))
+            copies[node] = built.node_copy(node, copies.__getitem__)
+    built.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _draws(node))
+    return functools.partial(GraphModule({}, built).forward, *(constants[node] for node in used))
 
 
 def _fold(graph: Graph, values: dict[Node, Any]) -> dict[Node, Tensor]:
-    """The nodes that depend on no argument, with their values."""
+    """The values of all nodes that depend on no argument."""
     constants: dict[Node, Tensor] = {}
     for node in graph.nodes:
         fixed = node.op == "get_attr"
@@ -97,8 +96,9 @@ def _fold(graph: Graph, values: dict[Node, Any]) -> dict[Node, Tensor]:
 
 
 def _merge_aliases(graph: Graph, values: Mapping[Node, Any]) -> None:
-    """Of all nodes that are the same view of the same tensor, keep the first."""
-    # By the tensor, not by its memory: two arguments may share memory today and not tomorrow.
+    """Keep the first of all nodes that are equal views of a tensor."""
+    # Views are compared by the node whose memory they share: two arguments may share memory in one call and not in
+    # the next.
     roots: dict[Node, Node] = {}
     seen: dict[Any, Node] = {}
     for node in list(graph.nodes):
@@ -116,13 +116,14 @@ def _merge_aliases(graph: Graph, values: Mapping[Node, Any]) -> None:
 
 
 def _share(a: Any, b: Tensor) -> bool:
-    # All values are kept, so no memory was used twice.
+    """Whether a is a tensor in the memory of b."""
+    # The recording keeps all values, so no memory was freed and allocated again.
     strided = isinstance(a, Tensor) and a.layout == torch.strided
     return strided and a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _simplify_products(graph: Graph, values: dict[Node, Any], constants: dict[Node, Tensor]) -> None:
-    """Powers of one go; products by one number, however it is written, become products by a tensor of one entry."""
+    """Remove powers with exponent 1 and factors of 1; write products by a number c as products by tensor(c)."""
     factors: dict[Node, tuple[Node, float]] = {}
     for node in list(graph.nodes):
         if node in constants or node.op != "call_function" or _dtype(values, node) not in _REAL:
@@ -131,12 +132,12 @@ def _simplify_products(graph: Graph, values: dict[Node, Any], constants: dict[No
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
             continue
-        found = _factor(node, values, constants)
-        if found is None:
+        product_of = _factor(node, values, constants)
+        if product_of is None:
             continue
-        source, factor = found
+        source, factor = product_of
         inner = factors.get(source)
-        # By a power of two it makes no difference which product is taken first.
+        # A factor that is a power of two is exact, so the order of two products does not change the rounding.
         if inner is not None and len(source.users) == 1 and 0.5 in (abs(math.frexp(f)[0]) for f in (inner[1], factor)):
             source, factor = inner[0], inner[1] * factor
         if factor == 1:
@@ -157,7 +158,7 @@ def _simplify_products(graph: Graph, values: dict[Node, Any], constants: dict[No
 
 
 def _factor(node: Node, values: Mapping[Node, Any], constants: Mapping[Node, Tensor]) -> tuple[Node, float] | None:
-    """The node and the number of which this is the product, if it is one."""
+    """The node x and the number c of a node x * c; None for all other nodes."""
     if _name(node) != "mul" or len(node.args) != 2:
         return None
     for source, other in (node.args, node.args[::-1]):
@@ -175,8 +176,8 @@ def _factor(node: Node, values: Mapping[Node, Any], constants: Mapping[Node, Ten
     return None
 
 
-def _turn_products(graph: Graph) -> None:
-    """(A^T B)^T becomes B^T A, which has one view less, and its result lies in memory as it is read."""
+def _transpose_products(graph: Graph) -> None:
+    """Replace (A^T B)^T by B^T A, which needs one view less and is contiguous in memory."""
     bmm = torch.ops.aten.bmm.default
     for node in list(graph.nodes):
         source = _transposed(node)
@@ -186,47 +187,51 @@ def _turn_products(graph: Graph) -> None:
         if not any(_transposed(factor) for factor in factors):
             continue
         with graph.inserting_before(node):
-            turned = [
+            transposed = [
                 _transposed(factor) or graph.call_function(torch.ops.aten.transpose.int, (factor, 1, 2))
                 for factor in reversed(factors)
             ]
-            product = graph.call_function(bmm, tuple(turned))
+            product = graph.call_function(bmm, tuple(transposed))
         node.replace_all_uses_with(product)
         graph.erase_node(node)
         graph.erase_node(source)
 
 
 def _transposed(node: Node) -> Node | None:
-    """What a node transposes, if it transposes the matrices of a stack."""
+    """The node X of a node X^T, for a stack of matrices X; None for all other nodes."""
     if node.target is torch.ops.aten.transpose.int and node.args[1:] in ((1, 2), (2, 1), (-1, -2), (-2, -1)):
         return node.all_input_nodes[0]
     return None
 
 
 def _call_methods(graph: Graph) -> None:
-    """Methods of tensors cost half as much to call as the operations of the record, which are looked up by schema."""
+    """Replace operations by methods of tensors, whose call takes half the time because no schema is looked up."""
     for node in graph.nodes:
         if node.op == "call_function" and isinstance(node.target, OpOverload) and node.args:
             method = getattr(torch.Tensor, _name(node), None)
             named = node.target._schema.arguments[0].name == "self" and isinstance(node.args[0], Node)
-            # Methods written in Python have signatures of their own.
+            # The signature of a method that is written in Python may differ from the operation's.
             if named and isinstance(method, types.MethodDescriptorType):
                 node.op, node.target = "call_method", _name(node)
 
 
 def _name(node: Node) -> str:
+    """The name of an ATen operation, such as `mul`; empty for all other nodes."""
     target = node.target
     return target._schema.name.removeprefix("aten::") if isinstance(target, OpOverload) else ""
 
 
 def _dtype(values: Mapping[Node, Any], node: Node) -> torch.dtype | None:
+    """The dtype of a node's value; None unless the value is a tensor."""
     value = values.get(node)
     return value.dtype if isinstance(value, Tensor) else None
 
 
 def _writes(node: Node) -> bool:
+    """Whether an operation changes one of its arguments."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def _draws(node: Node) -> bool:
+    """Whether an operation draws random numbers."""
     return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags

@@ -1,4 +1,4 @@
-"""Stepping: what turns settings into motion."""
+"""Integrators: steps of SGD, of gradient flow and of its diffusion, for all replicas at once."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ Tensors = Sequence[Tensor]
 
 
 class Integrator(ABC):
-    """The state of all replicas, and how it takes a step."""
+    """The state of all replicas and the rule of a step."""
 
     @property
     @abstractmethod
     def params(self) -> dict[str, Tensor]:
-        """The parameters now, shape (R, *parameter) by name."""
+        """The parameters at present, shape (R, *parameter) by name."""
 
     @abstractmethod
     def advance(self, step: int) -> None:
@@ -29,20 +29,18 @@ class Integrator(ABC):
 
     @abstractmethod
     def advance_watched(self, step: int) -> Tensor:
-        """Take a step; returns the mean loss before it of the examples that it saw, shape (R,)."""
+        """Take a step; returns the mean loss of the step's examples before the update, shape (R,)."""
 
 
 @final
 class GradientIntegrator(Integrator):
-    """Motion by gradients: a state, and a map of state and inputs to the next state.
-
-    The state is the parameters, then whatever else is carried along.
+    """An integrator whose step is a function of tensors, and therefore can be recorded.
 
     Args:
-        params: Stacked parameters at the start.
-        carried: Further tensors of the state.
-        step: Maps (*state, *inputs) to (mean losses, *state).
-        inputs: What the map is fed at a step.
+        params: Stacked parameters at the start, shape (R, *parameter) by name.
+        carried: Further tensors of the state, such as momentum.
+        step: Maps (*params, *carried, *inputs) to (mean losses, *params, *carried).
+        inputs: The inputs of a step as a function of its number.
     """
 
     def __init__(
@@ -53,14 +51,14 @@ class GradientIntegrator(Integrator):
         inputs: Callable[[int], Tensors],
     ) -> None:
         self._names = list(params)
-        # The record of a step holds for tensors that lie in memory as those of the first step did.
+        # The recorded graph is valid for the strides of the first step, and later steps return contiguous tensors.
         self._state: tuple[Tensor, ...] = tuple(tensor.contiguous() for tensor in (*params.values(), *carried))
         self._step = Fused(step)
         self._inputs = inputs
 
     @property
     def params(self) -> dict[str, Tensor]:
-        """The parameters now, shape (R, *parameter) by name."""
+        """The parameters at present, shape (R, *parameter) by name."""
         return dict(zip(self._names, self._state, strict=False))
 
     def advance(self, step: int) -> None:
@@ -68,7 +66,7 @@ class GradientIntegrator(Integrator):
         self._state = self._step.rest(*self._state, *self._inputs(step))
 
     def advance_watched(self, step: int) -> Tensor:
-        """Take a step; returns the mean loss before it of the examples that it saw, shape (R,)."""
+        """Take a step; returns the mean loss of the step's examples before the update, shape (R,)."""
         means, *state = self._step(*self._state, *self._inputs(step))
         self._state = tuple(state)
         return means
@@ -81,7 +79,7 @@ def by_steps(
     source: Minibatches | FullBatch,
     schedule: Schedule | None,
 ) -> Integrator:
-    """Steps of `torch.optim.SGD`, on minibatches or on the whole data set."""
+    """Steps of `torch.optim.SGD`, on minibatches or on all examples."""
     count, first = len(params), next(iter(params.values()))
     weights = first.new_full((len(first), source.size), 1 / source.size)
     velocity = [torch.zeros_like(tensor) for tensor in params.values()] if sgd.momentum else []
@@ -118,18 +116,18 @@ def by_flow(
         theta, leaves = tensors[:count], tensors[count:]
 
         def slope(at: Tensors) -> tuple[Tensors, Tensor]:
-            found, means = gradients(at, weights, leaves, shared=True)
-            return [-g - flow.weight_decay * p for g, p in zip(found, at, strict=True)], means
+            of_loss, means = gradients(at, weights, leaves, shared=True)
+            return [-g - flow.weight_decay * p for g, p in zip(of_loss, at, strict=True)], means
 
         def ahead(slopes: Tensors, time: float) -> Tensors:
             return [p + time * s for p, s in zip(theta, slopes, strict=True)]
 
-        one, means = slope(theta)
-        two, _ = slope(ahead(one, flow.dt / 2))
-        three, _ = slope(ahead(two, flow.dt / 2))
-        four, _ = slope(ahead(three, flow.dt))
-        mixed = [(a + 2 * b + 2 * c + d) / 6 for a, b, c, d in zip(one, two, three, four, strict=True)]
-        return (means, *ahead(mixed, flow.dt))
+        k1, means = slope(theta)
+        k2, _ = slope(ahead(k1, flow.dt / 2))
+        k3, _ = slope(ahead(k2, flow.dt / 2))
+        k4, _ = slope(ahead(k3, flow.dt))
+        mean_slopes = [(a + 2 * b + 2 * c + d) / 6 for a, b, c, d in zip(k1, k2, k3, k4, strict=True)]
+        return (means, *ahead(mean_slopes, flow.dt))
 
     return GradientIntegrator(params, (), step, lambda _: source.next())
 
@@ -141,7 +139,14 @@ def by_diffusion(
     source: FullBatch,
     generator: torch.Generator,
 ) -> Integrator:
-    """Euler-Maruyama steps, drift and noise from one weighted gradient."""
+    r"""Euler-Maruyama steps of the diffusion limit.
+
+    The gradient of $\sum_i w_i \ell_i$ with $w_i = dt/N + (2 \sigma^2 dt / N)^{1/2} (\xi_i - \bar\xi)$ is drift and
+    noise together.
+
+    Returns:
+        The integrator.
+    """
     count, first = len(params), next(iter(params.values()))
     dt, sgd = dynamics.time_step, dynamics.sgd
     amplitude = (2 * sgd.temperature * dt / source.size) ** 0.5
@@ -154,7 +159,7 @@ def by_diffusion(
     def inputs(step: int) -> Tensors:
         shape = (len(first), source.size)
         normal = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float64)
-        # Equal weights make the gradient, centred normal weights the noise.
+        # Centred, so that the noise has the covariance of gradients about their mean.
         weights = dt / source.size + amplitude * (normal - normal.mean(1, keepdim=True))
         return (weights.to(first), *source.next())
 

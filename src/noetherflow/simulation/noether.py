@@ -1,4 +1,4 @@
-"""The Noether flow: motion along the symmetries alone."""
+"""The Noether flow: the drift of SGD along the symmetries, without any other motion."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,18 +22,17 @@ from noetherflow.symmetry import Action, Grams, Symmetry
 @final
 @dataclass(frozen=True)
 class NoetherFlow:
-    r"""The deterministic motion of SGD along its symmetries: each charge at its drift, the function standing still.
+    r"""The deterministic motion of SGD along the symmetries: every charge changes at its drift, no loss changes.
 
-    The velocity $\dot x$ in the algebra solves $\frac{dC}{dx}\dot x = \dot C$, with $\dot C$ the drift. The noise is
-    known at the start and carried along exactly, $\Sigma \to e^{-Q_x}\Sigma e^{-Q_x}$, so the flow needs no further
-    gradient. Runge-Kutta of order four.
+    The velocity $\dot x$ in the Lie algebra solves $\frac{dC}{dx}\dot x = \dot C$, with $\dot C$ the drift. The noise
+    is measured at the start and transforms exactly, $\Sigma \to e^{-Q_x}\Sigma e^{-Q_x}$, so the flow needs no further
+    gradient. The method is Runge-Kutta of order four.
 
     Args:
-        sgd: The settings whose flow it is.
-        dt: Time step; by default the learning rate, so that a step stands for a step of SGD. Keep it well below the
-            shortest relaxation time.
-        noise: Moments at the starting point, the same for all replicas; by default they are measured at the start of
-            each.
+        sgd: Settings of SGD.
+        dt: Time step; by default the effective learning rate, so that a step corresponds to a step of SGD. Keep it well
+            below the shortest relaxation time.
+        noise: Moments at the starting point, for all replicas; None measures the noise at the start of each replica.
 
     Raises:
         SettingsError: If the time step is not positive.
@@ -50,7 +49,7 @@ class NoetherFlow:
         >>> torch.allclose(trajectory.loss[0], trajectory.loss[-1])
         True
 
-    Source: Ziyin et al. (2024), the Noether flow.
+    Source: Ziyin et al. (2024): the Noether flow.
     """
 
     sgd: SGD
@@ -62,24 +61,24 @@ class NoetherFlow:
 
     @property
     def time_step(self) -> float:
-        """The time step taken."""
+        """`dt`, or the effective learning rate if `dt` is None."""
         return self.sgd.effective_lr if self.dt is None else self.dt
 
 
 @final
 @dataclass(frozen=True)
 class OrbitState:
-    """One replica on its orbit: its parameters, and the noise there."""
+    """A point of the orbit of one replica: parameters, Gram matrices of the noise, and variances of entries."""
 
     params: dict[str, Tensor]
     grams: dict[str, Grams]
     variance: dict[str, Tensor]
 
     def ahead(self, velocity: "OrbitState", time: float) -> "OrbitState":
-        """The state after some time at a constant velocity."""
+        """The state after a time at constant velocity: state + time * velocity."""
 
-        def add(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor + time * there[name] for name, tensor in here.items()}
+        def add(position: Mapping[str, Tensor], rate: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor + time * rate[name] for name, tensor in position.items()}
 
         grams = {
             n: Grams(*(a + time * b for a, b in zip(g, velocity.grams[n], strict=True))) for n, g in self.grams.items()
@@ -102,9 +101,9 @@ class OrbitFlow:
         self._dense = by_action[Action.SCALES_EIGENSPACES]
 
     def start(self, params: Params, noise: NoiseMoments) -> OrbitState:
-        """The state where the noise was measured."""
+        """The state at parameters where the noise was measured."""
         grams = {name: noise.grams[name] for name in (*self._matrices, *self._dense)}
-        variance = {name: noise.variance[name] for name in self._touched()}
+        variance = {name: noise.variance[name] for name in self._scaled_names()}
         return OrbitState(dict(params), grams, variance)
 
     def step(self, state: OrbitState, dt: float) -> OrbitState:
@@ -118,6 +117,7 @@ class OrbitFlow:
         return state
 
     def _velocity(self, state: OrbitState) -> OrbitState:
+        """The derivative of a state by time."""
         motion = {name: torch.zeros_like(tensor) for name, tensor in state.params.items()}
         grams: dict[str, Grams] = {}
         for name, symmetry in self._matrices.items():
@@ -143,28 +143,37 @@ class OrbitFlow:
         return OrbitState(motion, grams, variance)
 
     def _joint_scales(self, state: OrbitState) -> dict[str, Tensor]:
-        """The rate at which every entry is scaled; symmetries may share tensors, so all are solved together."""
-        ones = {name: torch.ones_like(state.params[name]) for name in self._touched()}
+        """The rates s_p at which all commuting symmetries together scale the entries, d theta_p / dt = s_p theta_p.
+
+        Let q, shape (k, entries), hold the exponents of a basis of generators. Then s = x @ q, and the charges change
+        at their drifts if 2 (q theta^2) q^T x = q (2 sigma^2 Sigma_pp - 4 gamma theta^2).
+
+        Returns:
+            The rates by name, in the shapes of the parameters.
+        """
+        unit = {name: torch.ones_like(state.params[name]) for name in self._scaled_names()}
         basis: list[dict[str, Tensor]] = []
         for symmetry in self._commuting.values():
-            identity = symmetry.identity(ones)
+            identity = symmetry.identity(unit)
             for row in torch.eye(max(1, identity.numel()), dtype=identity.dtype):
-                basis.append(symmetry.generate(row.reshape(identity.shape), ones))
-        flat = torch.stack([torch.cat([scale[name].reshape(-1) for name in ones]) for scale in basis])
-        theta = torch.cat([state.params[name].reshape(-1) for name in ones])
-        noise = torch.cat([state.variance[name].reshape(-1) for name in ones])
-        rates = flat @ (2 * self._sgd.temperature * noise - 4 * self._sgd.gamma * theta.square())
-        stretch = 2 * (flat * theta.square()) @ flat.mT
+                basis.append(symmetry.generate(row.reshape(identity.shape), unit))
+        q = torch.stack([torch.cat([exponents[name].reshape(-1) for name in unit]) for exponents in basis])
+        theta = torch.cat([state.params[name].reshape(-1) for name in unit])
+        noise = torch.cat([state.variance[name].reshape(-1) for name in unit])
+        rates = q @ (2 * self._sgd.temperature * noise - 4 * self._sgd.gamma * theta.square())
+        stretch = 2 * (q * theta.square()) @ q.mT
+        # Least squares, because generators may be linearly dependent and rows may be zero.
         x = torch.linalg.lstsq(stretch, rates.unsqueeze(1), driver="gelsd").solution.squeeze(1)
-        pieces = (x @ flat).split([ones[name].numel() for name in ones])
-        return {name: piece.reshape(ones[name].shape) for name, piece in zip(ones, pieces, strict=True)}
+        pieces = (x @ q).split([unit[name].numel() for name in unit])
+        return {name: piece.reshape(unit[name].shape) for name, piece in zip(unit, pieces, strict=True)}
 
-    def _touched(self) -> list[str]:
+    def _scaled_names(self) -> list[str]:
+        """The parameters on which the commuting symmetries act."""
         return list(dict.fromkeys(name for symmetry in self._commuting.values() for name in symmetry.names))
 
 
 def _lyapunov(matrix: Tensor, right: Tensor) -> Tensor:
-    """The symmetric solution of X A + A X = B for positive A; zero where A is."""
+    """The symmetric solution X of X A + A X = B for positive semidefinite A; zero on the null space of A."""
     values, vectors = torch.linalg.eigh(matrix)
     pairs = values.unsqueeze(-1) + values.unsqueeze(-2)
     inner = vectors.mT @ right @ vectors
@@ -173,12 +182,23 @@ def _lyapunov(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def _plus(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sum by name; names that b lacks count as zero."""
     return {name: tensor + b[name] if name in b else tensor for name, tensor in a.items()}
 
 
 @final
 class OrbitIntegrator(Integrator):
-    """The Noether flow of every replica."""
+    """The Noether flow of all replicas.
+
+    Args:
+        flow: The settings.
+        symmetries: The symmetries along which the replicas move.
+        starts: Parameters and noise of every replica.
+        losses: The mean loss of every replica, shape (R,).
+
+    Raises:
+        SettingsError: If there is no symmetry, or if symmetries share entries and do not commute.
+    """
 
     def __init__(
         self,
@@ -191,8 +211,8 @@ class OrbitIntegrator(Integrator):
             raise SettingsError("the Noether flow moves along symmetries: give simulate(..., symmetries=...)")
         groups, doubled = entangled(symmetries, starts[0][0])
         for group in groups:
-            alone = len(group) == 1 and group[0] not in doubled
-            if not alone and not all(symmetries[name].action is Action.SCALES_ENTRIES for name in group):
+            independent = len(group) == 1 and group[0] not in doubled
+            if not independent and not all(symmetries[name].action is Action.SCALES_ENTRIES for name in group):
                 raise SettingsError(
                     f"{group} share entries of a tensor and do not commute: their joint flow is not known in closed "
                     "form"
@@ -200,12 +220,12 @@ class OrbitIntegrator(Integrator):
         self._field = OrbitFlow(symmetries, flow.sgd)
         self._dt = flow.time_step
         self._states = [self._field.start(params, noise) for params, noise in starts]
-        # The flow does not change the function, so the loss stays what it was.
+        # No loss changes along the flow, so the losses of the start are those of every step.
         self._losses = losses
 
     @property
     def params(self) -> dict[str, Tensor]:
-        """The parameters now, shape (R, *parameter) by name."""
+        """The parameters at present, shape (R, *parameter) by name."""
         return {name: torch.stack([state.params[name] for state in self._states]) for name in self._states[0].params}
 
     def advance(self, step: int) -> None:

@@ -1,18 +1,15 @@
-"""Simulating the training of many replicas at once."""
+"""The public function `simulate`: the training of many replicas at once."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.func import vmap
+from torch import nn
 
-from noetherflow._errors import EmptyDataError, FrozenParameterError, ParameterShapeError, SettingsError
+from noetherflow._errors import EmptyDataError, SettingsError
 from noetherflow._model_function import ModelFunction
 from noetherflow._optimizers import SGD
-from noetherflow._params import aliases, copy_of, require_finite, require_names, snapshot
+from noetherflow._params import aliases, copy_of
 from noetherflow._per_example import require_uncoupled
 from noetherflow._progress import track
 from noetherflow._types import Batch, Loss, Params
@@ -21,14 +18,14 @@ from noetherflow.simulation.dynamics import GradientDescent, GradientFlow, Lange
 from noetherflow.simulation.fused import ReplicaGradients
 from noetherflow.simulation.integrate import Integrator, by_diffusion, by_flow, by_steps
 from noetherflow.simulation.noether import NoetherFlow, OrbitIntegrator
+from noetherflow.simulation.record import Observable, Recorder, recorded_steps
+from noetherflow.simulation.replicas import Replicas, replicate
 from noetherflow.simulation.stream import FiniteStream, FullBatch, Minibatches, OnlineStream, Sampler
 from noetherflow.simulation.trajectory import Trajectory
 from noetherflow.symmetry import Symmetry
 
 Dynamics = SGD | GradientDescent | GradientFlow | Langevin | NoetherFlow
-Observable = Callable[[Params], Tensor]
 
-_RECORDS = 200
 # Multiplications in a step (parameters times examples) below which one thread is enough.
 _SMALL_STEP = 10**8
 
@@ -50,29 +47,31 @@ def simulate(
     dtype: torch.dtype = torch.float64,
     progress: bool = True,
 ) -> Trajectory:
-    r"""Simulate the training of many replicas at once, and record what matters of it.
+    r"""Simulate the training of R replicas of a model at once, and record losses, charges and observables.
 
-    All replicas take each step together. They differ by their starting points and by the examples that they see: every
-    replica draws its own. A replica that diverges becomes NaN and disturbs no other.
+    All replicas take each step together. Replicas differ by their starting points and by their minibatches, which are
+    drawn independently for each replica. The parameters of a replica that diverges become NaN; no other replica is
+    affected.
 
     Args:
         model: Any module; it is not changed.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
-        data: A data set (tensors that share their leading dimension, in any containers), or a distribution: a function
-            `sample(count, generator)` that returns a batch of that many fresh examples. Only SGD can do with a
-            distribution. With `SGD(replacement=False)`, every replica goes through the data set in epochs of its own
-            order.
+        data: A data set (tensors of shape (N, ...) in any containers), or a distribution: a function
+            `sample(count, generator)` that returns a batch of `count` new examples. A distribution needs `SGD` as
+            dynamics. With `SGD(replacement=False)`, every replica goes through the data set in epochs, in a random
+            order of the replica.
         dynamics: `SGD` (steps of `torch.optim.SGD` with these settings), `GradientDescent`, `GradientFlow`, `Langevin`
-            (the diffusion limit of SGD), or `NoetherFlow` (the motion along the symmetries alone).
-        steps: How many.
-        replicas: How many; by default as many as `start` holds, else 1.
-        start: Parameters of every replica, shape (R, *parameter) by name; by default the model's own for all.
-        symmetries: Whose charges to record; for the Noether flow, those along which it moves.
-        observables: What else to record: functions of one replica's parameters that return a tensor.
-        record: Every how many steps, or at which steps; by default about 200 times. The start and the end are always
-            recorded. A record shows the parameters before the update of its step.
-        schedule: A factor on the learning rate by step, for SGD and gradient descent.
-        generator: Source of all randomness; by default one with seed 0. Dropout draws from PyTorch's own.
+            (the diffusion limit of SGD), or `NoetherFlow` (the drift along the symmetries, without other motion).
+        steps: Number of steps.
+        replicas: Number of replicas R; by default the leading dimension of `start`, or 1 without `start`.
+        start: Parameters of every replica, shape (R, *parameter) by name; by default the model's parameters.
+        symmetries: The symmetries whose charges are recorded; the Noether flow moves along these symmetries.
+        observables: Functions of the parameters of one replica that return a tensor; their values are recorded.
+        record: Interval between records in steps, or the steps themselves; by default about 200 records. The start and
+            the end are always recorded. A record shows the parameters before the update of its step.
+        schedule: Factor on the learning rate as a function of the step, for `SGD` and `GradientDescent`.
+        generator: Source of all random numbers except those of dropout, which come from PyTorch's global generator; by
+            default a generator with seed 0.
         dtype: Floating-point type of the simulation.
         progress: Show a progress bar on a terminal.
 
@@ -80,15 +79,17 @@ def simulate(
         The trajectory, on the CPU.
 
     Raises:
-        SettingsError: If dynamics, data and settings do not go together.
+        SettingsError: If dynamics, data and settings do not fit together.
         FrozenParameterError: If `start` gives a parameter that does not require gradients.
         ParameterNameError: If `start` or a symmetry names parameters that the model does not have.
-        ParameterShapeError: If their shapes do not fit.
+        ParameterShapeError: If the shapes of `start`, or the axes of a symmetry, do not fit the model.
+        NonFiniteError: If a parameter of the model is NaN or infinite.
+        CoupledExamplesError: If a layer of the model normalises over the batch.
         EmptyDataError: If there is no example.
         LossError: If the loss does not return one number per example.
 
     Examples:
-        Four replicas of a scale-invariant loss, whose squared norm only SGD can change:
+        Four replicas of a scale-invariant loss. Gradient flow conserves the squared norm, SGD lets it grow:
 
         >>> import torch, noetherflow as nf
         >>> net = torch.nn.Linear(2, 1, bias=False)
@@ -101,7 +102,7 @@ def simulate(
         >>> charge.shape, bool((charge[-1] > charge[0]).all())
         (torch.Size([101, 4]), True)
 
-    Source: the dynamics of Ziyin et al. (2024), section 3.
+    Source: Ziyin et al. (2024), section 3.
     """
     if not isinstance(dynamics, Dynamics):
         raise SettingsError(
@@ -111,39 +112,33 @@ def simulate(
         raise SettingsError(
             f"a schedule scales the learning rate of SGD or GradientDescent; {type(dynamics).__name__} has none"
         )
-    when = _schedule_of_records(steps, record)
+    at_steps = recorded_steps(steps, record)
     require_uncoupled(model)
     generator = generator or torch.Generator().manual_seed(0)
-    replicated = _replicate(model, start, replicas, dtype)
+    stacked = replicate(model, start, replicas, dtype)
     resolved = {name: symmetry.rename(aliases(model)) for name, symmetry in (symmetries or {}).items()}
-    one = {name: stack[0] for name, stack in (replicated.moving | replicated.fixed).items()}
+    first = {name: stack[0] for name, stack in (stacked.moving | stacked.fixed).items()}
     for symmetry in resolved.values():
-        symmetry.check(one)
-    device = next(iter(replicated.moving.values())).device
-    stream = _stream(dynamics, data, dtype, device)
-    integrator = _integrator(dynamics, model, loss, stream, replicated, resolved, schedule, generator, dtype)
-    recorder = _Recorder(
-        {
-            **{f"charges/{n}": s.charge for n, s in resolved.items()},
-            **{f"observables/{n}": o for n, o in (observables or {}).items()},
-        }
-    )
-    with torch.no_grad(), _threads(_work(dynamics, stream, replicated.moving)):
+        symmetry.check(first)
+    stream = _stream(dynamics, data, dtype, stacked.device)
+    integrator = _integrator(dynamics, model, loss, stream, stacked, resolved, schedule, generator, dtype)
+    recorder = Recorder(resolved, observables or {})
+    with torch.no_grad(), _threads(_work(dynamics, stream, stacked.moving)):
         for step in track(range(steps), type(dynamics).__name__, shown=progress):
-            if step in when:
-                recorder.see(step, integrator.params, replicated.fixed)
-                recorder.losses.append(integrator.advance_watched(step))
+            if step in at_steps:
+                recorder.add_params(step, integrator.params | stacked.fixed)
+                recorder.add_losses(integrator.advance_watched(step))
             else:
                 integrator.advance(step)
         final = integrator.params
-        recorder.see(steps, final, replicated.fixed)
-        # One more step, for its loss alone; a schedule need not know of it.
-        recorder.losses.append(integrator.advance_watched(steps - 1))
+        recorder.add_params(steps, final | stacked.fixed)
+        # The last record needs the loss of one more step. A schedule may be undefined at that step.
+        recorder.add_losses(integrator.advance_watched(steps - 1))
     return recorder.trajectory(final)
 
 
 def _work(dynamics: Dynamics, stream: FiniteStream | OnlineStream, moving: Params) -> int:
-    """Multiplications in a step, roughly."""
+    """Multiplications in a step, roughly: parameters of all replicas times examples."""
     examples = 1
     if isinstance(dynamics, SGD):
         examples = dynamics.batch_size
@@ -154,10 +149,10 @@ def _work(dynamics: Dynamics, stream: FiniteStream | OnlineStream, moving: Param
 
 @contextlib.contextmanager
 def _threads(work: int) -> Iterator[None]:
-    """One thread where a step is small work.
+    """A block with one thread if a step has few multiplications.
 
-    There a second thread gains nothing, and waiting for it at every operation costs a great deal (measured: 35 times)
-    as soon as another program wants its core.
+    A second thread saves no time in a small step. If another program needs the core, every operation waits for that
+    thread: a simulation took 35 times as long.
     """
     before = torch.get_num_threads()
     if work < _SMALL_STEP:
@@ -168,97 +163,10 @@ def _threads(work: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@final
-@dataclass(frozen=True)
-class _Replicated:
-    """Stacked parameters: those that train, and those that are frozen."""
-
-    moving: dict[str, Tensor]
-    fixed: dict[str, Tensor]
-
-
-@final
-class _Recorder:
-    """Collects what is asked for, vectorised over replicas where that is possible."""
-
-    def __init__(self, quantities: Mapping[str, Observable]) -> None:
-        self._quantities = dict(quantities)
-        self.steps: list[int] = []
-        self.losses: list[Tensor] = []
-        self._seen: dict[str, list[Tensor]] = {name: [] for name in quantities}
-
-    def see(self, step: int, moving: dict[str, Tensor], fixed: dict[str, Tensor]) -> None:
-        self.steps.append(step)
-        stacks = moving | fixed
-        for name, quantity in self._quantities.items():
-            self._seen[name].append(self._evaluate(quantity, stacks).detach().clone())
-
-    def trajectory(self, final: dict[str, Tensor]) -> Trajectory:
-        groups: dict[str, dict[str, Tensor]] = {"charges": {}, "observables": {}}
-        for key, values in self._seen.items():
-            kind, _, name = key.partition("/")
-            groups[kind][name] = torch.stack(values).cpu()
-        params = {name: stack.detach().clone().cpu() for name, stack in final.items()}
-        return Trajectory(torch.tensor(self.steps), torch.stack(self.losses).cpu(), params=params, **groups)
-
-    def _evaluate(self, quantity: Observable, stacks: dict[str, Tensor]) -> Tensor:
-        try:
-            return vmap(quantity)(stacks)
-        except Exception:
-            # An observable may do what cannot be vectorised (.item(), a branch on a value): then one by one.
-            count = len(next(iter(stacks.values())))
-            return torch.stack([torch.as_tensor(quantity({n: s[i] for n, s in stacks.items()})) for i in range(count)])
-
-
-def _schedule_of_records(steps: int, record: int | Sequence[int] | None) -> set[int]:
-    if not isinstance(steps, int) or steps < 1:
-        raise SettingsError(f"steps must be a whole number, 1 or more, got {steps!r}")
-    if record is None:
-        record = max(1, steps // _RECORDS)
-    if isinstance(record, int):
-        if record < 1:
-            raise SettingsError(f"record must be 1 or more, or a sequence of steps, got {record}")
-        return {0, *range(0, steps, record)}
-    outside = [step for step in record if not 0 <= step <= steps]
-    if outside:
-        raise SettingsError(f"record names steps outside 0 .. {steps}: {outside[:5]}")
-    return {0, *record}
-
-
-def _replicate(model: nn.Module, start: Params | None, replicas: int | None, dtype: torch.dtype) -> _Replicated:
-    own = snapshot(model, dtype)
-    require_finite(own, "parameter")
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not trained:
-        raise SettingsError("the model has no parameter that requires gradients: there is nothing to simulate")
-    given = snapshot(start, dtype) if start is not None else {}
-    require_names(own, given, "start")
-    if frozen := sorted(set(given) - trained):
-        raise FrozenParameterError(
-            f"start gives {frozen}, which do not require gradients: all replicas share the model's own. Leave them out"
-        )
-    counts = {name: len(stack) if stack.ndim else 0 for name, stack in given.items()}
-    count = replicas if replicas is not None else next(iter(counts.values()), 1)
-    if not isinstance(count, int) or count < 1:
-        raise SettingsError(f"replicas must be a whole number, 1 or more, got {count!r}")
-    for name, stack in given.items():
-        if stack.shape != (count, *own[name].shape):
-            raise ParameterShapeError(
-                f"start[{name!r}] must have shape {(count, *own[name].shape)}, one parameter per replica, got "
-                f"{tuple(stack.shape)}"
-            )
-    stacks = {
-        name: given.get(name, tensor.expand(count, *tensor.shape).clone()).to(tensor.device)
-        for name, tensor in own.items()
-    }
-    return _Replicated(
-        {n: s for n, s in stacks.items() if n in trained}, {n: s for n, s in stacks.items() if n not in trained}
-    )
-
-
 def _stream(
     dynamics: Dynamics, data: Batch | Sampler, dtype: torch.dtype, device: torch.device
 ) -> FiniteStream | OnlineStream:
+    """The source of examples that data and dynamics need; raises `SettingsError` if they do not fit together."""
     if not callable(data):
         independent = not isinstance(dynamics, SGD) or dynamics.replacement
         stream = FiniteStream(data, dtype, device, replacement=independent)
@@ -280,21 +188,21 @@ def _integrator(
     model: nn.Module,
     loss: Loss,
     stream: FiniteStream | OnlineStream,
-    start: _Replicated,
+    start: Replicas,
     symmetries: Mapping[str, Symmetry],
     schedule: Schedule | None,
     generator: torch.Generator,
     dtype: torch.dtype,
 ) -> Integrator:
-    # Frozen parameters are the same for all replicas.
+    """The integrator of the dynamics, at the start."""
+    # Frozen parameters are equal for all replicas, so vmap needs no stack of them.
     fixed = {name: stack[0] for name, stack in start.fixed.items()}
     gradients = ReplicaGradients(model, loss, list(start.moving), fixed, stream.rebuild, dtype)
-    replicas = len(next(iter(start.moving.values())))
     if isinstance(dynamics, SGD):
-        source = Minibatches(stream, replicas, dynamics.batch_size, generator)
+        source = Minibatches(stream, start.count, dynamics.batch_size, generator)
         return by_steps(start.moving, gradients, dynamics, source, schedule)
     if not isinstance(stream, FiniteStream):
-        raise EmptyDataError("there is no data set")
+        raise EmptyDataError(f"{type(dynamics).__name__} needs a finite data set, got none")
     full = FullBatch(stream)
     match dynamics:
         case GradientDescent():
@@ -311,30 +219,31 @@ def _orbits(
     model: nn.Module,
     loss: Loss,
     full: FullBatch,
-    start: _Replicated,
+    start: Replicas,
     symmetries: Mapping[str, Symmetry],
     stream: FiniteStream,
     dtype: torch.dtype,
 ) -> Integrator:
+    """The Noether flow from the loss and the noise of every replica at the start."""
     batch = stream.rebuild(full.next())
     function = ModelFunction(model, loss, dtype)
     starts, means = [], []
-    for replica in range(len(next(iter(start.moving.values())))):
+    for replica in range(start.count):
         params = {name: stack[replica] for name, stack in start.moving.items()}
         means.append(function.losses(params, batch).mean())
         noise = flow.noise
         if noise is None:
-            placed = _placed(model, params, dtype)
-            noise = estimate_noise(placed, loss, [batch], symmetries, progress=False)
+            copied = _copy_at(model, params, dtype)
+            noise = estimate_noise(copied, loss, [batch], symmetries, progress=False)
         starts.append((params, noise))
     return OrbitIntegrator(flow, symmetries, starts, torch.stack(means))
 
 
-def _placed(model: nn.Module, params: Params, dtype: torch.dtype) -> nn.Module:
-    """A copy of the model with other parameters."""
-    placed = copy_of(model, dtype)
+def _copy_at(model: nn.Module, params: Params, dtype: torch.dtype) -> nn.Module:
+    """A copy of the model with the given parameters; parameters that are not given keep their values."""
+    copied = copy_of(model, dtype)
     with torch.no_grad():
-        for name, parameter in placed.named_parameters():
+        for name, parameter in copied.named_parameters():
             if name in params:
                 parameter.copy_(params[name])
-    return placed
+    return copied

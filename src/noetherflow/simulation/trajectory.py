@@ -1,4 +1,4 @@
-"""What was seen along a simulation, kept and stored."""
+"""The records of a simulation, and their files."""
 
 import json
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ _METADATA = "noetherflow"
 @final
 @dataclass(frozen=True)
 class Trajectory:
-    """Records of any number of replicas over time.
+    """Records of R replicas at T steps of a simulation.
 
     Args:
-        steps: The steps at which something was recorded, shape (T,); a record precedes the update of its step.
-        loss: Mean loss per example of the data of that step, shape (T, R).
-        charges: Per symmetry, shape (T, R, *charge).
-        observables: Per observable, shape (T, R, *observable).
-        params: The parameters at the end, shape (R, *parameter), by name.
+        steps: The recorded steps, int64, shape (T,). A record is made before the update of its step.
+        loss: Mean loss of the examples of the recorded step, shape (T, R).
+        charges: Charge by name of the symmetry, shape (T, R, *charge).
+        observables: Observable by name, shape (T, R, *observable).
+        params: Parameters at the end by name, shape (R, *parameter).
 
     Examples:
         >>> import torch, tempfile, pathlib, noetherflow as nf
@@ -49,19 +49,19 @@ class Trajectory:
 
     @property
     def diverged(self) -> Tensor:
-        """Which replicas ended with a parameter that is not finite, shape (R,)."""
+        """Whether a replica ended with a parameter that is not finite; bool, shape (R,)."""
         finite = [torch.isfinite(stack).reshape(len(stack), -1).all(1) for stack in self.params.values()]
         return ~torch.stack(finite).all(0)
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one file, whole or not at all.
+        """Write the trajectory to a file, completely or not at all.
 
         Args:
-            path: Ends in `.npz`; or in `.parquet`, for a table with a row per record and replica, whose columns of
-                final parameters are filled in the rows of the last record.
+            path: A file `*.npz` with an array per quantity, or `*.parquet` with a row per record and replica. The final
+                parameters are columns that are empty in all rows but those of the last record.
 
         Raises:
-            SettingsError: If the path ends in something else.
+            SettingsError: If the path has a different ending.
             MissingExtraError: For `.parquet`, if pyarrow is not installed.
         """
         path = Path(path)
@@ -73,16 +73,16 @@ class Trajectory:
 
     @classmethod
     def load(cls, path: str | Path) -> "Trajectory":
-        """Read what `save` has written.
+        """Read a trajectory that `save` wrote.
 
         Args:
-            path: A file ending in `.npz` or `.parquet`.
+            path: A file `*.npz` or `*.parquet`.
 
         Returns:
-            The trajectory, with the same numbers, types and shapes.
+            The trajectory, with equal numbers, dtypes and shapes.
 
         Raises:
-            SettingsError: If the path ends in something else.
+            SettingsError: If the path has a different ending.
             MissingExtraError: For `.parquet`, if pyarrow is not installed.
         """
         path = Path(path)
@@ -98,7 +98,7 @@ class Trajectory:
         return cls(arrays["steps"], arrays["loss"], **groups)
 
     def _arrays(self) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-        """Every quantity under one flat key."""
+        """Every quantity with a key: `steps`, `loss`, or `group/name`."""
         yield "steps", self.steps.numpy()
         yield "loss", self.loss.numpy()
         for kind in ("charges", "observables", "params"):
@@ -106,11 +106,13 @@ class Trajectory:
                 yield f"{kind}/{name}", tensor.cpu().numpy()
 
     def _save_npz(self, path: Path) -> None:
+        """Write one compressed array per quantity."""
         with path.open("wb") as file:
             arrays: dict[str, Any] = dict(self._arrays())
             np.savez_compressed(file, **arrays)
 
     def _save_parquet(self, path: Path) -> None:
+        """Write a table of T * R rows; cells that are tensors are flat lists, and the metadata give their shapes."""
         pa, pq = _arrow()
         records, replicas = self.loss.shape
         columns: dict[str, Any] = {
@@ -121,11 +123,11 @@ class Trajectory:
         for key, array in self._arrays():
             if key == "steps":
                 continue
-            over_time = not key.startswith("params/")
-            shapes[key] = list(array.shape[2 if over_time else 1 :])
+            recorded = not key.startswith("params/")
+            shapes[key] = list(array.shape[2 if recorded else 1 :])
             cells = array.reshape(-1, *shapes[key])
-            if not over_time:
-                # Known at the end only: empty in the rows of all earlier records.
+            if not recorded:
+                # Only the final parameters are known, so the rows of all earlier records are empty.
                 rows = [None] * ((records - 1) * replicas) + [cell.ravel() for cell in cells]
                 columns[key] = pa.array(rows, type=pa.list_(pa.from_numpy_dtype(array.dtype)))
             elif shapes[key]:
@@ -139,7 +141,7 @@ class Trajectory:
 
 
 def _arrow() -> tuple[Any, Any]:
-    """The package that reads and writes Parquet files: tables, and files of these."""
+    """The modules `pyarrow` and `pyarrow.parquet`; raises `MissingExtraError` if the package is not installed."""
     require("paper", "pyarrow", purpose="a trajectory in a .parquet file")
     import pyarrow
     import pyarrow.parquet
@@ -148,11 +150,13 @@ def _arrow() -> tuple[Any, Any]:
 
 
 def _load_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of an npz file by key."""
     with np.load(path) as archive:
         return {key: archive[key] for key in archive.files}
 
 
 def _load_parquet(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of a parquet file by key, in the shapes that its metadata give."""
     _, pq = _arrow()
     table = pq.read_table(path)
     layout = json.loads(table.schema.metadata[_METADATA.encode()])
@@ -162,8 +166,6 @@ def _load_parquet(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         column = table[key].combine_chunks().drop_null()
         if shape:
             column = column.flatten()
-        leading = (replicas,) if key.startswith("params/") else (-1, replicas)
-        if shape and not key.startswith("params/"):
-            leading = (len(arrays["steps"]), replicas)
-        arrays[key] = column.to_numpy(zero_copy_only=False).reshape(*leading, *shape)
+        rows = (replicas,) if key.startswith("params/") else (len(arrays["steps"]), replicas)
+        arrays[key] = column.to_numpy(zero_copy_only=False).reshape(*rows, *shape)
     return arrays
