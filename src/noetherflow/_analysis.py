@@ -154,8 +154,8 @@ _COLUMNS: tuple[tuple[str, str, Callable[[SymmetryReport], str]], ...] = (
     ("size", "independent generators", lambda r: str(r.dimension)),
     (
         "resid",
-        "residual: the larger of the relative change of a loss and the cosine between a gradient and the direction of "
-        "motion, the largest over examples",
+        "residual: the larger of the relative change of a loss and the cosine of\n"
+        "a gradient with the direction of motion; the largest over examples",
         lambda r: f"{r.residual:.0e}",
     ),
     ("charge", "squared weights on the plus side minus those on the minus side", lambda r: f"{r.charge:+.3g}"),
