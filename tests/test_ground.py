@@ -110,6 +110,26 @@ def test_the_model_is_a_function_that_leaves_the_module_alone() -> None:
         function.losses({"misspelt": torch.zeros(1)}, torch.randn(8, 3))
 
 
+def test_every_evaluation_of_the_function_begins_with_the_buffers_of_the_model() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x * self.weight * self.calls
+
+    model = Counting()
+    function = ModelFunction(model, lambda model, x: model(x).sum(1))
+    x = torch.randn(4, 1)
+    for _ in range(3):
+        assert torch.equal(function.losses(function.params, x), x[:, 0])
+        assert torch.equal(function.gradient(function.params, x)[1]["weight"], x.sum().reshape(1))
+    assert model.calls == 0
+
+
 def test_a_module_under_two_names_is_left_alone() -> None:
     """functional_call alone would leave the second value it puts there."""
     shared = nn.Linear(2, 2)
