@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 # One thread for each of two processes: the models of the tests are tiny. Tests that share something expensive are a group.
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 # Faults of files that differ from this commit are tried by make mutants-changed; by default from where the branch left main.
 BASE ?=
 # Interpreters for make matrix, such as "python3.11 /opt/python3.13/bin/python"; those on the path by default.

@@ -1,12 +1,17 @@
 """What holds for every test, and which tests share a process."""
 
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
 import pytest
 import torch
 
 # The models are tiny: a second thread gains nothing, and waiting for it costs a great deal where a core is taken.
 torch.set_num_threads(1)
-# Fixtures that take seconds to make, by the group of the tests that use them.
-SHARED = {"browser": "browser", "written": "browser", "seen": "ranks"}
+# Files whose tests share a fixture that takes seconds: a browser, a pair of processes.
+TOGETHER = {"test_page.py", "test_microbatch.py"}
+FIGURE = re.compile(r"[\[-](f\d+)[\]-]")
 
 
 @pytest.fixture(autouse=True)
@@ -15,18 +20,23 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup`, tests of one group run in one process, which makes what they share once."""
-    for item in items:
-        group = group_of(item)
-        if group is not None:
-            item.add_marker(pytest.mark.xdist_group(group))
+def group_of(node: str) -> str:
+    """The group of a test by its node id: its file, the experiment of the paper that it looks at, or the test alone."""
+    file = PurePosixPath(node.partition("::")[0]).name
+    figure = FIGURE.search(node) if file.startswith("test_paper") else None
+    return file if file in TOGETHER else f"{figure[1]} of the paper" if figure else node
 
 
-def group_of(item: pytest.Item) -> str | None:
-    """The group of a test: by a fixture that it uses, or by the experiment of the paper that it looks at."""
-    if item.path.stem.startswith("test_paper"):
-        callspec = getattr(item, "callspec", None)
-        return f"paper {callspec.params['name']}" if callspec and "name" in callspec.params else None
-    return next((SHARED[name] for name in getattr(item, "fixturenames", ()) if name in SHARED), None)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, the tests of a group run in one process, which makes what they share once.
+
+    The marker `xdist_group` would say so as well, but xdist 3.8 does not see it with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Grouped(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Grouped(config, log)

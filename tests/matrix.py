@@ -33,7 +33,7 @@ SUBSET = (
 NEEDED = ("pytest", "pytest-xdist", "hypothesis", "scikit-learn", "transformers", "peft")
 # Held by constraints.txt at what one release of torch works with: another release brings others.
 FREE = ("torch", "sympy", "setuptools", "networkx", "fsspec", "filelock", "jinja2", "typing_extensions")
-PYTEST = ("-q", "-n", "2", "--dist", "loadgroup", "--tb=short", "-p", "no:cacheprovider")
+PYTEST = ("-q", "-n", "2", "--tb=short", "-p", "no:cacheprovider")
 SUMMARY = re.compile(r"^.*?((?:\d+ \w+(?:, )?)+) in [\d.]+s.*$", re.MULTILINE)
 
 
