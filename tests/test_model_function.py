@@ -143,6 +143,11 @@ def go_through(row: Row) -> None:
 
 @pytest.mark.parametrize("name", model_table.NAMES)
 def test_every_number_is_that_of_a_loop(name: str) -> None:
+    if name == "compiled" and torch.__version__.startswith("2.6."):
+        # PyTorch 2.6 exports no compiled model; later releases do.
+        with pytest.raises(nf.TraceError, match="dynamo-optimized"):
+            go_through(model_table.row(name))
+        return
     go_through(model_table.row(name))
 
 
