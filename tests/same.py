@@ -27,7 +27,7 @@ def differences(a: Any, b: Any, where: str = "result") -> Iterator[str]:
             yield f"{where}: lengths {len(a)} and {len(b)}"
         for index, (x, y) in enumerate(zip(a, b, strict=False)):
             yield from differences(x, y, f"{where}[{index}]")
-    elif a is None or isinstance(a, (bool, int, str, Enum)):
+    elif a is None or isinstance(a, (bool, int, str, Enum, torch.dtype)):
         if a != b:
             yield f"{where}: {a!r} and {b!r}"
     else:

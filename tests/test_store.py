@@ -83,7 +83,7 @@ def everything() -> Everything:
         pairs={"p": Pair(torch.ones(2), torch.zeros(()))},
         status=nf.Status.AT_INFINITY,
         missing=None,
-        residual=nf.Residual(1e-16, math.nan, 3),
+        residual=nf.Residual(1e-16, math.nan, 3, torch.bfloat16),
         symmetry=Toy("weight", 0.1),
     )
 
@@ -161,7 +161,10 @@ CHANGES: dict[str, Callable[[Everything], Everything]] = {
     "an order": lambda e: dataclasses.replace(e, tensors=dict(reversed(e.tensors.items()))),
     "a list for a tuple": lambda e: dataclasses.replace(e, fixed=list(e.fixed)),
     "a status": lambda e: dataclasses.replace(e, status=nf.Status.CONVERGED),
-    "the example of a residual": lambda e: dataclasses.replace(e, residual=nf.Residual(1e-16, math.nan, 4)),
+    "the example of a residual": lambda e: dataclasses.replace(
+        e, residual=nf.Residual(1e-16, math.nan, 4, torch.bfloat16)
+    ),
+    "the precision of a residual": lambda e: dataclasses.replace(e, residual=nf.Residual(1e-16, math.nan, 3)),
     "an attribute of a symmetry": lambda e: dataclasses.replace(e, symmetry=Toy("weight", 0.2)),
 }
 

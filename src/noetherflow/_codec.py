@@ -11,7 +11,7 @@ is looked up by name among the imported subclasses. A tree that does not fit its
 | `Tensor` | the key of the tensor |
 | `tuple[X, ...]`, `tuple[X, Y]`, `list[X]` | an array |
 | `dict[str, X]` | an object, in order |
-| an `Enum` | the name of the member |
+| an `Enum`, a `torch.dtype` | the name of the member or of the dtype |
 | another class | an object: the arguments of the constructor by name, each read from the attribute of that name |
 | an abstract class | the name of the subclass, and the object |
 """
@@ -29,6 +29,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from noetherflow._errors import NoetherflowError
@@ -71,12 +72,12 @@ def codec_of(hint: Any) -> Codec:
         return _Sequence(kind, tuple(codec_of(hint) for hint in (arguments if fixed else arguments[:1])), fixed)
     if hint in (bool, int, str):
         return _Plain(hint)
-    if hint is float:
-        return _Float()
-    if hint is Tensor:
-        return _Tensor()
+    if hint in (float, Tensor):
+        return _Float() if hint is float else _Tensor()
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return _Enum(hint)
+        return _Named(hint, dict(hint.__members__))
+    if hint is torch.dtype:
+        return _Named(hint, {str(kind): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)})
     if isinstance(hint, type) and hint.__module__ not in ("builtins", "typing") and origin is None:
         return _Abstract(hint) if inspect.isabstract(hint) else _Class(hint)
     raise Misfit(f"no file can hold a value of the type {getattr(hint, '__name__', hint)}")
@@ -131,8 +132,7 @@ class _Tensor(Codec):
     def decode(self, tree: Any, where: str, take: Take) -> Any:
         if not isinstance(tree, str):
             raise _expected("the key of a tensor", tree, where)
-        tensor = take(tree)
-        if tensor is None:
+        if (tensor := take(tree)) is None:
             raise Misfit(f"{where} refers to a tensor {shown(tree)}, which is not there or belongs to another place")
         return tensor
 
@@ -189,18 +189,19 @@ class _Sequence(Codec):
 
 @final
 @dataclasses.dataclass(frozen=True)
-class _Enum(Codec):
-    kind: type[Enum]
+class _Named(Codec):
+    kind: type
+    members: dict[str, Any]
 
     def encode(self, value: Any, where: str, put: Put) -> Any:
         if not isinstance(value, self.kind):
             raise _expected(f"a member of {self.kind.__name__}", value, where)
-        return value.name
+        return next(name for name, member in self.members.items() if member is value)
 
     def decode(self, tree: Any, where: str, take: Take) -> Any:
-        if not isinstance(tree, str) or tree not in self.kind.__members__:
-            raise _expected(f"one of {', '.join(self.kind.__members__)}", tree, where)
-        return self.kind[tree]
+        if not isinstance(tree, str) or tree not in self.members:
+            raise _expected(f"one of {', '.join(self.members)}", tree, where)
+        return self.members[tree]
 
 
 @final
