@@ -224,3 +224,11 @@ def test_every_error_is_of_one_family() -> None:
     errors = [thing for name in nf.__all__ if isinstance(thing := getattr(nf, name), type) and name.endswith("Error")]
     assert len(errors) >= 12
     assert all(issubclass(error, nf.NoetherflowError) for error in errors)
+
+
+def test_arguments_in_another_order_are_answered_with_the_order() -> None:
+    one = case("diagonal")
+    with pytest.raises(nf.SettingsError, match=r"got DiagonalSymmetry: the order of arguments is model, loss, data"):
+        nf.verify_symmetry(one.symmetries["hidden"], one.model, one.loss, one.batch)
+    with pytest.raises(nf.SettingsError, match="as dynamics"):
+        nf.simulate(nf.SGD(0.1, 2), one.model, one.loss, one.batch, steps=1)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from noetherflow._errors import NonFiniteError, ParameterNameError
+from noetherflow._errors import NonFiniteError, ParameterNameError, SettingsError
 from noetherflow._types import Params
 
 
@@ -42,7 +42,19 @@ def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
-    """Canonical name, as in `named_parameters()`, by every name under which a parameter appears."""
+    """Canonical name, as in `named_parameters()`, by every name under which a parameter appears.
+
+    Returns:
+        Names by name.
+
+    Raises:
+        SettingsError: If the model is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise SettingsError(
+            f"expected a torch.nn.Module as model, got {type(model).__name__}: the order of arguments is model, loss, "
+            "data, symmetries, settings"
+        )
     canonical = {id(tensor): name for name, tensor in model.named_parameters()}
     return {name: canonical[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
 

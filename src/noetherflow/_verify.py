@@ -89,6 +89,7 @@ def verify_symmetry(
         ParameterShapeError: If the axes of the symmetry do not fit the parameters.
         NonFiniteError: If a parameter or a loss is not finite at the parameters of the model.
         LossError: If the loss does not return one number per example.
+        SettingsError: If the model is not a module, such as a symmetry in its place.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -105,7 +106,8 @@ def verify_symmetry(
 
     Source: Ziyin et al. (2024), the definition of an exponential symmetry.
     """
-    symmetry = symmetry.rename(aliases(model))
+    names = aliases(model)
+    symmetry = symmetry.rename(names)
     function = ModelFunction(model, loss, dtype)
     params = function.params
     symmetry.check(params)
