@@ -11,6 +11,8 @@ import torch
 torch.set_num_threads(1)
 # Files whose tests share a fixture that takes seconds: a browser, a pair of processes.
 TOGETHER = {"test_page.py", "test_microbatch.py"}
+# No doctests here: the collector would import the file a second time, under another name, and define its class twice.
+collect_ignore = ["measures_halves.py"]
 FIGURE = re.compile(r"[\[-](f\d+)[\]-]")
 
 
