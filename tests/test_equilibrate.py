@@ -1,6 +1,8 @@
 """The equilibrium of symmetries that share tensors: against brute force, from several starts, and its refusals."""
 
 import copy
+import weakref
+from collections.abc import Iterator
 
 import pytest
 import scipy.optimize
@@ -215,8 +217,29 @@ def test_settings_out_of_range_are_refused() -> None:
             nf.equilibrate(one.model, one.loss, one.loader(), SGD, one.symmetries, **wrong)
 
 
-def test_an_analysis_goes_all_the_way() -> None:
+@pytest.mark.parametrize("once", [False, True])
+def test_an_analysis_goes_all_the_way(once: bool) -> None:
     one = make(layers)
-    analysis = nf.analyze(one.model, one.loss, one.loader(), SGD, one.symmetries)
+    analysis = nf.analyze(one.model, one.loss, iter(one.loader()) if once else one.loader(), SGD, one.symmetries)
     assert [report.status for report in analysis.reports] == ["converged", "converged"]
     assert analysis.equilibrium.passes > 2
+    assert analysis.noise.count == 24
+
+
+def test_an_analysis_that_needs_one_measurement_keeps_no_batches() -> None:
+    one = case("diagonal")
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    class Loader:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for x, y in one.loader(3):
+                copied = x.clone()
+                seen.append(weakref.ref(copied))
+                alive.append(sum(reference() is not None for reference in seen))
+                yield copied, y
+
+    nf.analyze(one.model, one.loss, Loader(), SGD, one.symmetries)
+    assert len(seen) >= 8
+    # The first batch, on which symmetries are verified, the batch before and the present batch.
+    assert max(alive) <= 4

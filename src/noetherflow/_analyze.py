@@ -41,7 +41,7 @@ def analyze(
         model: The model, in the mode (train or eval) in which it trains; it is not changed. The analysis runs in
             float64 on a copy.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
-        loader: The training data in batches, read once and kept in memory.
+        loader: The training data in batches. Kept in memory only if it is an iterator, or where `equilibrate` reads it.
         sgd: The settings of training.
         symmetries: Symmetries by name; None finds them from the graph of the loss of the first batch.
         progress: Show a progress bar on a terminal.
@@ -65,7 +65,8 @@ def analyze(
     Source: Ziyin et al. (2024).
     """
     first, loader = peek(loader)
-    batches = list(loader)
+    # Only an iterator, which cannot be gone through again, is kept in memory here: there may be more data than memory.
+    batches = list(loader) if iter(loader) is loader else loader
     residuals: dict[str, Residual] = {}
     if symmetries is None:
         explanation = explain(model, loss, first)

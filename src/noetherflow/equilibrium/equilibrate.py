@@ -105,11 +105,7 @@ class _Point:
     noise: NoiseMoments
     potential: float
     blocks: Blocks
-
-    @property
-    def residuals(self) -> dict[str, Residual]:
-        """The drift of every symmetry along the directions that have an equilibrium."""
-        return {name: r for orbit in self.blocks.orbits for name, r in orbit.residuals().items()}
+    residuals: dict[str, Residual]
 
 
 @final
@@ -130,10 +126,9 @@ class _Course:
         start = here = self._measure(origin)
         acceleration = Anderson()
         for _ in track(range(max_passes - 1), "equilibrium", shown=progress):
-            minimum = here.blocks.minimise()
-            if self._at_rest(start, here, tolerance) or self.passes >= max_passes:
+            if all(self._reached(start, here, tolerance).values()) or self.passes >= max_passes:
                 break
-            here = self._step(here, minimum, acceleration, max_passes)
+            here = self._step(here, here.blocks.minimise(), acceleration, max_passes)
         return self._result(start, here, tolerance)
 
     def _step(self, here: _Point, minimum: OrbitMinimum, acceleration: Anderson, max_passes: int) -> _Point:
@@ -163,22 +158,18 @@ class _Course:
         )
         norm = torch.stack([params[name].square().sum() for name in noise.mean]).sum()
         potential = 2 * self._sgd.gamma * norm + self._sgd.temperature * noise.trace
-        return _Point(coordinates, params, noise, float(potential), Blocks.of(params, noise, self._sgd))
-
-    def _at_rest(self, start: _Point, here: _Point, tolerance: float) -> bool:
-        return all(self._reached(start, here, tolerance).values())
+        blocks = Blocks.of(params, noise, self._sgd)
+        residuals = {name: residual for orbit in blocks.orbits for name, residual in orbit.residuals().items()}
+        return _Point(coordinates, params, noise, float(potential), blocks, residuals)
 
     def _reached(self, start: _Point, here: _Point, tolerance: float) -> dict[str, bool]:
         """Whether the residual of each symmetry is at most a share of its start, or rounding."""
-        before, now = start.residuals, here.residuals
-        return {
-            name: bool(
-                (
-                    residual.rate.abs() <= torch.maximum(tolerance * before[name].rate.abs(), _ROUNDING * residual.size)
-                ).all()
-            )
-            for name, residual in now.items()
-        }
+        reached = {}
+        for name, residual in here.residuals.items():
+            before = start.residuals[name]
+            limit = torch.maximum(tolerance * before.rate.abs(), _ROUNDING * residual.size)
+            reached[name] = bool((residual.rate.abs() <= limit).all())
+        return reached
 
     def _result(self, start: _Point, here: _Point, tolerance: float) -> Equilibrium:
         minimum = here.blocks.minimise()
