@@ -37,7 +37,7 @@ from noetherflow.discover import (
     discover_generators,
     discover_rescalings,
 )
-from noetherflow.equilibrium import Equilibrium, Outcome, Status, equilibrate, potential, solve_equilibrium
+from noetherflow.equilibrium import Equilibrium, Imbalance, Outcome, Status, equilibrate, potential, solve_equilibrium
 from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments, estimate_noise
 from noetherflow.simulation import GradientDescent, GradientFlow, Langevin, NoetherFlow, Trajectory, simulate
 from noetherflow.symmetry import (
@@ -76,6 +76,7 @@ __all__ = [
     "GradientDescent",
     "GradientFlow",
     "Grams",
+    "Imbalance",
     "Langevin",
     "Loss",
     "LossError",

@@ -40,6 +40,12 @@ class SymmetryReport:
             equilibrium.
         status: How the search for the equilibrium ended.
         message: The coordinates without an equilibrium, and the reason; empty if there are none.
+        error: Standard error of the distance; NaN where nothing is known.
+        at_rest: Whether the distance is below two standard errors.
+        imbalance_before: The relative drift |P - R| / |P + R| where the model is; see `Imbalance`.
+        imbalance_after: The relative drift at the equilibrium, measured on the data that was used.
+        holdout_before: The relative drift where the model is, on data that was held out; NaN without such data.
+        holdout_after: The relative drift at the equilibrium, on data that was held out.
 
     Examples:
         >>> import noetherflow as nf
@@ -61,6 +67,12 @@ class SymmetryReport:
     slowest_steps: float
     status: str
     message: str
+    error: float
+    at_rest: bool
+    imbalance_before: float
+    imbalance_after: float
+    holdout_before: float
+    holdout_after: float
 
 
 @final

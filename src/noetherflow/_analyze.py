@@ -140,4 +140,10 @@ def _report(
         slowest_steps=slowest,
         status=outcome.status.name.lower(),
         message=outcome.message,
+        error=equilibrium.error[name],
+        at_rest=equilibrium.at_rest[name],
+        imbalance_before=equilibrium.imbalance[name].before,
+        imbalance_after=equilibrium.imbalance[name].after,
+        holdout_before=equilibrium.holdout[name].before if equilibrium.holdout else float("nan"),
+        holdout_after=equilibrium.holdout[name].after if equilibrium.holdout else float("nan"),
     )

@@ -18,7 +18,7 @@ from noetherflow.detect import find_symmetries
 from noetherflow.equilibrium.anderson import Anderson
 from noetherflow.equilibrium.blocks import Blocks, moved
 from noetherflow.equilibrium.orbit import Residual
-from noetherflow.equilibrium.result import Equilibrium, OrbitMinimum, Outcome, Status
+from noetherflow.equilibrium.result import Equilibrium, Imbalance, OrbitMinimum, Outcome, Status
 from noetherflow.noise import NoiseMoments, estimate_noise
 from noetherflow.noise.exact import resolve
 from noetherflow.symmetry import Symmetry
@@ -191,4 +191,6 @@ class _Course:
             iterations=minimum.iterations,
             symmetries=here.noise.symmetries,
             passes=self.passes,
+            standard_error={name: torch.full_like(x, torch.nan) for name, x in here.coordinates.items()},
+            imbalance={n: Imbalance(start.residuals[n].imbalance, here.residuals[n].imbalance) for n in outcomes},
         )

@@ -20,6 +20,12 @@ class Residual(NamedTuple):
     rate: Tensor
     size: Tensor
 
+    @property
+    def imbalance(self) -> float:
+        """|P - R| / |P + R| over the directions that have an equilibrium; 0 without forces."""
+        size = float(self.size.norm())
+        return float(self.rate.norm()) / size if size else 0.0
+
 
 class Orbit(ABC):
     """The points that a set of symmetries reaches from the parameters, and the potential on them."""

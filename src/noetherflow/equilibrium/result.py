@@ -71,6 +71,23 @@ class OrbitMinimum(NamedTuple):
 
 
 @final
+class Imbalance(NamedTuple):
+    r"""The relative drift of a symmetry, $|P - R| / |P + R|$, where the model is and at the equilibrium.
+
+    P drives the charge up and R drives it down; norms are over the coordinates that have an equilibrium. 0 is rest, 1 is
+    a force without a counterforce.
+
+    Examples:
+        >>> import noetherflow as nf
+        >>> nf.Imbalance(before=0.9, after=1e-12).before
+        0.9
+    """
+
+    before: float
+    after: float
+
+
+@final
 @dataclass(frozen=True)
 class Equilibrium:
     """The noise equilibrium of a model: where SGD takes its charges, and how long that takes.
@@ -89,6 +106,11 @@ class Equilibrium:
         iterations: Newton steps taken, the most over all sets of symmetries that share tensors.
         symmetries: The symmetries, under canonical parameter names.
         passes: How often the noise was measured on the way; once if the noise at a single point determines the rest.
+        standard_error: Per symmetry, how far the coordinates would fall from these for another sample of the data of
+            this size: of the shape of the coordinates, NaN where nothing is known.
+        imbalance: Per symmetry, the relative drift on the data that was used.
+        holdout: Per symmetry, the relative drift on data that was held out; empty without such data.
+        notes: What was left out or done in another way, in sentences.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -115,6 +137,10 @@ class Equilibrium:
     iterations: int
     symmetries: Mapping[str, Symmetry] = field(repr=False)
     passes: int = 1
+    standard_error: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    imbalance: dict[str, Imbalance] = field(default_factory=dict)
+    holdout: dict[str, Imbalance] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def status(self) -> Status:
@@ -131,6 +157,16 @@ class Equilibrium:
     def distance(self) -> dict[str, float]:
         """Per symmetry, the root mean square of x over coordinates: weights are a factor e^{x} from the equilibrium."""
         return {name: root_mean_square(x) for name, x in self.coordinates.items()}
+
+    @property
+    def error(self) -> dict[str, float]:
+        """Per symmetry, the root mean square of the standard error over coordinates: compare with `distance`."""
+        return {name: root_mean_square(self.standard_error[name]) for name in self.coordinates}
+
+    @property
+    def at_rest(self) -> dict[str, bool]:
+        """Per symmetry, whether the distance is below two standard errors: at rest within the error."""
+        return {name: distance <= 2 * self.error[name] for name, distance in self.distance.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the equilibrium to a file (safetensors and JSON, no pickle), completely or not at all.

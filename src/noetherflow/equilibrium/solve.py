@@ -10,7 +10,7 @@ from noetherflow._optimizers import SGD
 from noetherflow._params import require_names, snapshot
 from noetherflow._types import Params
 from noetherflow.equilibrium.blocks import Blocks, moved
-from noetherflow.equilibrium.result import Equilibrium, Status
+from noetherflow.equilibrium.result import Equilibrium, Imbalance, Status
 from noetherflow.noise import NoiseMoments
 
 
@@ -115,6 +115,12 @@ def solve_equilibrium(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params,
         trace_after=trace_after.item(),
         iterations=minimum.iterations,
         symmetries=noise.symmetries,
+        standard_error={name: torch.full_like(x, torch.nan) for name, x in minimum.coordinates.items()},
+        imbalance={
+            name: Imbalance(residual.imbalance, float("nan"))
+            for orbit in blocks.orbits
+            for name, residual in orbit.residuals().items()
+        },
     )
     if throw and equilibrium.status is not Status.CONVERGED:
         raise EquilibriumError(f"{equilibrium.status.value}:\n{equilibrium.message}")
