@@ -74,8 +74,8 @@ class OrbitMinimum(NamedTuple):
 class Imbalance(NamedTuple):
     r"""The relative drift of a symmetry, $|P - R| / |P + R|$, where the model is and at the equilibrium.
 
-    P drives the charge up and R drives it down; norms are over the coordinates that have an equilibrium. 0 is rest, 1 is
-    a force without a counterforce.
+    P drives the charge up and R drives it down; norms are over the coordinates that have an equilibrium. 0 is rest, 1
+    is a force without a counterforce.
 
     Examples:
         >>> import noetherflow as nf
