@@ -13,7 +13,7 @@ FLOORS = [
     | {"_autograd", "_holder", "_precision", "_extras"},
     {"_params", "_per_example", "_store"},
     {"_model_function", "symmetry"},
-    {"_residual"},
+    {"_residual", "_dtype"},
     {"_verify"},
     {"detect"},
     {"noise", "discover"},

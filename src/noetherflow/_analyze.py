@@ -6,19 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow._analysis import Analysis, SymmetryReport
-from noetherflow._batch import cast, peek
+from noetherflow._batch import cast
 from noetherflow._drift import drift
 from noetherflow._errors import NotASymmetryError
 from noetherflow._optimizers import SGD
-from noetherflow._params import copy_of, snapshot
+from noetherflow._params import copy_of
+from noetherflow._precision import TOLERANCES
 from noetherflow._rebalance import rebalance_
 from noetherflow._types import Batch, Loss
-from noetherflow._verify import Residual, verify_symmetry
-from noetherflow.detect.find import explain, warn_of_rejected
-from noetherflow.equilibrium import Equilibrium, equilibrate, solve_equilibrium
+from noetherflow._verify import Residual
+from noetherflow.detect.proof import prove
 from noetherflow.equilibrium.result import median_and_slowest, root_mean_square
-from noetherflow.equilibrium.solve import is_determined
-from noetherflow.noise import NoiseMoments, estimate_noise
+from noetherflow.equilibrium.search import Options, Search, search
 from noetherflow.noise.table import halves, total
 from noetherflow.symmetry import Symmetry
 
@@ -33,21 +32,34 @@ def analyze(
     sgd: SGD,
     symmetries: Mapping[str, Symmetry] | None = None,
     *,
+    tolerance: float = 1e-6,
+    max_passes: int = 40,
+    microbatches: bool = False,
+    holdout: Iterable[Batch] | None = None,
+    dtype: torch.dtype | None = None,
+    max_bytes: int = 2**28,
     progress: bool = True,
 ) -> Analysis:
     r"""Verify the symmetries of a model, measure their gradient noise, and compute their equilibrium under SGD.
 
     Args:
-        model: The model, in the mode (train or eval) in which it trains; it is not changed. The analysis runs in
-            float64 on a copy.
+        model: The model, in the mode (train or eval) in which it trains; it is not changed. The analysis runs on a
+            copy.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
-        loader: The training data in batches. Kept in memory only if it is an iterator, or where `equilibrate` reads it.
+        loader: The training data in batches, which are kept in memory: every measurement is of the same examples.
         sgd: The settings of training.
         symmetries: Symmetries by name; None finds them from the graph of the loss of the first batch.
+        tolerance: See `equilibrate`, as for all further options.
+        max_passes: The largest number of measurements on the way to the equilibrium.
+        microbatches: Measure the noise between batches instead of between examples.
+        holdout: Batches that are not used, to see how far the equilibrium carries over.
+        dtype: Floating-point type of the gradients.
+        max_bytes: Memory that stacked gradients of examples may take.
         progress: Show a progress bar on a terminal.
 
     Returns:
-        The analysis. `print` shows it as a table; `save` and `save_json` write it to a file.
+        The analysis. A symmetry without an equilibrium is a row with a status, not an error. `print` shows it as a table;
+        `save` and `save_json` write it to a file.
 
     Raises:
         EmptyDataError: If the loader yields no batch.
@@ -64,42 +76,33 @@ def analyze(
 
     Source: Ziyin et al. (2024).
     """
-    first, loader = peek(loader)
-    # Only an iterator, which cannot be gone through again, is kept in memory here: there may be more data than memory.
-    batches = list(loader) if iter(loader) is loader else loader
-    residuals: dict[str, Residual] = {}
-    if symmetries is None:
-        explanation = explain(model, loss, first)
-        warn_of_rejected(explanation)
-        symmetries = explanation.symmetries
-        residuals = {finding.name: finding.residual for finding in explanation.found}
-    # The noise is measured before declared symmetries are verified, because its errors name the batch with bad data.
-    noise = estimate_noise(model, loss, batches, symmetries, dtype=torch.float64, progress=progress)
-    for name, symmetry in symmetries.items():
-        if name not in residuals:
-            residuals[name] = _verified(model, loss, first, name, symmetry)
-    initial = snapshot(model)
-    if is_determined(noise, sgd, initial):
-        equilibrium = solve_equilibrium(noise, sgd, initial)
-    else:
-        equilibrium = equilibrate(model, loss, batches, sgd, symmetries, progress=progress)
-    rates = drift(noise, sgd, initial)
-    reports = tuple(
-        _report(name, residuals[name], rates[name], initial, noise, equilibrium, sgd) for name in symmetries
-    )
-    return Analysis(reports, equilibrium, noise, sgd, initial)
+    options = Options(tolerance, max_passes, microbatches, holdout, dtype, max_bytes, progress)
+    result = search(model, loss, loader, sgd, symmetries, options)
+    # The noise is measured before declared symmetries are proved, because its errors name the batch with bad data.
+    declared = result.noise.symmetries if symmetries is not None else {}
+    residuals = result.residuals | _proved(model, loss, result.first, declared, dtype)
+    rates = drift(result.noise, sgd, result.initial)
+    reports = tuple(_report(name, residuals[name], rates[name], result, sgd) for name in result.noise.symmetries)
+    return Analysis(reports, result.equilibrium, result.noise, sgd, result.initial)
 
 
-def _verified(model: nn.Module, loss: Loss, batch: Batch, name: str, symmetry: Symmetry) -> Residual:
-    """The residual of a declared symmetry; raises `NotASymmetryError` if the residual is more than rounding."""
-    residual = verify_symmetry(model, loss, batch, symmetry)
-    if not residual <= _EXACT:
-        raise NotASymmetryError(
-            f"{name!r} is not a symmetry: a finite transformation changes the loss of example {residual.example} of "
-            f"the first batch, relative change {residual.loss:.2e}, gradient along the orbit {residual.gradient:.2e}, "
-            f"expected below {_EXACT:.0e}"
-        )
-    return residual
+def _proved(
+    model: nn.Module, loss: Loss, batch: Batch, symmetries: Mapping[str, Symmetry], dtype: torch.dtype | None
+) -> dict[str, Residual]:
+    """Residuals of declared symmetries; raises `NotASymmetryError` if a residual is more than rounding."""
+    if not symmetries:
+        return {}
+    proofs = prove(list(symmetries.values()), model, loss, batch, dtype=dtype)
+    residuals = dict(zip(symmetries, proofs, strict=True))
+    for name, residual in residuals.items():
+        limit = max(_EXACT, TOLERANCES[residual.precision].proof)
+        if not residual <= limit:
+            raise NotASymmetryError(
+                f"{name!r} is not a symmetry: a finite transformation changes the loss of example {residual.example} "
+                f"of the first batch, relative change {residual.loss:.2e}, gradient along the orbit "
+                f"{residual.gradient:.2e}, expected below {limit:.0e}"
+            )
+    return residuals
 
 
 def rebalanced_copy(model: nn.Module, analysis: Analysis, loss: Loss, batch: Batch) -> nn.Module:
@@ -111,16 +114,9 @@ def rebalanced_copy(model: nn.Module, analysis: Analysis, loss: Loss, batch: Bat
     return copied.to(dtype)
 
 
-def _report(
-    name: str,
-    residual: Residual,
-    rate: Tensor,
-    params: Mapping[str, Tensor],
-    noise: NoiseMoments,
-    equilibrium: Equilibrium,
-    sgd: SGD,
-) -> SymmetryReport:
+def _report(name: str, residual: Residual, rate: Tensor, result: Search, sgd: SGD) -> SymmetryReport:
     """The report of a symmetry, from the results for all symmetries."""
+    equilibrium, noise, params = result.equilibrium, result.noise, result.initial
     symmetry = equilibrium.symmetries[name]
     noise_plus, noise_minus = halves(symmetry, noise.grams[name])
     median, slowest = median_and_slowest(equilibrium.relaxation_steps[name])

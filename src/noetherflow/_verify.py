@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from noetherflow import _spd
 from noetherflow._batch import cast, select
+from noetherflow._dtype import announced_dtype
 from noetherflow._model_function import ModelFunction
 from noetherflow._params import aliases
 from noetherflow._per_example import own_randomness, require_losses
@@ -62,7 +63,7 @@ def verify_symmetry(
     symmetry: Symmetry,
     *,
     draws: int = 3,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> Residual:
     r"""Measure how much a declared symmetry changes the losses of single examples.
@@ -78,7 +79,8 @@ def verify_symmetry(
         batch: The examples on which the symmetry is tested.
         symmetry: The declared symmetry.
         draws: Number of finite transformations.
-        dtype: Floating-point type of the copy of the model.
+        dtype: Floating-point type of the copy of the model; by default float64, or the model's type if the model is
+            very large or cannot be computed in float64.
         generator: Source of the random coordinates; by default a generator with seed 0.
 
     Returns:
@@ -108,6 +110,7 @@ def verify_symmetry(
     """
     names = aliases(model)
     symmetry = symmetry.rename(names)
+    dtype = announced_dtype(model, loss, batch, dtype)
     function = ModelFunction(model, loss, dtype)
     params = function.params
     symmetry.check(params)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow._batch import cast, select
+from noetherflow._dtype import announced_dtype
 from noetherflow._errors import CoupledExamplesError
 from noetherflow._model_function import ModelFunction
 from noetherflow._per_example import own_randomness, require_losses, require_uncoupled
@@ -17,8 +18,6 @@ from noetherflow.symmetry import Symmetry
 
 # Together they are as good a test as one by one, as long as the rounding of so many transformations stays small.
 _TOGETHER = 64
-# Models beyond this size are proved in their own precision: a copy in float64 would take twice the memory.
-_LARGE = 20_000_000
 
 
 def prove(
@@ -42,21 +41,12 @@ def prove(
     return _Proof(model, loss, batch, dtype, draws).of(list(symmetries))
 
 
-def _dtype(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
-    """Where the proof is made: float64 for models that are not too large for it, else their own, float32 at least."""
-    if dtype is not None:
-        return dtype
-    parameters = list(model.parameters())
-    own = torch.promote_types(parameters[0].dtype, torch.float32) if parameters else torch.float64
-    return own if sum(one.numel() for one in parameters) > _LARGE else torch.float64
-
-
 @final
 class _Proof:
     """What all symmetries of one model have in common."""
 
     def __init__(self, model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype | None, draws: int) -> None:
-        dtype = _dtype(model, dtype)
+        dtype = announced_dtype(model, loss, batch, dtype)
         self._function = ModelFunction(model, loss, dtype)
         self._params = self._function.params
         self._device = next(iter(self._params.values())).device

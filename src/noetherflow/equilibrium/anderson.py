@@ -45,20 +45,38 @@ class Anderson:
         self._points.append(point)
         self._residuals.append(target - point)
         del self._points[: -_DEPTH - 1], self._residuals[: -_DEPTH - 1]
-        step = self._residuals[-1]
-        if len(self._points) > 1:
-            points, residuals = (torch.stack(parts, 1).diff(dim=1) for parts in (self._points, self._residuals))
-            # Differences shrink from pass to pass; scaled to length 1 none is lost in the rank decision.
-            length = residuals.norm(dim=0).clamp_min(torch.finfo(residuals.dtype).tiny)
-            points, residuals = points / length, residuals / length
-            weights = torch.linalg.lstsq(residuals, step.unsqueeze(1), driver="gelsd").solution
-            step = step - ((points + residuals) @ weights).squeeze(1)
-        parts = (point + step).split([tensor.numel() for tensor in x.values()])
-        return {name: _shaped(part, x[name]) for name, part in zip(x, parts, strict=True)}
+        return _split(point + self._solve(self._residuals[-1]), x)
+
+    def respond(self, displacement: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        r"""The displacement of the fixed point if G is displaced: $(1 - G')^{-1}$, as far as the last iterates know G'.
+
+        Args:
+            displacement: Added to G, by name.
+
+        Returns:
+            By name.
+        """
+        return _split(self._solve(_flat(displacement)), displacement)
+
+    def _solve(self, residual: Tensor) -> Tensor:
+        """The Newton step for a residual, with the Jacobian of the last iterates, and that of G = 0 beyond these."""
+        if len(self._points) < 2:
+            return residual
+        points, residuals = (torch.stack(parts, 1).diff(dim=1) for parts in (self._points, self._residuals))
+        # Differences shrink from pass to pass; scaled to length 1 none is lost in the rank decision.
+        length = residuals.norm(dim=0).clamp_min(torch.finfo(residuals.dtype).tiny)
+        points, residuals = points / length, residuals / length
+        weights = torch.linalg.lstsq(residuals, residual.unsqueeze(1), driver="gelsd").solution
+        return residual - ((points + residuals) @ weights).squeeze(1)
 
 
 def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+
+
+def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = flat.split([tensor.numel() for tensor in like.values()])
+    return {name: _shaped(part, like[name]) for name, part in zip(like, parts, strict=True)}
 
 
 def _shaped(part: Tensor, like: Tensor) -> Tensor:

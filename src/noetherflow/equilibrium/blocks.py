@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from noetherflow._optimizers import SGD
@@ -12,10 +13,11 @@ from noetherflow._types import Params
 from noetherflow.equilibrium.commuting import CommutingOrbit
 from noetherflow.equilibrium.dense import DenseOrbit
 from noetherflow.equilibrium.matrix import MatrixOrbit
-from noetherflow.equilibrium.orbit import Orbit
+from noetherflow.equilibrium.orbit import Orbit, Residual
+from noetherflow.equilibrium.outcomes import zero_side
 from noetherflow.equilibrium.result import OrbitMinimum
 from noetherflow.noise import NoiseMoments
-from noetherflow.symmetry import Action, Symmetry, along_axes
+from noetherflow.symmetry import Action, AxisSymmetry, Symmetry, along_axes
 
 
 @final
@@ -28,16 +30,19 @@ class Blocks:
         coupled: The names of symmetries of different blocks that share entries of a tensor, or that act on an entry
             twice: the noise at the present parameters does not determine the noise elsewhere on their joint orbit.
         names: All symmetries, in the order of the noise.
+        degenerate: The symmetries of which the parameters of a complete side are zero. They stay where they are.
     """
 
     orbits: tuple[Orbit, ...]
     coupled: tuple[str, ...]
     names: tuple[str, ...]
+    degenerate: OrbitMinimum
 
     @classmethod
     def of(cls, params: Params, noise: NoiseMoments, sgd: SGD) -> "Blocks":
         """Symmetries that scale entries are solved jointly where they share tensors, every other symmetry by itself."""
-        symmetries = noise.symmetries
+        still = _degenerate(params, noise.symmetries)
+        symmetries = {name: symmetry for name, symmetry in noise.symmetries.items() if name not in still.outcomes}
         groups, doubled = entangled(symmetries, params)
         orbits: list[Orbit] = []
         coupled: list[str] = []
@@ -51,18 +56,47 @@ class Blocks:
                 orbits.append(kind(name, symmetries[name], params, noise.grams[name], sgd))
             if others and (len(group) > 1 or doubled.intersection(others)):
                 coupled += group
-        return cls(tuple(orbits), tuple(coupled), tuple(symmetries))
+        return cls(tuple(orbits), tuple(coupled), tuple(noise.symmetries), still)
 
     def minimise(self) -> OrbitMinimum:
         """The minimum of every block, the other blocks held where they are."""
-        minima = [orbit.minimise() for orbit in self.orbits]
+        minima = [self.degenerate, *(orbit.minimise() for orbit in self.orbits)]
         columns = []
         for column in ("coordinates", "drift", "relaxation", "outcomes"):
             values = {name: value for minimum in minima for name, value in getattr(minimum, column).items()}
             columns.append({name: values[name] for name in self.names})
         coordinates, drift, relaxation, outcomes = columns
-        iterations = max((minimum.iterations for minimum in minima), default=0)
-        return OrbitMinimum(coordinates, drift, relaxation, outcomes, iterations)
+        return OrbitMinimum(coordinates, drift, relaxation, outcomes, max(minimum.iterations for minimum in minima))
+
+    def residuals(self) -> dict[str, Residual]:
+        """The drift of every symmetry at the present parameters; no force of a degenerate symmetry counts."""
+        values = {name: residual for orbit in self.orbits for name, residual in orbit.residuals().items()}
+        for name, drift in self.degenerate.drift.items():
+            values[name] = Residual(drift, torch.zeros_like(drift), torch.zeros_like(drift))
+        return {name: values[name] for name in self.names}
+
+    def respond(self, forces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The displacement of the minimum of every block under small additional forces, the other blocks held."""
+        values = dict(self.degenerate.coordinates)
+        for orbit in self.orbits:
+            values |= orbit.respond(forces)
+        return {name: values[name] for name in self.names}
+
+
+def _degenerate(params: Params, symmetries: Mapping[str, Symmetry]) -> OrbitMinimum:
+    """The symmetries with two sides of which a side is zero, held where they are."""
+    still = OrbitMinimum({}, {}, {}, {}, 0)
+    for name, symmetry in symmetries.items():
+        if not isinstance(symmetry, AxisSymmetry) or not (symmetry.plus and symmetry.minus):
+            continue
+        squares = symmetry.grams(params)
+        for side, gram, axes in zip(("plus", "minus"), squares, (symmetry.plus, symmetry.minus), strict=True):
+            if not gram.any() and name not in still.outcomes:
+                x = symmetry.identity(params)
+                still.coordinates[name], still.drift[name] = x, torch.zeros_like(x)
+                still.relaxation[name] = torch.full_like(x if x.ndim < 2 else x[0, 0], torch.inf)
+                still.outcomes[name] = zero_side(side, tuple(dict.fromkeys(axis.name for axis in axes)))
+    return still
 
 
 def moved(symmetries: Mapping[str, Symmetry], params: Params, coordinates: Mapping[str, Tensor]) -> dict[str, Tensor]:

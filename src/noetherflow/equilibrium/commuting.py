@@ -1,5 +1,6 @@
 """Scalings and rescalings together: damped Newton on a sum of exponentials."""
 
+import functools
 from collections.abc import Mapping
 from typing import final
 
@@ -9,7 +10,8 @@ from torch import Tensor
 from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.equilibrium.orbit import Orbit, Residual
-from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
+from noetherflow.equilibrium.outcomes import of_rows
+from noetherflow.equilibrium.result import OrbitMinimum, Status
 from noetherflow.equilibrium.roles import roles_of
 from noetherflow.symmetry import AxisSymmetry
 
@@ -21,8 +23,12 @@ _MOST_STEPS = 100
 _SWEEPS = 4
 # What float64 leaves of a zero in sums of this kind.
 _ROUNDING = 1e-13
+# Accuracy of the linear response; conjugate gradients stop at its square.
+_RESPONSE = 1e-4
 # A coordinate beyond this scales weights by more than e^30: it is on its way to infinity.
 _FAR = 30.0
+# Curvature along a displacement, relative to the curvatures of its coordinates, below which nothing ends the way.
+_FLAT = 1e-8
 
 
 @final
@@ -55,17 +61,35 @@ class CommutingOrbit(Orbit):
     def residuals(self) -> dict[str, Residual]:
         """The drift of every symmetry where the noise was measured."""
         push, pull = self._forces(self._origin)
-        free = (push > 0) & (pull > 0)
+        _, free, _, _ = self._minimum
         parts = (self._unflatten(t) for t in (push - pull, torch.where(free, push - pull, 0.0), push + pull))
         drift, rate, size = parts
         return {name: Residual(drift[name], rate[name], size[name]) for name in self._symmetries}
 
     def minimise(self) -> OrbitMinimum:
         """Where all drifts are zero together."""
+        return self._result(*self._minimum)
+
+    @functools.cached_property
+    def _minimum(self) -> tuple[Tensor, Tensor, Status, int]:
+        """The minimum, the coordinates that have an equilibrium, how the search ended, and the Newton steps."""
+        origin = self._origin
         if not all(torch.isfinite(t).all() for part in (self._decay, self._noise) for t in part.values()):
-            return self._result(self._origin, Status.NON_FINITE, 0)
-        push, pull = self._forces(self._origin)
+            return origin, torch.zeros_like(origin, dtype=torch.bool), Status.NON_FINITE, 0
+        push, pull = self._forces(origin)
         free = (push > 0) & (pull > 0)
+        steps = 0
+        while True:
+            x, status, taken = self._descend(free)
+            steps += taken
+            runaway = self._runaway(x, free)
+            if not runaway.any():
+                return x, free, status, steps
+            # Coordinates that run away together are held where they are, and the rest is solved again.
+            free = free & ~runaway
+
+    def _descend(self, free: Tensor) -> tuple[Tensor, Status, int]:
+        """Damped Newton over the free coordinates: the last point, how the search ended, and the steps."""
         x = self._sweep(self._origin, free)
         status = Status.NOT_CONVERGED
         for step in range(_MOST_STEPS + 1):
@@ -86,7 +110,30 @@ class CommutingOrbit(Orbit):
                 status = Status.CONVERGED if imbalance.max() <= 1e3 * _BALANCED else Status.NOT_CONVERGED
                 break
             x = moved
-        return self._result(x, status, step)
+        return x, status, step
+
+    def _runaway(self, x: Tensor, free: Tensor) -> Tensor:
+        """The free coordinates whose joint equilibrium lies at infinity."""
+        # Along such a direction all forces die out, so the drift vanishes at any precision. But so does the curvature
+        # of the potential along the displacement, which at a minimum is comparable to the curvature of coordinates.
+        weight = self._weight(x)
+        scales = self._scales(x)
+        plus, minus = self._sides({name: 4 * weight[name] * s for name, s in scales.items()})
+        single = 4 * self._sides(weight, 2).sum(0)
+        flat = x @ (plus - minus) <= _FLAT * (single * x) @ x
+        largest = x.abs().max() if len(x) else x.sum()
+        if largest > _FAR or (flat and largest > 1):
+            return free & (x.abs() > largest / 2)
+        return torch.zeros_like(free)
+
+    def respond(self, forces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The displacement of the joint minimum under additional forces, by conjugate gradients."""
+        weight = self._weight(self._origin)
+        size = self._sides(weight, 2).sum(0)
+        # The gradient of the potential is minus the drift.
+        gradient = -self._flatten(forces)
+        free = self._minimum[1]
+        return self._unflatten(self._newton_direction(gradient, weight, size, free, forcing=_RESPONSE))
 
     # Exponents, sums over sides, terms of the potential and their derivatives.
 
@@ -202,19 +249,16 @@ class CommutingOrbit(Orbit):
 
     # Reporting.
 
-    def _result(self, x: Tensor, status: Status, steps: int) -> OrbitMinimum:
+    def _result(self, x: Tensor, free: Tensor, status: Status, steps: int) -> OrbitMinimum:
         push, pull = self._forces(x)
         squares = {name: self._params[name].square() * torch.exp(2 * s) for name, s in self._scales(x).items()}
         # Both the drift and the charge change with the coordinate; their ratio is the rate at which a departure decays.
         rate = 4 * self._sides(self._weight(x), 2).sum(0) / (2 * self._sides(squares, 2).sum(0))
-        free = (push > 0) & (pull > 0)
         relaxation = torch.where(free, 1 / rate, torch.inf)
         parts = (self._unflatten(t) for t in (x, push - pull, relaxation))
         coordinates, drift, times = parts
-        forces = (self._unflatten(push), self._unflatten(pull))
-        outcomes = {
-            name: _outcome(coordinates[name], forces[0][name], forces[1][name], status) for name in self._symmetries
-        }
+        pushes, pulls, frees = (self._unflatten(t) for t in (push, pull, free))
+        outcomes = {name: of_rows(frees[name], pushes[name], pulls[name], status) for name in self._symmetries}
         return OrbitMinimum(coordinates, drift, times, outcomes, steps)
 
     def _flatten(self, coordinates: Mapping[str, Tensor]) -> Tensor:
@@ -227,48 +271,3 @@ class CommutingOrbit(Orbit):
     def _unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         pieces = flat.split([shape.numel() for shape in self._shapes.values()])
         return {name: piece.reshape(shape) for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)}
-
-
-def _outcome(x: Tensor, push: Tensor, pull: Tensor, status: Status) -> Outcome:
-    if status is Status.NON_FINITE:
-        return Outcome(
-            status, "the noise or the parameters hold NaN or infinity: look at the training run before this point"
-        )
-    push, pull, x = push.reshape(-1), pull.reshape(-1), x.reshape(-1)
-    rows = {
-        "dead": (push <= 0) & (pull <= 0),
-        "grow": (push > 0) & (pull <= 0),
-        "shrink": (push <= 0) & (pull > 0),
-    }
-    listed = {kind: tuple(where.nonzero().flatten().tolist()) for kind, where in rows.items()}
-    sentences = []
-    if listed["dead"]:
-        sentences.append(
-            f"rows {_listing(listed['dead'])} carry neither gradient noise nor weight decay (dead neurons?)"
-        )
-    if listed["grow"]:
-        sentences.append(f"rows {_listing(listed['grow'])} have nothing that keeps the plus side from growing for ever")
-    if listed["shrink"]:
-        sentences.append(
-            f"rows {_listing(listed['shrink'])} have nothing that keeps the plus side from shrinking to zero"
-        )
-    stuck = tuple(sorted(row for indices in listed.values() for row in indices))
-    if sentences:
-        sentences.append("left where they are; weight_decay > 0 and noise on both sides give them an equilibrium")
-    if status is Status.CONVERGED:
-        at_infinity = listed["grow"] or listed["shrink"]
-        status = Status.AT_INFINITY if at_infinity else Status.SINGULAR if listed["dead"] else Status.CONVERGED
-    elif status is Status.NOT_CONVERGED and (x.abs() > _FAR).any():
-        far = tuple((x.abs() > _FAR).nonzero().flatten().tolist())
-        return Outcome(
-            Status.AT_INFINITY,
-            f"rows {_listing(far)} run away together with other symmetries: their sum has no noise to hold it",
-            far,
-        )
-    elif status is Status.NOT_CONVERGED:
-        sentences.append(f"Newton's method did not converge in {_MOST_STEPS} steps")
-    return Outcome(status, "; ".join(sentences), stuck)
-
-
-def _listing(rows: tuple[int, ...]) -> str:
-    return ", ".join(map(str, rows[:8])) + (f", ... ({len(rows)} in all)" if len(rows) > 8 else "")

@@ -9,6 +9,7 @@ from torch import Tensor
 from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.equilibrium.orbit import Orbit, Residual
+from noetherflow.equilibrium.outcomes import not_finite, of_generator
 from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
 from noetherflow.symmetry import Grams, Symmetry
 
@@ -53,11 +54,10 @@ class DenseOrbit(Orbit):
         """Where the drift is zero."""
         q, decay, noise = self._eigenvalues, self._decay, self._noise
         if not (torch.isfinite(decay).all() and torch.isfinite(noise).all()):
-            message = "the noise or the parameters hold NaN or infinity: look at the training run before this point"
-            return self._result(torch.zeros_like(q.sum()), Outcome(Status.NON_FINITE, message), 0)
+            return self._result(torch.zeros_like(q.sum()), not_finite(), 0)
         ceiling, floor = self._bounds()
         if not (ceiling and floor):
-            return self._result(torch.zeros_like(q.sum()), _unbounded(ceiling, floor), 0)
+            return self._result(torch.zeros_like(q.sum()), of_generator(ceiling, floor), 0)
         low = high = torch.zeros_like(q.sum())
         width = 1 / q.abs().max()
         while self._slope(high) < 0:
@@ -80,6 +80,12 @@ class DenseOrbit(Orbit):
             x = moved
         return self._result(x, Outcome(Status.CONVERGED), steps)
 
+    def respond(self, forces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The displacement of the minimum under an additional force."""
+        force = forces[self._name]
+        curvature = self._curvature(torch.zeros_like(force))
+        return {self._name: force / curvature if all(self._bounds()) else torch.zeros_like(force)}
+
     def _slope(self, x: Tensor) -> Tensor:
         q = self._eigenvalues
         return (2 * q * (self._decay * torch.exp(2 * q * x) - self._noise * torch.exp(-2 * q * x))).sum()
@@ -95,15 +101,3 @@ class DenseOrbit(Orbit):
         relaxation = stretch / self._curvature(x) if settled else torch.full_like(stretch, torch.inf)
         name = self._name
         return OrbitMinimum({name: x}, {name: -self._slope(x)}, {name: relaxation}, {name: outcome}, steps)
-
-
-def _unbounded(ceiling: bool, floor: bool) -> Outcome:
-    if not (ceiling or floor):
-        return Outcome(
-            Status.SINGULAR, "the generator carries neither gradient noise nor weight decay; left where it is", (0,)
-        )
-    way = "growing" if floor else "falling"
-    message = (
-        f"nothing keeps the coordinate from {way} for ever; left where it is. weight_decay > 0 gives it an equilibrium"
-    )
-    return Outcome(Status.AT_INFINITY, message, (0,))

@@ -1,34 +1,15 @@
 """The equilibrium of any set of symmetries: measure, solve block by block, move, measure again."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from noetherflow import _spd
-from noetherflow._batch import peek
-from noetherflow._errors import SettingsError
 from noetherflow._optimizers import SGD
-from noetherflow._params import copy_of, snapshot
-from noetherflow._progress import track
 from noetherflow._types import Batch, Loss
-from noetherflow.detect import find_symmetries
-from noetherflow.equilibrium.anderson import Anderson
-from noetherflow.equilibrium.blocks import Blocks, moved
-from noetherflow.equilibrium.orbit import Residual
-from noetherflow.equilibrium.result import Equilibrium, Imbalance, OrbitMinimum, Outcome, Status
-from noetherflow.noise import NoiseMoments, estimate_noise
-from noetherflow.noise.exact import resolve
+from noetherflow.equilibrium.result import Equilibrium
+from noetherflow.equilibrium.search import Options, search
 from noetherflow.symmetry import Symmetry
-
-# A residual below this share of the forces on a coordinate is rounding.
-_ROUNDING = 1e-12
-# Differences of the potential below this share of it are rounding.
-_SLACK = 1e-12
-# A step is halved at most this often.
-_HALVINGS = 8
 
 
 def equilibrate(
@@ -40,6 +21,10 @@ def equilibrate(
     *,
     tolerance: float = 1e-6,
     max_passes: int = 40,
+    microbatches: bool = False,
+    holdout: Iterable[Batch] | None = None,
+    dtype: torch.dtype | None = None,
+    max_bytes: int = 2**28,
     progress: bool = True,
 ) -> Equilibrium:
     r"""Find the noise equilibrium of a model, whatever its symmetries, by measuring the noise along the way.
@@ -54,19 +39,32 @@ def equilibrate(
     Args:
         model: The model, in the mode in which it trains. It is not changed: the search runs on a copy in float64.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
-        loader: Batches of the training data. They are kept in memory, since every pass measures the same examples.
+        loader: Batches of the training data. They are kept in memory, since every pass measures the same examples; give
+            a part of a large data set.
         sgd: The settings of the optimizer.
-        symmetries: By name; None finds them on the first batch.
+        symmetries: By name; None finds them on the first batch, and leaves out those that act on parameters which no
+            gradient reaches.
         tolerance: The drift of every coordinate is reduced to this share of its start.
-        max_passes: The largest number of measurements.
+        max_passes: The largest number of measurements on the way. Standard errors take a further measurement.
+        microbatches: Measure the noise between the batches of the loader instead of between examples, as
+            `MicrobatchMeter` does: for BatchNorm in train mode and for losses that couple the examples of a batch. Give
+            batches as large as those of a training step, and many of them.
+        holdout: Batches that are not used; `Equilibrium.holdout` says how far the equilibrium carries over to them.
+        dtype: Floating-point type of the gradients; by default float64, or the model's type if the model is very large
+            or cannot be computed in float64. Statistics and solver are float64.
+        max_bytes: Memory that stacked gradients of examples may take.
         progress: Show a progress bar on a terminal.
 
     Returns:
-        The equilibrium. `passes` counts the measurements; `outcomes` says for every symmetry whether it came to rest.
+        The equilibrium. `passes` counts the measurements; `outcomes` says for every symmetry whether it came to rest,
+        and if not, why; `standard_error` says how far the coordinates depend on the sample of data; `notes` says what
+        was left out. Directions without an equilibrium stay where they are.
 
     Raises:
         SettingsError: If `tolerance` or `max_passes` is out of range.
         EmptyDataError: If the loader yields nothing.
+        CoupledExamplesError: If the loss couples examples, and `microbatches` is not set.
+        NonFiniteError: If the loss overflows, here or at a later point; with the symmetry that moved most.
         NoetherflowError: For bad input, as `find_symmetries` and `estimate_noise` raise it.
 
     Examples:
@@ -83,114 +81,5 @@ def equilibrate(
     Source: Ziyin et al. (2024) for the equilibrium; Kempf and Ness (1979) for convexity along groups; Anderson (1965)
         for the acceleration. Their combination is this package's own.
     """
-    if not 0 < tolerance < 1 or max_passes < 2:
-        raise SettingsError(
-            f"tolerance must lie between 0 and 1 and max_passes be 2 or more, got tolerance={tolerance}, "
-            f"max_passes={max_passes}"
-        )
-    first, loader = peek(loader)
-    if symmetries is None:
-        symmetries = find_symmetries(model, loss, first)
-    course = _Course(copy_of(model, torch.float64), loss, list(loader), dict(symmetries), sgd)
-    return course.descend(tolerance, max_passes, progress)
-
-
-@final
-@dataclass(frozen=True)
-class _Point:
-    """A point of the orbit, and what was measured there."""
-
-    coordinates: dict[str, Tensor]
-    params: dict[str, Tensor]
-    noise: NoiseMoments
-    potential: float
-    blocks: Blocks
-    residuals: dict[str, Residual]
-
-
-@final
-class _Course:
-    """The descent of the potential of a model along its symmetries."""
-
-    def __init__(
-        self, model: nn.Module, loss: Loss, batches: list[Batch], symmetries: dict[str, Symmetry], sgd: SGD
-    ) -> None:
-        self._model, self._loss, self._batches, self._sgd = model, loss, batches, sgd
-        self._symmetries = resolve(model, symmetries)
-        self._origin = snapshot(model)
-        self.passes = 0
-
-    def descend(self, tolerance: float, max_passes: int, progress: bool) -> Equilibrium:
-        """Measure and move until every residual is small enough."""
-        origin = {name: symmetry.identity(self._origin) for name, symmetry in self._symmetries.items()}
-        start = here = self._measure(origin)
-        acceleration = Anderson()
-        for _ in track(range(max_passes - 1), "equilibrium", shown=progress):
-            if all(self._reached(start, here, tolerance).values()) or self.passes >= max_passes:
-                break
-            here = self._step(here, here.blocks.minimise(), acceleration, max_passes)
-        return self._result(start, here, tolerance)
-
-    def _step(self, here: _Point, minimum: OrbitMinimum, acceleration: Anderson, max_passes: int) -> _Point:
-        """The next point: accelerated if that lowers the potential, else the step of the blocks, halved if need be."""
-        ceiling = here.potential + _SLACK * abs(here.potential)
-        image = {name: _spd.compose(x, minimum.coordinates[name]) for name, x in here.coordinates.items()}
-        there = self._measure(acceleration.next(here.coordinates, image))
-        length = 1.0
-        while not there.potential <= ceiling and self.passes < max_passes and length > 2**-_HALVINGS:
-            acceleration.restart()
-            shorter = {
-                name: _spd.compose(x, length * minimum.coordinates[name]) for name, x in here.coordinates.items()
-            }
-            there = self._measure(shorter)
-            length /= 2
-        return there if there.potential <= ceiling else here
-
-    def _measure(self, coordinates: dict[str, Tensor]) -> _Point:
-        """Move the copy to a point of the orbit, and measure the noise there."""
-        self.passes += 1
-        params = moved(self._symmetries, self._origin, coordinates)
-        with torch.no_grad():
-            for name, parameter in self._model.named_parameters():
-                parameter.copy_(params[name])
-        noise = estimate_noise(
-            self._model, self._loss, self._batches, self._symmetries, dtype=torch.float64, progress=False
-        )
-        norm = torch.stack([params[name].square().sum() for name in noise.mean]).sum()
-        potential = 2 * self._sgd.gamma * norm + self._sgd.temperature * noise.trace
-        blocks = Blocks.of(params, noise, self._sgd)
-        residuals = {name: residual for orbit in blocks.orbits for name, residual in orbit.residuals().items()}
-        return _Point(coordinates, params, noise, float(potential), blocks, residuals)
-
-    def _reached(self, start: _Point, here: _Point, tolerance: float) -> dict[str, bool]:
-        """Whether the residual of each symmetry is at most a share of its start, or rounding."""
-        reached = {}
-        for name, residual in here.residuals.items():
-            before = start.residuals[name]
-            limit = torch.maximum(tolerance * before.rate.abs(), _ROUNDING * residual.size)
-            reached[name] = bool((residual.rate.abs() <= limit).all())
-        return reached
-
-    def _result(self, start: _Point, here: _Point, tolerance: float) -> Equilibrium:
-        minimum = here.blocks.minimise()
-        reached = self._reached(start, here, tolerance)
-        limited = Outcome(
-            Status.NOT_CONVERGED, f"the drift was not reduced to {tolerance:.0e} of its start in {self.passes} passes"
-        )
-        outcomes = {name: minimum.outcomes[name] if reached[name] else limited for name in here.noise.symmetries}
-        return Equilibrium(
-            params=here.params,
-            coordinates=here.coordinates,
-            outcomes=outcomes,
-            drift={name: here.residuals[name].drift for name in outcomes},
-            relaxation_steps={name: minimum.relaxation[name] / self._sgd.effective_lr for name in outcomes},
-            potential_before=start.potential,
-            potential_after=here.potential,
-            trace_before=float(start.noise.trace),
-            trace_after=float(here.noise.trace),
-            iterations=minimum.iterations,
-            symmetries=here.noise.symmetries,
-            passes=self.passes,
-            standard_error={name: torch.full_like(x, torch.nan) for name, x in here.coordinates.items()},
-            imbalance={n: Imbalance(start.residuals[n].imbalance, here.residuals[n].imbalance) for n in outcomes},
-        )
+    options = Options(tolerance, max_passes, microbatches, holdout, dtype, max_bytes, progress)
+    return search(model, loss, loader, sgd, symmetries, options).equilibrium

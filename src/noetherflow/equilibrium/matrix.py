@@ -11,6 +11,7 @@ from noetherflow._drift import forces
 from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.equilibrium.orbit import Orbit, Residual
+from noetherflow.equilibrium.outcomes import not_finite, of_directions
 from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
 from noetherflow.symmetry import Grams, Symmetry
 
@@ -47,17 +48,28 @@ class MatrixOrbit(Orbit):
         """Where the drift is zero, on the directions that have something on both sides."""
         push, pull = self._push, self._pull
         if not (torch.isfinite(push).all() and torch.isfinite(pull).all()):
-            message = "the noise or the parameters hold NaN or infinity: look at the training run before this point"
-            return self._result(torch.zeros_like(push), Outcome(Status.NON_FINITE, message))
+            return self._result(torch.zeros_like(push), not_finite())
         if not (push.any() or pull.any()):
-            return self._result(torch.zeros_like(push), _outcome(len(push), 0, 0))
+            return self._result(torch.zeros_like(push), of_directions(len(push), 0, 0))
         split = _spd.ranges(push, pull)
         basis = split.both
         x = torch.zeros_like(push)
         if basis.shape[1]:
             square = _spd.riccati(_spd.symmetric(basis.mT @ pull @ basis), _spd.symmetric(basis.mT @ push @ basis))
             x = _spd.symmetric(basis @ (_spd.logm(square) / 2) @ basis.mT)
-        return self._result(x, _outcome(split.neither.shape[1], split.only_left.shape[1], split.only_right.shape[1]))
+        held = (split.neither.shape[1], split.only_left.shape[1], split.only_right.shape[1])
+        return self._result(x, of_directions(*held))
+
+    def respond(self, forces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The displacement x with x (P + R) + (P + R) x = force, on the directions that have an equilibrium."""
+        force = forces[self._name]
+        if not (self._push.any() or self._pull.any()):
+            return {self._name: torch.zeros_like(force)}
+        basis = _spd.ranges(self._push, self._pull).both
+        values, vectors = torch.linalg.eigh(_spd.symmetric(basis.mT @ (self._push + self._pull) @ basis))
+        vectors = basis @ vectors
+        inner = (vectors.mT @ force @ vectors) / (values.unsqueeze(-1) + values.unsqueeze(-2))
+        return {self._name: _spd.symmetric(vectors @ inner @ vectors.mT)}
 
     def _result(self, x: Tensor, outcome: Outcome) -> OrbitMinimum:
         grow, shrink = _spd.expm(x), _spd.expm(-x)
@@ -71,22 +83,3 @@ class MatrixOrbit(Orbit):
             relaxation = 1 / _spd.pencil(push + pull, squares)[0]
         name = self._name
         return OrbitMinimum({name: x}, {name: drift}, {name: relaxation}, {name: outcome}, 0)
-
-
-def _outcome(dead: int, grow: int, shrink: int) -> Outcome:
-    if not dead + grow + shrink:
-        return Outcome(Status.CONVERGED)
-    sentences = []
-    if dead:
-        sentences.append(f"{dead} directions carry neither gradient noise nor weight decay")
-    if grow:
-        sentences.append(f"{grow} directions have nothing that keeps the plus side from growing for ever")
-    if shrink:
-        sentences.append(f"{shrink} directions have nothing that keeps the plus side from shrinking to zero")
-    sentences.append(
-        "left where they are. Causes: (a) fewer outputs or inputs than hidden units: the spare directions carry "
-        "nothing, and only weight decay moves them; (b) a factor that is zero (a fresh LoRA): train until it is not; "
-        "(c) fewer examples than directions: measure the noise on more data"
-    )
-    status = Status.AT_INFINITY if grow + shrink else Status.SINGULAR
-    return Outcome(status, "; ".join(sentences), tuple(range(dead + grow + shrink)))

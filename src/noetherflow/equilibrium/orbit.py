@@ -41,3 +41,11 @@ class Orbit(ABC):
     @abstractmethod
     def minimise(self) -> OrbitMinimum:
         """The point where all drifts are zero together: the minimum of the convex potential."""
+
+    @abstractmethod
+    def respond(self, forces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The displacement of the minimum under small additional forces on the coordinates, to first order.
+
+        At the minimum the Hessian of half the potential, H, maps a displacement to the drift that it causes with the
+        sign changed, so the displacement solves H x = force. Directions without an equilibrium do not respond.
+        """

@@ -30,6 +30,7 @@ class Status(Enum):
         "some directions have neither noise nor weight decay and rest at any point; they were left where they are"
     )
     AT_INFINITY = "along some directions the equilibrium lies at infinity; these directions were left where they are"
+    DEGENERATE = "parameters of a complete side of a symmetry are zero, so that it has no equilibrium yet"
     NOT_CONVERGED = "the iteration stopped before every drift was zero"
     NON_FINITE = "the noise or the parameters hold NaN or infinity"
 

@@ -116,20 +116,11 @@ def solve_equilibrium(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params,
         iterations=minimum.iterations,
         symmetries=noise.symmetries,
         standard_error={name: torch.full_like(x, torch.nan) for name, x in minimum.coordinates.items()},
-        imbalance={
-            name: Imbalance(residual.imbalance, float("nan"))
-            for orbit in blocks.orbits
-            for name, residual in orbit.residuals().items()
-        },
+        imbalance={name: Imbalance(residual.imbalance, float("nan")) for name, residual in blocks.residuals().items()},
     )
     if throw and equilibrium.status is not Status.CONVERGED:
         raise EquilibriumError(f"{equilibrium.status.value}:\n{equilibrium.message}")
     return equilibrium
-
-
-def is_determined(noise: NoiseMoments, sgd: SGD, params: Params) -> bool:
-    """Whether the noise at a single point determines the joint equilibrium of all symmetries."""
-    return not noise.symmetries or not Blocks.of(params, noise, sgd).coupled
 
 
 def _prepare(noise: NoiseMoments, params: nn.Module | Params) -> dict[str, Tensor]:

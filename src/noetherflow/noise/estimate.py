@@ -1,7 +1,7 @@
 """One pass over the data: per-example gradients in, noise moments out."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -92,43 +92,82 @@ def estimate_noise(
     if symmetries is None:
         first, loader = peek(loader)
         symmetries = find_symmetries(model, loss, first)
-    subject = Subject.of(model, loss, symmetries, dtype)
-    if any(symmetry.action is Action.SCALES_EIGENSPACES for symmetry in subject.symmetries.values()):
-        exact = True  # such a generator joins single entries of several tensors
-    if exact is None:
-        exact = sum(one.numel() for one in subject.trained.values()) <= _FEW
-    quick = None if exact else FastPass(subject, variances=variances, max_bytes=max_bytes)
-    moments: NoiseMoments | None = None
-    random: bool | None = None
-    with own_randomness(subject.device):
-        for index, given in enumerate(track(loader, "gradient noise", total=_length(loader), shown=progress)):
-            where, batch = f"batch {index}", cast(given, subject.dtype, subject.device)
-            if random is None:
-                together = subject.losses_of(batch)
-                size = require_losses(together, where)
-                subject.function.observe(select(batch, torch.zeros(1, dtype=torch.long, device=subject.device), size))
-                unreached = subject.function.unreached(subject.trained, batch)
-                require_differentiable(unreached, subject.trained, subject.moved, where)
-                if subject.function.reentrant:
-                    quick = None  # its backward pass runs inside another, where a sum cannot be taken apart
-                random = not torch.equal(together, subject.losses_of(batch))
-                if quick is not None:
-                    quick.check(batch, together, random=random, where=where)
-            if quick is not None and quick.add(batch, where):
-                continue
-            together = subject.losses_of(batch)
-            size = require_losses(together, where)
-            moments, alone = exact_moments(subject, batch, size, max_bytes, where, moments)
-            if not random:
-                require_independent(alone, together, where, subject.function.tolerance.rounding)
-    if quick is not None and quick.count:
-        moments = quick.moments() if moments is None else quick.moments().merge(moments)
+    estimate = Estimate(
+        Subject.of(model, loss, symmetries, dtype), exact=exact, variances=variances, max_bytes=max_bytes
+    )
+    with own_randomness(estimate.device):
+        for index, batch in enumerate(track(loader, "gradient noise", total=_length(loader), shown=progress)):
+            estimate.add(batch, f"batch {index}")
+    moments = estimate.take()
     if moments is None:
         raise EmptyDataError(
             f"the loader yielded no batch: {loader!r}. Is the data set empty, or smaller than a batch with "
             "drop_last=True?"
         )
     return moments
+
+
+@final
+class Estimate:
+    """Accumulates the moments of batches, after the checks that the first batch allows.
+
+    Args:
+        subject: The model with its symmetries.
+        exact: Whether the gradient of every example is formed; None decides by the size of the model.
+        variances: Whether the variance of every entry of scaled parameters is measured.
+        max_bytes: Memory that stacked gradients may take.
+    """
+
+    def __init__(self, subject: Subject, *, exact: bool | None, variances: bool, max_bytes: int) -> None:
+        if any(symmetry.action is Action.SCALES_EIGENSPACES for symmetry in subject.symmetries.values()):
+            exact = True  # such a generator joins single entries of several tensors
+        if exact is None:
+            exact = sum(tensor.numel() for tensor in subject.trained.values()) <= _FEW
+        self._subject, self._max_bytes = subject, max_bytes
+        self._quick = None if exact else FastPass(subject, variances=variances, max_bytes=max_bytes)
+        self._moments: NoiseMoments | None = None
+        self._random: bool | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self._subject.device
+
+    def add(self, given: Batch, where: str) -> None:
+        """Measure a batch; `where` is the subject of errors."""
+        subject = self._subject
+        batch = cast(given, subject.dtype, subject.device)
+        if self._random is None:
+            self._check(batch, where)
+        if self._quick is not None and self._quick.add(batch, where):
+            return
+        together = subject.losses_of(batch)
+        size = require_losses(together, where)
+        self._moments, single = exact_moments(subject, batch, size, self._max_bytes, where, self._moments)
+        if not self._random:
+            require_independent(single, together, where, subject.function.tolerance.rounding)
+
+    def take(self) -> NoiseMoments | None:
+        """The moments of the batches since the last call; None if there were none."""
+        moments, self._moments = self._moments, None
+        if self._quick is not None and self._quick.count:
+            quick, self._quick = self._quick, self._quick.fresh()
+            return quick.moments() if moments is None else quick.moments().merge(moments)
+        return moments
+
+    def _check(self, batch: Batch, where: str) -> None:
+        """What has to hold of the first batch; decides whether the fast pass can be used."""
+        subject = self._subject
+        together = subject.losses_of(batch)
+        size = require_losses(together, where)
+        subject.function.observe(select(batch, torch.zeros(1, dtype=torch.long, device=subject.device), size))
+        unreached = subject.function.unreached(subject.trained, batch)
+        require_differentiable(unreached, subject.trained, subject.moved, where)
+        if subject.function.reentrant:
+            self._quick = None  # its backward pass runs inside another, where a sum cannot be taken apart
+        self._random = not torch.equal(together, subject.losses_of(batch))
+        if self._quick is not None:
+            self._quick.check(batch, together, random=self._random, where=where)
 
 
 def _length(loader: Any) -> int | None:

@@ -49,7 +49,7 @@ class FastPass:
         self._number = 0
         self.unknown: dict[str, str] = {}
         self._symmetries = along_axes(subject.symmetries)
-        self._subject, self._max_bytes = subject, max_bytes
+        self._subject, self._variances, self._max_bytes = subject, variances, max_bytes
         self._capture: Capture | None = None
         self._own: list[int] = []
         self._contents = Contents.of(asked_of(subject.trained, self._symmetries, variances=variances), subject.trained)
@@ -58,6 +58,12 @@ class FastPass:
         self._recent: dict[str, Tensor] = {}
         self._direction: dict[str, Tensor] | None = None
         self._batches = BatchNoise(self._symmetries, subject.trained)
+
+    def fresh(self) -> "FastPass":
+        """An empty accumulator with the outcome of `check`, for further batches."""
+        other = FastPass(self._subject, variances=self._variances, max_bytes=self._max_bytes)
+        other._own, other.unknown, other._direction = self._own, self.unknown, self._direction
+        return other
 
     @property
     def count(self) -> int:

@@ -1,0 +1,149 @@
+"""The noise of a model at any parameters, over the same examples every time."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from noetherflow._batch import cast, select
+from noetherflow._errors import EmptyDataError, SettingsError
+from noetherflow._params import copy_of
+from noetherflow._per_example import own_randomness
+from noetherflow._progress import track
+from noetherflow._types import Batch, Loss, Params
+from noetherflow.noise.estimate import Estimate, estimate_noise
+from noetherflow.noise.exact import Subject, resolve
+from noetherflow.noise.microbatch import MicrobatchMeter
+from noetherflow.noise.moments import NoiseMoments
+from noetherflow.symmetry import Symmetry
+
+# Groups of examples that are compared for standard errors: with so many, t and normal quantiles differ by 5 %.
+_GROUPS = 32
+
+
+@final
+class Measurement:
+    """How the noise is measured: from the gradients of single examples, or from differences between microbatches.
+
+    Args:
+        model: The model; it is copied, and not changed.
+        loss: One loss per example, shape (B,).
+        batches: The data, the same at every point.
+        symmetries: By name.
+        dtype: The floating-point type of the gradients.
+        microbatches: Every batch is a microbatch, and its examples may be coupled.
+        max_bytes: Memory that stacked gradients may take.
+
+    Raises:
+        SettingsError: If there are fewer than two microbatches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        batches: Sequence[Batch],
+        symmetries: Mapping[str, Symmetry],
+        *,
+        dtype: torch.dtype,
+        microbatches: bool,
+        max_bytes: int,
+    ) -> None:
+        self._model, self._loss, self._batches = copy_of(model, dtype), loss, list(batches)
+        self._dtype, self._microbatches, self._max_bytes = dtype, microbatches, max_bytes
+        self.symmetries = resolve(model, symmetries)
+        if microbatches and len(self._batches) < 2:
+            raise SettingsError(
+                "the noise between microbatches needs two or more batches from the loader, got "
+                f"{len(self._batches)}: give batches as large as those of a training step"
+            )
+
+    def on(self, batches: Sequence[Batch]) -> "Measurement":
+        """The same measurement over other data."""
+        return Measurement(
+            self._model,
+            self._loss,
+            batches,
+            self.symmetries,
+            dtype=self._dtype,
+            microbatches=self._microbatches,
+            max_bytes=self._max_bytes,
+        )
+
+    def at(self, params: Params, *, progress: bool = False) -> NoiseMoments:
+        """The moments over all batches, at the given parameters."""
+        self._place(params)
+        if self._microbatches:
+            return self._between(track(self._batches, "gradient noise", total=len(self._batches), shown=progress))
+        return estimate_noise(
+            self._model,
+            self._loss,
+            self._batches,
+            self.symmetries,
+            dtype=self._dtype,
+            max_bytes=self._max_bytes,
+            progress=progress,
+        )
+
+    def by_group(self, params: Params, *, progress: bool = False) -> Iterator[NoiseMoments]:
+        """Yield the moments of disjoint groups of examples, each centred by itself; none of too few examples."""
+        self._place(params)
+        groups = self._groups()
+        shown = track(groups, "standard errors", total=len(groups), shown=progress)
+        if self._microbatches:
+            for group in shown:
+                yield self._between(group)
+            return
+        subject = Subject.of(self._model, self._loss, self.symmetries, self._dtype)
+        estimate = Estimate(subject, exact=None, variances=True, max_bytes=self._max_bytes)
+        with own_randomness(estimate.device):
+            for number, group in enumerate(shown):
+                for batch in group:
+                    estimate.add(batch, f"group {number}")
+                moments = estimate.take()
+                if moments is not None and moments.count > 1:
+                    yield moments
+
+    def _place(self, params: Params) -> None:
+        """Give the copy of the model the parameters of a point."""
+        with torch.no_grad():
+            for name, parameter in self._model.named_parameters():
+                parameter.copy_(params[name])
+
+    def _groups(self) -> list[list[Batch]]:
+        """Every k-th batch or, of few batches, every k-th example, so that the order of the data does not matter."""
+        batches = self._batches
+        if self._microbatches:
+            count = min(_GROUPS, len(batches) // 2)
+            return [batches[start::count] for start in range(count)] if count > 1 else []
+        if len(batches) >= _GROUPS:
+            return [batches[start::_GROUPS] for start in range(_GROUPS)]
+        parts = -(-_GROUPS // len(batches))
+        groups = []
+        for batch in batches:
+            size = len(self._loss_of(batch))
+            # A group of a single example is its own mean.
+            count = max(1, min(parts, size // 2))
+            groups += [[select(batch, torch.arange(start, size, count), size)] for start in range(count)]
+        return groups if len(groups) > 1 else []
+
+    def _between(self, batches: Iterator[Batch] | Sequence[Batch]) -> NoiseMoments:
+        """The moments from the differences between batches; dropout draws the same numbers at every point."""
+        meter = MicrobatchMeter(self._model, self.symmetries, variances=True)
+        device = next(self._model.parameters()).device
+        with own_randomness(device, seed=0), torch.enable_grad(), meter.step() as done:
+            for batch in batches:
+                losses = self._loss(self._model, cast(batch, self._dtype, device))
+                losses.mean().backward()
+                done(size=len(losses) if losses.ndim else 1)
+        self._model.zero_grad(set_to_none=True)
+        noise = meter.noise
+        if not noise.count:
+            raise EmptyDataError("no microbatch was measured")
+        return noise
+
+    def _loss_of(self, batch: Batch) -> Tensor:
+        device = next(self._model.parameters()).device
+        with torch.no_grad(), own_randomness(device):
+            return self._loss(self._model, cast(batch, self._dtype, device))
