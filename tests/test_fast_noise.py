@@ -240,7 +240,10 @@ def test_every_way_of_adding_up(
             gradient = collect([Outer((), x, g)], found, x, wanted=kept)
         if kept:
             torch.testing.assert_close(gradient, (g.mT @ x).sum(0), **TIGHT)
-        for field in ("total", "rows", "columns", "entries", "grams"):
+        for axis in asked.grams:
+            torch.testing.assert_close(found.each.gram(axis), wanted.each.gram(axis), **TIGHT)
+            torch.testing.assert_close(found.whole.gram(axis), wanted.whole.gram(axis), **TIGHT)
+        for field in ("total", "rows", "columns", "entries"):
             torch.testing.assert_close(getattr(found.each, field), getattr(wanted.each, field), **TIGHT)
             torch.testing.assert_close(getattr(found.whole, field), getattr(wanted.whole, field), **TIGHT)
 

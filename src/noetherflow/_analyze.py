@@ -16,10 +16,10 @@ from noetherflow._rebalance import rebalance_
 from noetherflow._types import Batch, Loss
 from noetherflow._verify import Residual
 from noetherflow.detect.proof import prove
-from noetherflow.equilibrium.result import median_and_slowest, root_mean_square
+from noetherflow.equilibrium.result import Imbalance, median_and_slowest, root_mean_square
 from noetherflow.equilibrium.search import Options, Search, search
 from noetherflow.noise.table import halves, total
-from noetherflow.symmetry import Symmetry
+from noetherflow.symmetry import Grams, Symmetry
 
 # Largest residual of a declared symmetry. That of an exact symmetry is about 1e-14 in float64.
 _EXACT = 1e-9
@@ -58,8 +58,8 @@ def analyze(
         progress: Show a progress bar on a terminal.
 
     Returns:
-        The analysis. A symmetry without an equilibrium is a row with a status, not an error. `print` shows it as a table;
-        `save` and `save_json` write it to a file.
+        The analysis. A symmetry without an equilibrium is a row with a status, not an error. `print` shows it as a
+        table; `save` and `save_json` write it to a file.
 
     Raises:
         EmptyDataError: If the loader yields no batch.
@@ -118,9 +118,13 @@ def _report(name: str, residual: Residual, rate: Tensor, result: Search, sgd: SG
     """The report of a symmetry, from the results for all symmetries."""
     equilibrium, noise, params = result.equilibrium, result.noise, result.initial
     symmetry = equilibrium.symmetries[name]
-    noise_plus, noise_minus = halves(symmetry, noise.grams[name])
+    noise_plus, noise_minus = halves(symmetry, Grams(*(side / noise.count for side in noise.scatter[name])))
+    noise_error = noise.spreads[name].standard_errors(noise.count).net
     median, slowest = median_and_slowest(equilibrium.relaxation_steps[name])
-    outcome = equilibrium.outcomes[name]
+    outcome, imbalance = equilibrium.outcomes[name], equilibrium.imbalance[name]
+    holdout = equilibrium.holdout.get(name, Imbalance(float("nan"), float("nan")))
+    distance = root_mean_square(equilibrium.coordinates[name])
+    error = root_mean_square(equilibrium.standard_error[name])
     return SymmetryReport(
         name=name,
         kind=symmetry.label,
@@ -129,17 +133,17 @@ def _report(name: str, residual: Residual, rate: Tensor, result: Search, sgd: SG
         charge=float(total(symmetry.charge(params))),
         noise_plus=float(noise_plus),
         noise_minus=float(noise_minus),
-        noise_error=float(noise.standard_errors[name].net.square().sum().sqrt()),
+        noise_error=float(noise_error.square().sum().sqrt()),
         drift=root_mean_square(rate) * sgd.effective_lr,
-        distance=equilibrium.distance[name],
+        distance=distance,
         relaxation_steps=median,
         slowest_steps=slowest,
         status=outcome.status.name.lower(),
         message=outcome.message,
-        error=equilibrium.error[name],
-        at_rest=equilibrium.at_rest[name],
-        imbalance_before=equilibrium.imbalance[name].before,
-        imbalance_after=equilibrium.imbalance[name].after,
-        holdout_before=equilibrium.holdout[name].before if equilibrium.holdout else float("nan"),
-        holdout_after=equilibrium.holdout[name].after if equilibrium.holdout else float("nan"),
+        error=error,
+        at_rest=distance <= 2 * error,
+        imbalance_before=imbalance.before,
+        imbalance_after=imbalance.after,
+        holdout_before=holdout.before,
+        holdout_after=holdout.after,
     )

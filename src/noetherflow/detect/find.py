@@ -1,7 +1,7 @@
 """Finding the symmetries of a model: what its graph allows, proved by its numbers."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from noetherflow.symmetry import Symmetry
 
 # How far from exact a symmetry may be that is called approximate.
 APPROXIMATE = 1e-2
+_UNREACHED = "not reached by the loss of this batch"
 
 
 def find_symmetries(
@@ -116,7 +117,7 @@ def explain(
         for name, one, residual in zip(names, allowed, residuals, strict=True)
     ]
     kept = [one for one in found if _is_proved(one)]
-    axes = _axes(model, equations, solution, kept)
+    axes = _axes(model, graph.unreached, equations, solution, kept)
     return Explanation(tuple(kept), tuple(one for one in found if one not in kept), tuple(axes))
 
 
@@ -136,7 +137,13 @@ def _order(graph: Graph, parameters: Iterable[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(dict.fromkeys([*used, *parameters]))}
 
 
-def _axes(model: nn.Module, equations: Equations, solution: Solution, found: Sequence[Finding]) -> list[AxisNote]:
+def _axes(
+    model: nn.Module,
+    unreached: Collection[str],
+    equations: Equations,
+    solution: Solution,
+    found: Sequence[Finding],
+) -> list[AxisNote]:
     """For every axis of every parameter, which symmetries act on it, or why none does."""
     acting: dict[tuple[str, int], list[str]] = {}
     for one in found:
@@ -151,7 +158,9 @@ def _axes(model: nn.Module, equations: Equations, solution: Solution, found: Seq
     for name, parameter in model.named_parameters():
         for dim in range(parameter.ndim):
             names = acting.get((name, dim), [])
-            reason = "" if names else _reason(parameter, roles.get((name, dim), []), solution)
+            reason = _UNREACHED if name in unreached and parameter.requires_grad else ""
+            if not names and not reason:
+                reason = _reason(parameter, roles.get((name, dim), []), solution)
             notes.append(AxisNote(name, dim, tuple(names), reason))
     return notes
 
@@ -161,6 +170,6 @@ def _reason(parameter: nn.Parameter, roles: Sequence[Role], solution: Solution) 
         return "frozen"
     ids = [int(one) for role in roles for one in role.ids]
     if not any(solution.used[one] for one in ids):
-        return "not used by this batch"
+        return _UNREACHED
     said = [reason for one in ids for reason in solution.reasons.get(int(solution.root[one]), ())]
     return "; ".join(list(dict.fromkeys(said))[:3]) or "moved by other axes"

@@ -35,6 +35,13 @@ class Graph:
     values: dict[str, Tensor]
     of_batch: frozenset[str]
 
+    @property
+    def unreached(self) -> set[str]:
+        """The parameters that the loss does not depend on."""
+        inputs = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        named = {node: self.parameters[node.name] for node in inputs if node.name in self.parameters}
+        return set(named.values()) - {name for node, name in named.items() if node.users}
+
 
 def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
     """Export the loss of a batch, in the mode in which the model is, without running it.
@@ -56,6 +63,8 @@ def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
             f"{reason[:200]}), so its symmetries cannot be found; they can still be declared by hand with nf.Axis, and "
             "nf.verify_symmetry proves them"
         ) from error
+    # What the loss does not depend on, such as an unused head, constrains nothing.
+    program.graph_module.graph.eliminate_dead_code()
     canonical = aliases(model)
     parameters, values, of_batch = {}, {}, set()
     user = iter(tensors_of(batch))

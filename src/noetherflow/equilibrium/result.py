@@ -167,7 +167,8 @@ class Equilibrium:
     @property
     def at_rest(self) -> dict[str, bool]:
         """Per symmetry, whether the distance is below two standard errors: at rest within the error."""
-        return {name: distance <= 2 * self.error[name] for name, distance in self.distance.items()}
+        error = self.error
+        return {name: distance <= 2 * error[name] for name, distance in self.distance.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the equilibrium to a file (safetensors and JSON, no pickle), completely or not at all.

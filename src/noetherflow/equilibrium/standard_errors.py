@@ -13,9 +13,9 @@ def standard_errors(measurement: Measurement, course: Course, sgd: SGD, *, progr
     r"""The standard errors of the coordinates, from the spread between groups of examples.
 
     With $c_k$ the drift of group k at the equilibrium of all examples, the equilibrium of the group is displaced by
-    $x_k = H^{-1} c_k$ to first order. H is the Hessian of the potential: that of every block, corrected by what the last
-    points of the descent say of the effect of one block on another. Over K groups of shares $w_k$ the variance of the
-    mean displacement is $\frac{K}{K - 1} \sum_k w_k^2 (x_k - \bar x)^2$.
+    $x_k = H^{-1} c_k$ to first order. H is the Hessian of the potential: that of every block, corrected by what the
+    last points of the descent say of the effect of one block on another. Over K groups of shares $w_k$ the variance of
+    the mean displacement is $\frac{K}{K - 1} \sum_k w_k^2 (x_k - \bar x)^2$.
 
     Args:
         measurement: How the noise is measured.
@@ -36,11 +36,10 @@ def standard_errors(measurement: Measurement, course: Course, sgd: SGD, *, progr
     counts: list[int] = []
     displacements: list[dict[str, Tensor]] = []
     for noise in measurement.by_group(end.params, progress=progress):
-        forces = {
-            # The group is centred by its mean, which takes a degree of freedom.
-            name: 2 * sgd.temperature * noise.count / (noise.count - 1) * symmetry.charge_of(noise.grams[name])
-            for name, symmetry in noise.symmetries.items()
-        }
+        # The group is centred by its mean, which takes a degree of freedom.
+        factor = 2 * sgd.temperature * noise.count / (noise.count - 1)
+        grams = noise.grams
+        forces = {name: factor * symmetry.charge_of(grams[name]) for name, symmetry in noise.symmetries.items()}
         displacements.append(course.acceleration.respond(blocks.respond(forces)))
         counts.append(noise.count)
     if len(counts) < 2:

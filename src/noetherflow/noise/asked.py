@@ -118,15 +118,12 @@ class Squares:
         shape = self.page.shape
         return self._part(self.page.columns, (*(1,) * len(shape[:1]), *shape[1:]))
 
-    @property
-    def grams(self) -> dict[Axis, Tensor]:
-        """For each axis asked for, shape (n, n), or (n,) if there are only diagonals."""
-        found = {}
-        for axis, start in self.page.grams.items():
-            size = axis.size(torch.empty(self.page.shape, device="meta"))
-            part = self.numbers[..., start : start + (size if self.page.diagonal else size**2)]
-            found[axis] = part if self.page.diagonal else part.unflatten(-1, (size, size))
-        return found
+    def gram(self, axis: Axis) -> Tensor:
+        """The Gram matrix along an axis, shape (n, n), or (n,) if there are only diagonals."""
+        start = self.page.grams[axis]
+        size = axis.size(torch.empty(self.page.shape, device="meta"))
+        part = self.numbers[..., start : start + (size if self.page.diagonal else size**2)]
+        return part if self.page.diagonal else part.unflatten(-1, (size, size))
 
     def _part(self, start: int, shape: tuple[int, ...]) -> Tensor | None:
         if start == ABSENT:
@@ -182,7 +179,7 @@ def grams_of(symmetry: AxisSymmetry, squares: Mapping[str, Squares], like: Param
 
 def _along(symmetry: AxisSymmetry, axis: Axis, squares: Squares, tensor: Tensor) -> Tensor:
     if symmetry.action is Action.MIXES_ROWS:
-        return squares.grams[axis]
+        return squares.gram(axis)
     if squares.entries is not None:
         return symmetry.reduce(axis.rows(squares.entries)).double()
     if _is_whole(axis, tensor, symmetry):
