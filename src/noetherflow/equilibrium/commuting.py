@@ -27,8 +27,38 @@ _ROUNDING = 1e-13
 _RESPONSE = 1e-4
 # A coordinate beyond this scales weights by more than e^30: it is on its way to infinity.
 _FAR = 30.0
-# Curvature along a displacement, relative to the curvatures of its coordinates, below which nothing ends the way.
-_FLAT = 1e-8
+# The last Newton step is below e^0.05 wherever there is a minimum.
+_LONG = 0.05
+# A coordinate with a smaller share in a runaway does not take part in it.
+_PART = 1e-3
+
+
+@final
+class _Free:
+    """The directions that have an equilibrium: coordinates with a force on both sides, less joint runaways.
+
+    Args:
+        mask: The coordinates, shape (n,).
+        held: Orthonormal directions along which several coordinates run away together, shape (k, n).
+    """
+
+    def __init__(self, mask: Tensor, held: Tensor) -> None:
+        self.mask, self._held = mask, held
+
+    def project(self, vector: Tensor) -> Tensor:
+        """The part of a vector along these directions."""
+        masked = torch.where(self.mask, vector, 0.0)
+        return masked - self._held.mT @ (self._held @ masked)
+
+    def without(self, direction: Tensor) -> "_Free":
+        """The directions orthogonal to a further one."""
+        rest = self.project(direction)
+        return _Free(self.mask, torch.cat([self._held, (rest / rest.norm())[None]]))
+
+    @property
+    def coordinates(self) -> Tensor:
+        """The coordinates that take part in no runaway, shape (n,)."""
+        return self.mask & (self._held.abs() <= _PART).all(0)
 
 
 @final
@@ -61,9 +91,7 @@ class CommutingOrbit(Orbit):
     def residuals(self) -> dict[str, Residual]:
         """The drift of every symmetry where the noise was measured."""
         push, pull = self._forces(self._origin)
-        _, free, _, _ = self._minimum
-        parts = (self._unflatten(t) for t in (push - pull, torch.where(free, push - pull, 0.0), push + pull))
-        drift, rate, size = parts
+        drift, rate, size = map(self._unflatten, (push - pull, self._minimum[1].project(push - pull), push + pull))
         return {name: Residual(drift[name], rate[name], size[name]) for name in self._symmetries}
 
     def minimise(self) -> OrbitMinimum:
@@ -71,31 +99,33 @@ class CommutingOrbit(Orbit):
         return self._result(*self._minimum)
 
     @functools.cached_property
-    def _minimum(self) -> tuple[Tensor, Tensor, Status, int]:
-        """The minimum, the coordinates that have an equilibrium, how the search ended, and the Newton steps."""
+    def _minimum(self) -> tuple[Tensor, _Free, Status, int]:
+        """The minimum, the directions that have an equilibrium, how the search ended, and the Newton steps."""
         origin = self._origin
+        none = origin.new_zeros(0, len(origin))
         if not all(torch.isfinite(t).all() for part in (self._decay, self._noise) for t in part.values()):
-            return origin, torch.zeros_like(origin, dtype=torch.bool), Status.NON_FINITE, 0
+            return origin, _Free(torch.zeros_like(origin, dtype=torch.bool), none), Status.NON_FINITE, 0
         push, pull = self._forces(origin)
-        free = (push > 0) & (pull > 0)
+        free = _Free((push > 0) & (pull > 0), none)
         steps = 0
-        while True:
-            x, status, taken = self._descend(free)
+        for _ in range(len(origin) + 1):
+            x, status, taken, last = self._descend(free)
             steps += taken
-            runaway = self._runaway(x, free)
-            if not runaway.any():
-                return x, free, status, steps
-            # Coordinates that run away together are held where they are, and the rest is solved again.
-            free = free & ~runaway
+            # At a minimum Newton steps shrink quadratically. A step that does not is along a joint runaway: all forces
+            # die out on the way, so that the drift alone would call it rest. The model is held in that direction.
+            if not last.abs().max() > _LONG:
+                break
+            free = free.without(last)
+        return x, free, status, steps
 
-    def _descend(self, free: Tensor) -> tuple[Tensor, Status, int]:
-        """Damped Newton over the free coordinates: the last point, how the search ended, and the steps."""
+    def _descend(self, free: _Free) -> tuple[Tensor, Status, int, Tensor]:
+        """Damped Newton: the last point, how the search ended, the number of steps, and the last step."""
         x = self._sweep(self._origin, free)
-        status = Status.NOT_CONVERGED
+        status, last = Status.NOT_CONVERGED, torch.zeros_like(x)
         for step in range(_MOST_STEPS + 1):
             gradient, weight = self._gradient(x), self._weight(x)
             size = self._sides(weight, 2).sum(0)
-            imbalance = torch.where(free, gradient.abs() / (2 * size), 0.0)
+            imbalance = torch.where(free.mask, free.project(gradient).abs() / (2 * size), 0.0)
             if imbalance.max() <= _BALANCED:
                 status = Status.CONVERGED
                 break
@@ -109,22 +139,8 @@ class CommutingOrbit(Orbit):
                 # No step along the direction lowers the potential any more: what is left is rounding.
                 status = Status.CONVERGED if imbalance.max() <= 1e3 * _BALANCED else Status.NOT_CONVERGED
                 break
-            x = moved
-        return x, status, step
-
-    def _runaway(self, x: Tensor, free: Tensor) -> Tensor:
-        """The free coordinates whose joint equilibrium lies at infinity."""
-        # Along such a direction all forces die out, so the drift vanishes at any precision. But so does the curvature
-        # of the potential along the displacement, which at a minimum is comparable to the curvature of coordinates.
-        weight = self._weight(x)
-        scales = self._scales(x)
-        plus, minus = self._sides({name: 4 * weight[name] * s for name, s in scales.items()})
-        single = 4 * self._sides(weight, 2).sum(0)
-        flat = x @ (plus - minus) <= _FLAT * (single * x) @ x
-        largest = x.abs().max() if len(x) else x.sum()
-        if largest > _FAR or (flat and largest > 1):
-            return free & (x.abs() > largest / 2)
-        return torch.zeros_like(free)
+            x, last = moved, moved - x
+        return x, status, step, last
 
     def respond(self, forces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The displacement of the joint minimum under additional forces, by conjugate gradients."""
@@ -189,13 +205,13 @@ class CommutingOrbit(Orbit):
 
     # The search.
 
-    def _sweep(self, x: Tensor, free: Tensor) -> Tensor:
+    def _sweep(self, x: Tensor, free: _Free) -> Tensor:
         """Each symmetry in turn to its closed form, x += log(P / R) / 4, as long as that lowers the potential."""
         value = self._value(x)
         for _ in range(_SWEEPS):
             for index in self._blocks():
                 push, pull = self._forces(x)
-                moved = torch.where(free & index, x + 0.25 * torch.log(push / pull), x)
+                moved = x + free.project(torch.where(free.mask & index, 0.25 * torch.log(push / pull), 0.0))
                 if (lowered := self._value(moved)) < value:
                     x, value = moved, lowered
         return x
@@ -205,18 +221,18 @@ class CommutingOrbit(Orbit):
         labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self._origin.device)
         return [labels == label for label in range(len(sizes))]
 
-    def _newton_direction(self, gradient: Tensor, weight: Params, size: Tensor, free: Tensor, forcing: float) -> Tensor:
+    def _newton_direction(self, gradient: Tensor, weight: Params, size: Tensor, free: _Free, forcing: float) -> Tensor:
         """Conjugate gradients on the Newton equation; preconditioned, so that every coordinate counts alike."""
 
         def hessian(direction: Tensor) -> Tensor:
             scales = self._scales(direction)
             plus, minus = self._sides({name: 4 * weight[name] * s for name, s in scales.items()})
-            return torch.where(free, plus - minus, 0.0)
+            return free.project(plus - minus)
 
-        diagonal = torch.where(free, 4 * size, 1.0)
+        diagonal = torch.where(free.mask, 4 * size, 1.0)
         x = torch.zeros_like(gradient)
-        residual = torch.where(free, -gradient, 0.0)
-        scaled = residual / diagonal
+        residual = free.project(-gradient)
+        scaled = free.project(residual / diagonal)
         target = max(forcing * forcing, _ROUNDING) * float(scaled.abs().max())
         direction, energy = scaled.clone(), residual @ scaled
         for _ in range(10 * len(gradient) + 100):
@@ -228,7 +244,7 @@ class CommutingOrbit(Orbit):
             length = energy / curvature
             x = x + length * direction
             residual = residual - length * curved
-            scaled = residual / diagonal
+            scaled = free.project(residual / diagonal)
             if scaled.abs().max() <= target:
                 break
             energy, previous = residual @ scaled, energy
@@ -249,15 +265,15 @@ class CommutingOrbit(Orbit):
 
     # Reporting.
 
-    def _result(self, x: Tensor, free: Tensor, status: Status, steps: int) -> OrbitMinimum:
+    def _result(self, x: Tensor, free: _Free, status: Status, steps: int) -> OrbitMinimum:
         push, pull = self._forces(x)
         squares = {name: self._params[name].square() * torch.exp(2 * s) for name, s in self._scales(x).items()}
         # Both the drift and the charge change with the coordinate; their ratio is the rate at which a departure decays.
         rate = 4 * self._sides(self._weight(x), 2).sum(0) / (2 * self._sides(squares, 2).sum(0))
-        relaxation = torch.where(free, 1 / rate, torch.inf)
+        relaxation = torch.where(free.coordinates, 1 / rate, torch.inf)
         parts = (self._unflatten(t) for t in (x, push - pull, relaxation))
         coordinates, drift, times = parts
-        pushes, pulls, frees = (self._unflatten(t) for t in (push, pull, free))
+        pushes, pulls, frees = (self._unflatten(t) for t in (push, pull, free.coordinates))
         outcomes = {name: of_rows(frees[name], pushes[name], pulls[name], status) for name in self._symmetries}
         return OrbitMinimum(coordinates, drift, times, outcomes, steps)
 
