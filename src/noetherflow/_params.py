@@ -67,8 +67,8 @@ def aliases(model: nn.Module) -> dict[str, str]:
 def canonical_names(model: nn.Module, names: Iterable[str], what: str) -> dict[str, str]:
     """The canonical names of parameters that were named in a model, or in that model inside a wrapper or out of it.
 
-    Prefixes of DistributedDataParallel, torch.compile and PEFT are left out of the comparison where the names do not
-    fit as they are.
+    Prefixes of DistributedDataParallel, torch.compile and PEFT are left out of the comparison, unless the model has
+    parameters that differ only by such a prefix.
 
     Args:
         model: The model.
@@ -79,16 +79,16 @@ def canonical_names(model: nn.Module, names: Iterable[str], what: str) -> dict[s
         Canonical name by name.
 
     Raises:
-        ParameterNameError: If a name belongs to no parameter, or without prefixes to several.
+        ParameterNameError: If a name belongs to no parameter.
     """
     known, names = aliases(model), tuple(names)
-    if not known.keys() >= set(names):
-        inner: dict[str, set[str]] = {}
-        for name in known:
-            inner.setdefault(_WRAPPERS.sub("", name), set()).add(known[name])
-        matches = {name: inner.get(_WRAPPERS.sub("", name), set()) for name in names}
-        if all(len(match) == 1 for match in matches.values()):
-            return {name: next(iter(match)) for name, match in matches.items()}
+    inner: dict[str, set[str]] = {}
+    for name in known:
+        inner.setdefault(_WRAPPERS.sub("", name), set()).add(known[name])
+    matches = {name: inner.get(_WRAPPERS.sub("", name), set()) for name in names}
+    if all(len(match) == 1 for match in matches.values()):
+        return {name: next(iter(match)) for name, match in matches.items()}
+    # A module of the user may be called `module`: then only the names as they are tell parameters apart.
     require_names(known, names, what)
     return {name: known[name] for name in names}
 
