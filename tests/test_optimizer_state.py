@@ -130,6 +130,24 @@ def test_second_moments_of_mixed_rows_are_the_diagonal_of_the_transported_covari
     step(one, optimizer)
 
 
+def test_variances_of_a_tensor_in_two_roles_are_mixed_along_both_axes() -> None:
+    """Rows grow as columns shrink: w -> e^x w e^-x, and a variance is a sum of squares times variances."""
+    symmetry = nf.MatrixSymmetry(plus=nf.Axis("w", 0), minus=nf.Axis("w", 1))
+    x = torch.tensor([[0.5, 0.2, 0.0], [0.2, -0.3, 0.1], [0.0, 0.1, 0.4]], dtype=torch.float64)
+    variances = {"w": torch.arange(1.0, 10.0, dtype=torch.float64).view(3, 3), "u": torch.ones(2)}
+    rows, columns = torch.linalg.matrix_exp(x), torch.linalg.matrix_exp(-x)
+    expected = [
+        [
+            sum((rows[i, k] * columns[m, j]) ** 2 * variances["w"][k, m] for k in range(3) for m in range(3))
+            for j in range(3)
+        ]
+        for i in range(3)
+    ]
+    mixed = symmetry.act_on_variances(x, variances)
+    torch.testing.assert_close(mixed["w"], torch.tensor(expected, dtype=torch.float64))
+    assert mixed["u"] is variances["u"]
+
+
 def test_a_state_that_is_reset_starts_like_a_new_optimizer() -> None:
     """Step count included: the first step after the move has the bias correction of a first step."""
     one, optimizer = started(FLAVOURS["AdamW"], "matrix")
