@@ -136,15 +136,11 @@ def test_variances_of_a_tensor_in_two_roles_are_mixed_along_both_axes() -> None:
     x = torch.tensor([[0.5, 0.2, 0.0], [0.2, -0.3, 0.1], [0.0, 0.1, 0.4]], dtype=torch.float64)
     variances = {"w": torch.arange(1.0, 10.0, dtype=torch.float64).view(3, 3), "u": torch.ones(2)}
     rows, columns = torch.linalg.matrix_exp(x), torch.linalg.matrix_exp(-x)
-    expected = [
-        [
-            sum((rows[i, k] * columns[m, j]) ** 2 * variances["w"][k, m] for k in range(3) for m in range(3))
-            for j in range(3)
-        ]
-        for i in range(3)
-    ]
+    # Row by row, the matrix of w -> A w B is the Kronecker product of A and the transpose of B.
+    element = torch.kron(rows, columns.mT)
+    expected = (element.square() @ variances["w"].flatten()).view(3, 3)
     mixed = symmetry.act_on_variances(x, variances)
-    torch.testing.assert_close(mixed["w"], torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(mixed["w"], expected)
     assert mixed["u"] is variances["u"]
 
 
