@@ -137,7 +137,7 @@ def test_variances_of_a_tensor_in_two_roles_are_mixed_along_both_axes() -> None:
     variances = {"w": torch.arange(1.0, 10.0, dtype=torch.float64).view(3, 3), "u": torch.ones(2)}
     rows, columns = torch.linalg.matrix_exp(x), torch.linalg.matrix_exp(-x)
     # Row by row, the matrix of w -> A w B is the Kronecker product of A and the transpose of B.
-    element = torch.kron(rows, columns.mT)
+    element = torch.kron(rows.contiguous(), columns.mT.contiguous())
     expected = (element.square() @ variances["w"].flatten()).view(3, 3)
     mixed = symmetry.act_on_variances(x, variances)
     torch.testing.assert_close(mixed["w"], expected)
