@@ -1,6 +1,7 @@
 """Checks that the tests make and that planted faults must fail: plain functions that raise AssertionError."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import scipy.optimize
@@ -208,6 +209,16 @@ def no_drift_after_rebalance(case: Case, weight_decay: float) -> None:
     for name in case.symmetries:
         assert after[name].abs().max() <= 1e-9 * before[name].abs().max()
     torch.testing.assert_close(case.loss(case.model, case.batch).detach(), losses, rtol=1e-11, atol=1e-12)
+
+
+def moved_by(
+    equilibrium: nf.Equilibrium, model: nn.Module, symmetries: dict[str, nf.Symmetry], coordinates: dict[str, Tensor]
+) -> nf.Equilibrium:
+    """An equilibrium that claims to lie elsewhere: where these group elements take the model."""
+    params = {name: tensor.detach().double() for name, tensor in model.named_parameters()}
+    for name, symmetry in symmetries.items():
+        params = symmetry.act(coordinates[name], params)
+    return dataclasses.replace(equilibrium, params=params, symmetries=symmetries, coordinates=coordinates)
 
 
 def symmetry_holds(case: Case) -> None:

@@ -27,8 +27,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 SUBSET = (
     "bad_input", "conventions", "custom_symmetry", "detect", "detect_random", "discover", "equilibrate",
     "equilibrium", "extras", "fast_noise", "fused", "linear", "meters", "microbatch", "model_function", "noise",
-    "passes", "planted_faults", "products", "rebalance", "report", "report_values", "residual", "rules", "simulate",
-    "spd", "store", "store_damage", "symmetry", "trajectory", "verify",
+    "optimizer_state", "passes", "planted_faults", "products", "rebalance", "report", "report_values", "residual",
+    "rules", "simulate", "spd", "store", "store_damage", "symmetry", "training_continues", "trajectory", "undo",
+    "verify", "wrapped",
 )  # fmt: skip
 NEEDED = ("pytest", "pytest-xdist", "hypothesis", "scikit-learn", "transformers", "peft")
 # Held by constraints.txt at what one release of torch works with: another release brings others.

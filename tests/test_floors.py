@@ -10,10 +10,10 @@ PACKAGE = "noetherflow"
 # What lies directly in src/noetherflow, file or folder, from the ground up. docs/design.md says what each floor is for.
 FLOORS = [
     {"_types", "_errors", "_optimizers", "_spd", "_progress", "_batch", "_files", "_versions", "_table", "_codec"}
-    | {"_autograd", "_holder", "_precision", "_extras"},
+    | {"_autograd", "_holder", "_precision", "_extras", "_undo"},
     {"_params", "_per_example", "_store"},
     {"_model_function", "symmetry"},
-    {"_residual", "_dtype"},
+    {"_residual", "_dtype", "_optimizer_state"},
     {"_verify"},
     {"detect"},
     {"noise", "discover"},

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import checks
 import noetherflow as nf
 from cases import Case, case, squared_error
 from noetherflow import _verify
@@ -103,9 +104,7 @@ def rebalanced(one: Case, symmetry: nf.Symmetry, size: float) -> None:
     noise = nf.estimate_noise(one.model, one.loss, one.loader(), one.symmetries)
     equilibrium = nf.solve_equilibrium(noise, nf.SGD(0.1, 5, 0.02), params)
     x = symmetry.identity(params) + 0.3
-    moved = type(equilibrium)(
-        **{**vars(equilibrium), "symmetries": {"only": symmetry}, "coordinates": {"only": x}},
-    )
+    moved = checks.moved_by(equilibrium, one.model, {"only": symmetry}, {"only": x})
     nf.rebalance_(one.model, moved, scaled(size), one.batch)
 
 

@@ -25,6 +25,7 @@ from noetherflow._errors import (
 from noetherflow._optimizers import SGD
 from noetherflow._rebalance import rebalance_
 from noetherflow._types import Batch, Loss, Params
+from noetherflow._undo import Rebalanced
 from noetherflow._verify import Residual, verify_symmetry
 from noetherflow.detect import AxisNote, Explanation, Finding, explain, find_symmetries
 from noetherflow.discover import (
@@ -93,6 +94,7 @@ __all__ = [
     "ParameterNameError",
     "ParameterShapeError",
     "Params",
+    "Rebalanced",
     "Rescalings",
     "Residual",
     "SGD",

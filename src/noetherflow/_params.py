@@ -1,6 +1,7 @@
 """Parameters by name: copies, conversions and checks."""
 
 import copy
+import re
 from collections.abc import Iterable
 
 import torch
@@ -8,6 +9,10 @@ from torch import Tensor, nn
 
 from noetherflow._errors import NonFiniteError, ParameterNameError, SettingsError
 from noetherflow._types import Params
+
+# What wrappers put in front of the names of parameters: DistributedDataParallel and PEFT in front of the first module,
+# torch.compile in front of any.
+_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+|(?<=\.)_orig_mod\.")
 
 
 def snapshot(source: nn.Module | Params, dtype: torch.dtype | None = torch.float64) -> dict[str, Tensor]:
@@ -57,6 +62,35 @@ def aliases(model: nn.Module) -> dict[str, str]:
         )
     canonical = {id(tensor): name for name, tensor in model.named_parameters()}
     return {name: canonical[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
+
+
+def canonical_names(model: nn.Module, names: Iterable[str], what: str) -> dict[str, str]:
+    """The canonical names of parameters that were named in a model, or in that model inside a wrapper or out of it.
+
+    Prefixes of DistributedDataParallel, torch.compile and PEFT are left out of the comparison, unless the model has
+    parameters that differ only by such a prefix.
+
+    Args:
+        model: The model.
+        names: The names.
+        what: Subject of the error message.
+
+    Returns:
+        Canonical name by name.
+
+    Raises:
+        ParameterNameError: If a name belongs to no parameter.
+    """
+    known, names = aliases(model), tuple(names)
+    inner: dict[str, set[str]] = {}
+    for name in known:
+        inner.setdefault(_WRAPPERS.sub("", name), set()).add(known[name])
+    matches = {name: inner.get(_WRAPPERS.sub("", name), set()) for name in names}
+    if all(len(match) == 1 for match in matches.values()):
+        return {name: next(iter(match)) for name, match in matches.items()}
+    # A module of the user may be called `module`: then only the names as they are tell parameters apart.
+    require_names(known, names, what)
+    return {name: known[name] for name in names}
 
 
 def require_names(available: Iterable[str], required: Iterable[str], what: str) -> None:

@@ -11,7 +11,7 @@ from noetherflow._errors import ParameterShapeError, SettingsError
 from noetherflow._params import require_names
 from noetherflow._types import Params
 from noetherflow.symmetry.axis import Axis
-from noetherflow.symmetry.base import Grams, Symmetry
+from noetherflow.symmetry.base import Action, Grams, Symmetry
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,31 @@ class AxisSymmetry(Symmetry):
             tensor = moved[axis.name]
             factor = self.exponential(sign * self._coordinates(x, tensor))
             moved[axis.name] = axis.replace(tensor, self.multiply(factor, axis.rows(tensor)))
+        return moved
+
+    def act_on_variances(self, x: Tensor, v: Params) -> dict[str, Tensor]:
+        r"""The variances of the entries of $e^{Q_x} g$, for a random vector g with uncorrelated entries.
+
+        With $A = e^{Q_x}$ and variances v, the covariance $A\,\mathrm{diag}(v)\,A^T$ has the diagonal
+        $\sum_j A_{ij}^2 v_j$. A group that scales entries has a diagonal A, and the result is exact for correlated
+        entries too.
+
+        Args:
+            x: The coordinates.
+            v: Variances of the entries of g, by name, of the shapes of the parameters.
+
+        Returns:
+            Variances by name; tensors on which the group does not act are returned unchanged.
+        """
+        if self.action is Action.SCALES_ENTRIES:
+            return self.act(2 * x, v)
+        self.check(v)
+        moved = dict(v)
+        for axis, sign in self._signed():
+            tensor = moved[axis.name]
+            unit = torch.eye(axis.size(tensor), dtype=tensor.dtype, device=tensor.device)
+            matrix = self.multiply(self.exponential(sign * self._coordinates(x, tensor)), unit)
+            moved[axis.name] = axis.replace(tensor, matrix.square() @ axis.rows(tensor))
         return moved
 
     def generate(self, x: Tensor, v: Params) -> dict[str, Tensor]:
