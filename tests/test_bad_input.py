@@ -112,7 +112,7 @@ def test_a_symmetry_of_gradients_alone_is_not_one(size: float) -> None:
     one = case("diagonal")
 
     def jump(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return one.loss(model, batch) + size * (model[0].weight.norm() > start)
+        return one.loss(model, batch) + size * (model[0].weight.norm() > start).double()
 
     start = one.model[0].weight.norm().item()
     assert measure(one, loss=jump).trace > 0

@@ -76,12 +76,15 @@ class _Proof:
     def _changes(self, symmetries: list[Symmetry]) -> list[float]:
         """The change of loss by each, as far as it has to be told apart."""
         worst = 0.0
-        for _ in range(self._draws):
+        drawn: list[Tensor] = []
+        for draw in range(self._draws):
+            if draw % 2 == 0:
+                drawn = [next(random_coordinates(one, self._params, 1, self._generator)) for one in symmetries]
             moved = self._params
-            for one in symmetries:
+            for one, x in zip(symmetries, drawn, strict=True):
                 own = {name: moved[name] for name in one.names}
-                (x,) = random_coordinates(one, own, 1, self._generator)
-                moved = moved | one.act(x, own)
+                # Every element and then its inverse: a loss may jump when a weight grows, and not when it shrinks.
+                moved = moved | one.act(x if draw % 2 == 0 else -x, own)
             after = self._evaluate(moved)
             worst = max(worst, float(relative_change(self._before, after).max()))
         if worst <= self._function.tolerance.proof or len(symmetries) == 1:
