@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 from noetherflow._errors import SettingsError
-from noetherflow._optimizers import SGD
+from noetherflow._optimizers import SGD, require_settings
 
 
 @final
@@ -105,6 +105,7 @@ class Langevin:
     dt: float | None = None
 
     def __post_init__(self) -> None:
+        require_settings(self.sgd)
         require_time_step(self.time_step)
 
     @property
