@@ -116,11 +116,10 @@ class _Float(Codec):
     def decode(self, tree: Any, where: str, take: Take) -> Any:
         if type(tree) is int or (type(tree) is float and math.isfinite(tree)):
             return tree
-        if isinstance(tree, str) and len(tree) == 16 and set(tree) <= set("0123456789abcdef"):
-            (value,) = struct.unpack(">d", bytes.fromhex(tree))
-            if not math.isfinite(value):
-                return value
-        raise _expected("a number", tree, where)
+        bits = isinstance(tree, str) and len(tree) == 16 and set(tree) <= set("0123456789abcdef")
+        value: float = struct.unpack(">d", bytes.fromhex(tree))[0] if bits else 0.0
+        _require(not math.isfinite(value), "a number", tree, where)
+        return value
 
 
 @final
@@ -289,11 +288,7 @@ def _package(kind: type) -> str:
 
 def _require(fits: bool, what: str, given: Any, where: str) -> None:
     if not fits:
-        raise _expected(what, given, where)
-
-
-def _expected(what: str, given: Any, where: str) -> Misfit:
-    return Misfit(f"{where}: expected {what}, got {shown(given)}")
+        raise Misfit(f"{where}: expected {what}, got {shown(given)}")
 
 
 def shown(value: Any) -> str:
