@@ -9,7 +9,7 @@ from torch import nn
 
 from noetherflow._errors import SettingsError
 from noetherflow._types import Params
-from noetherflow._weight_decay import by_names, entries_of, number, of_groups
+from noetherflow._weight_decay import DecayByTensor, by_names, entries_of, number, of_groups
 
 
 @final
@@ -69,7 +69,7 @@ class SGD:
         _require(self.batch_size, "batch_size", "a whole number, 1 or more", lambda n: n == int(n) and n >= 1)
         for place, decay in entries_of(self.weight_decay).items():
             _require(decay, place, "a finite number, 0 or more", lambda w: 0 <= w < float("inf"))
-        if type(self.weight_decay) is dict:
+        if isinstance(self.weight_decay, Mapping) and not isinstance(self.weight_decay, DecayByTensor):
             object.__setattr__(self, "weight_decay", dict(self.weight_decay))  # the user may change theirs
         _require(self.momentum, "momentum", "a number in [0, 1)", lambda mu: 0 <= mu < 1)
         if not self.replacement:
