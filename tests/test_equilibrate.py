@@ -83,11 +83,11 @@ def brute_force(one: Case, sgd: nf.SGD) -> float:
         lowest, origin = best.fun, point(torch.tensor(best.x))
 
 
-@pytest.mark.parametrize("by_parameter", [False, True])
-@pytest.mark.parametrize("build", [layers, attention])
+@pytest.mark.parametrize(("build", "by_parameter"), [(layers, False), (layers, True), (attention, False)])
 def test_brute_force_does_not_get_lower(build: object, by_parameter: bool) -> None:
     one = make(build)
-    sgd = nf.SGD(0.1, 5, one.decays) if by_parameter else SGD
+    # Without a zero among them, since scipy ends early in flat directions.
+    sgd = nf.SGD(0.1, 5, {name: 0.01 + decay / 2 for name, decay in one.decays.items()}) if by_parameter else SGD
     found = nf.equilibrate(one.model, one.loss, one.loader(), sgd, one.symmetries, tolerance=1e-9)
     assert found.status is nf.Status.CONVERGED
     assert found.passes > 2

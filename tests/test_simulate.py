@@ -153,7 +153,9 @@ def test_langevin_steps_have_the_mean_and_covariance_of_the_diffusion() -> None:
 def test_the_noether_flow_ends_at_the_equilibrium(name: str, weight_decay: float | str) -> None:
     """Two independent roads to the same point: integrating the drift, and solving for its zero."""
     one = case(name)
-    sgd = nf.SGD(0.1, 5, one.decays if isinstance(weight_decay, str) else weight_decay)
+    # Without a zero among them, which makes the slowest coordinate a million times slower than the fastest.
+    decays = {key: 0.01 + decay / 2 for key, decay in one.decays.items()}
+    sgd = nf.SGD(0.1, 5, decays if isinstance(weight_decay, str) else weight_decay)
     noise = checks.noise_of(one)
     equilibrium = nf.solve_equilibrium(noise, sgd, one.model)
     slowest = max(times.max().item() for times in equilibrium.relaxation_steps.values())
