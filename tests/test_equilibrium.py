@@ -19,10 +19,13 @@ ONE_SIDED = "scalar, plus only"
 GENERATOR = "dense, eigenvalues 1 and -2"
 EVERY = [(one, wd) for one in cases() for wd in (0.0, 0.02, one.decays)]
 ALL = [(one, wd) for one, wd in EVERY if one.name != ONE_SIDED or wd]
-IDS = [f"{one}, weight decay {'by parameter' if isinstance(wd, dict) else wd}" for one, wd in ALL]
+EVERY_ID, IDS = (
+    [f"{one}, weight decay {'by parameter' if isinstance(wd, dict) else wd}" for one, wd in pairs]
+    for pairs in (EVERY, ALL)
+)
 
 
-@pytest.mark.parametrize(("one", "weight_decay"), EVERY)
+@pytest.mark.parametrize(("one", "weight_decay"), EVERY, ids=EVERY_ID)
 def test_the_potential_is_what_it_says(one: Case, weight_decay: Decay) -> None:
     checks.potential_matches_definition(one, weight_decay)
 
