@@ -29,6 +29,12 @@ class Case:
     def params(self) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.model.named_parameters()}
 
+    @property
+    def decays(self) -> dict[str, float]:
+        """A weight decay for each parameter, zero for some."""
+        values = itertools.cycle((0.03, 0.0, 0.11, 0.02, 0.07))
+        return {name: next(values) for name in self.params}
+
     def loader(self, size: int = 7) -> list[Any]:
         """The data set in batches, the last one smaller."""
         x, y = self.batch

@@ -63,6 +63,22 @@ def moments_match_covariance(case: Case) -> None:
             torch.testing.assert_close(oracles.pairing(net, x), expected, **TIGHT)
 
 
+def decay_of(weight_decay: float | dict[str, float], name: str) -> float:
+    """The weight decay of a parameter, as `torch.optim.SGD` has it."""
+    return weight_decay[name] if isinstance(weight_decay, dict) else weight_decay
+
+
+def decay_vector(case: Case, weight_decay: float | dict[str, float]) -> Tensor:
+    """The weight decay of every entry, on all parameters flattened."""
+    full = {name: torch.full_like(p, decay_of(weight_decay, name)) for name, p in case.params.items()}
+    return oracles.flat(full)
+
+
+def groups_of(model: nn.Module, weight_decay: float | dict[str, float]) -> list[dict[str, Any]]:
+    """A parameter group of `torch.optim.SGD` for each parameter."""
+    return [{"params": [p], "weight_decay": decay_of(weight_decay, name)} for name, p in model.named_parameters()]
+
+
 def mean_move(case: Case, sgd: nf.SGD, count: int, *, replacement: bool) -> dict[str, Tensor]:
     """The mean over every minibatch of what one step of `torch.optim.SGD` does to each charge."""
     x, y = (tensor[:count] for tensor in case.batch)
@@ -70,7 +86,7 @@ def mean_move(case: Case, sgd: nf.SGD, count: int, *, replacement: bool) -> dict
     batches = oracles.minibatches(count, sgd.batch_size, replacement=replacement)
     for chosen in batches:
         model = copy.deepcopy(case.model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=sgd.lr, weight_decay=sgd.weight_decay)
+        optimizer = torch.optim.SGD(groups_of(model, sgd.weight_decay), lr=sgd.lr)
         index = torch.tensor(chosen)
         case.loss(model, (x[index], y[index])).mean().backward()
         before = charges(case, model)
@@ -86,7 +102,9 @@ def charges(case: Case, model: nn.Module) -> dict[str, Tensor]:
     return {name: symmetry.charge(params) for name, symmetry in case.symmetries.items()}
 
 
-def step_matches_torch(case: Case, batch_size: int, weight_decay: float, *, replacement: bool, count: int = 4) -> None:
+def step_matches_torch(
+    case: Case, batch_size: int, weight_decay: float | dict[str, float], *, replacement: bool, count: int = 4
+) -> None:
     """`expected_step` and `drift` against every minibatch of a small data set through `torch.optim.SGD`."""
     sgd = nf.SGD(0.1, batch_size, weight_decay, replacement=replacement, dataset_size=None if replacement else count)
     noise = nf.estimate_noise(case.model, case.loss, [tuple(t[:count] for t in case.batch)], case.symmetries)
@@ -95,10 +113,9 @@ def step_matches_torch(case: Case, batch_size: int, weight_decay: float, *, repl
     rates = nf.drift(noise, sgd, case.model)
     for name in case.symmetries:
         torch.testing.assert_close(measured[name], expected[name], rtol=1e-9, atol=1e-13)
-        # What a step of finite size adds to lr * drift: the mean gradient's own charge, and weight decay twice over.
-        resolved = noise.symmetries[name]
-        theta = case.params
-        extra = sgd.lr**2 * (resolved.charge(noise.mean) + sgd.weight_decay**2 * resolved.charge(theta))
+        # What a step of finite size adds to lr * drift: the charge of the mean gradient of loss and weight decay.
+        mean = {p: noise.mean[p] + decay_of(weight_decay, p) * tensor for p, tensor in case.params.items()}
+        extra = sgd.lr**2 * noise.symmetries[name].charge(mean)
         torch.testing.assert_close(measured[name], sgd.lr * rates[name] + extra, rtol=1e-9, atol=1e-13)
 
 
@@ -139,15 +156,17 @@ def move(case: Case, x: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-def potential_by_definition(case: Case, x: dict[str, Tensor], lr: float, size: int, weight_decay: float) -> float:
+def potential_by_definition(
+    case: Case, x: dict[str, Tensor], lr: float, size: int, weight_decay: float | dict[str, float]
+) -> float:
     """2 gamma |theta_x|^2 + sigma^2 Tr Sigma(theta_x), Sigma measured at the moved point; factors written out."""
     model = move(case, x)
     _, sigma = oracles.covariance(model, case.loss, case.batch)
-    norm = sum(p.detach().square().sum() for p in model.parameters())
-    return float(weight_decay * norm + lr / (2 * size) * sigma.trace())
+    norm = sum(decay_of(weight_decay, name) * p.detach().square().sum() for name, p in model.named_parameters())
+    return float(norm + lr / (2 * size) * sigma.trace())
 
 
-def potential_matches_definition(case: Case, weight_decay: float) -> None:
+def potential_matches_definition(case: Case, weight_decay: float | dict[str, float]) -> None:
     """`potential` at the origin and at random points against its definition, everything measured anew."""
     sgd, noise = nf.SGD(0.1, 5, weight_decay), noise_of(case)
     generator = torch.Generator().manual_seed(1)
@@ -162,14 +181,14 @@ def potential_matches_definition(case: Case, weight_decay: float) -> None:
         torch.testing.assert_close(found.item(), expected, rtol=1e-9, atol=0)
 
 
-def equilibrium_matches_scipy(case: Case, weight_decay: float) -> None:
+def equilibrium_matches_scipy(case: Case, weight_decay: float | dict[str, float]) -> None:
     """`solve_equilibrium` against brute-force minimisation of the potential by scipy."""
     lr, size = 0.1, 5
     noise = noise_of(case)
     equilibrium = nf.solve_equilibrium(noise, nf.SGD(lr, size, weight_decay), case.model)
     assert equilibrium.status is nf.Status.CONVERGED, equilibrium.message
     params = {name: p.detach() for name, p in case.model.named_parameters()}
-    theta = oracles.flat(params)
+    theta, decay = oracles.flat(params), decay_vector(case, weight_decay)
     _, sigma = oracles.covariance(case.model, case.loss, case.batch)
     generators = [
         oracles.generator(symmetry, case.model, basis)
@@ -182,7 +201,7 @@ def equilibrium_matches_scipy(case: Case, weight_decay: float) -> None:
         # Symmetries that share entries commute, the others do not meet: one exponential of the sum.
         element = torch.linalg.matrix_exp(sum(w * q for w, q in zip(x, generators, strict=True)))
         inverse = torch.linalg.matrix_exp(-sum(w * q for w, q in zip(x, generators, strict=True)))
-        phi = weight_decay * (element @ theta).square().sum()
+        phi = (decay * (element @ theta).square()).sum()
         phi = phi + lr / (2 * size) * (inverse @ sigma @ inverse).trace()
         (slope,) = torch.autograd.grad(phi, x)
         return phi.item(), slope.numpy()
@@ -198,7 +217,7 @@ def equilibrium_matches_scipy(case: Case, weight_decay: float) -> None:
     assert equilibrium.potential_after <= best.fun * (1 + 1e-12)
 
 
-def no_drift_after_rebalance(case: Case, weight_decay: float) -> None:
+def no_drift_after_rebalance(case: Case, weight_decay: float | dict[str, float]) -> None:
     """Every drift, measured anew after the move, is gone; and no example's loss has changed."""
     sgd, noise = nf.SGD(0.1, 5, weight_decay), noise_of(case)
     before = nf.drift(noise, sgd, case.model)

@@ -15,6 +15,23 @@ def test_mean_move_of_one_step_with_replacement(one: Case, batch_size: int, weig
     checks.step_matches_torch(one, batch_size, weight_decay, replacement=True)
 
 
+@pytest.mark.parametrize("one", cases(), ids=str)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_mean_move_of_one_step_with_a_weight_decay_for_each_parameter(one: Case, batch_size: int) -> None:
+    checks.step_matches_torch(one, batch_size, {n: 4 * decay for n, decay in one.decays.items()}, replacement=True)
+
+
+@pytest.mark.parametrize("one", cases(), ids=str)
+def test_a_single_weight_decay_is_not_that_of_groups(one: Case) -> None:
+    decays = {name: 4 * decay for name, decay in one.decays.items()}
+    measured = checks.mean_move(one, nf.SGD(0.1, 2, decays), 4, replacement=True)
+    noise = nf.estimate_noise(one.model, one.loss, [tuple(t[:4] for t in one.batch)], one.symmetries)
+    single = nf.SGD(0.1, 2, weight_decay=sum(decays.values()) / len(decays))
+    for name, step in nf.expected_step(noise, single, one.model).items():
+        # The scale-invariant model has a single parameter.
+        assert torch.allclose(step, measured[name], rtol=1e-3, atol=0) == (len(decays) == 1)
+
+
 @pytest.mark.parametrize("name", ["diagonal", "matrix", "scalar, plus only"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5])

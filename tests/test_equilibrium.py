@@ -14,30 +14,34 @@ import noetherflow as nf
 from cases import Case, case, cases, mlp, rescaling, squared_error
 from noetherflow._drift import forces
 
+Decay = float | dict[str, float]
 ONE_SIDED = "scalar, plus only"
 GENERATOR = "dense, eigenvalues 1 and -2"
-ALL = [(one, wd) for one in cases() for wd in (0.0, 0.02) if one.name != ONE_SIDED or wd]
-IDS = [f"{one}, weight decay {wd}" for one, wd in ALL]
+EVERY = [(one, wd) for one in cases() for wd in (0.0, 0.02, one.decays)]
+ALL = [(one, wd) for one, wd in EVERY if one.name != ONE_SIDED or wd]
+EVERY_ID, IDS = (
+    [f"{one}, weight decay {'by parameter' if isinstance(wd, dict) else wd}" for one, wd in pairs]
+    for pairs in (EVERY, ALL)
+)
 
 
-@pytest.mark.parametrize("one", cases(), ids=str)
-@pytest.mark.parametrize("weight_decay", [0.0, 0.02])
-def test_the_potential_is_what_it_says(one: Case, weight_decay: float) -> None:
+@pytest.mark.parametrize(("one", "weight_decay"), EVERY, ids=EVERY_ID)
+def test_the_potential_is_what_it_says(one: Case, weight_decay: Decay) -> None:
     checks.potential_matches_definition(one, weight_decay)
 
 
 @pytest.mark.parametrize(("one", "weight_decay"), ALL, ids=IDS)
-def test_the_equilibrium_is_the_minimum_that_scipy_finds(one: Case, weight_decay: float) -> None:
+def test_the_equilibrium_is_the_minimum_that_scipy_finds(one: Case, weight_decay: Decay) -> None:
     checks.equilibrium_matches_scipy(one, weight_decay)
 
 
 @pytest.mark.parametrize(("one", "weight_decay"), ALL, ids=IDS)
-def test_no_drift_is_left_when_measured_anew(one: Case, weight_decay: float) -> None:
+def test_no_drift_is_left_when_measured_anew(one: Case, weight_decay: Decay) -> None:
     checks.no_drift_after_rebalance(case(one.name), weight_decay)
 
 
 @pytest.mark.parametrize(("one", "weight_decay"), ALL, ids=IDS)
-def test_the_drift_is_minus_the_slope_of_the_potential(one: Case, weight_decay: float) -> None:
+def test_the_drift_is_minus_the_slope_of_the_potential(one: Case, weight_decay: Decay) -> None:
     sgd, noise = nf.SGD(0.1, 5, weight_decay), checks.noise_of(one)
     rates = nf.drift(noise, sgd, one.model)
     step = 1e-5
@@ -50,7 +54,7 @@ def test_the_drift_is_minus_the_slope_of_the_potential(one: Case, weight_decay: 
 
 
 @pytest.mark.parametrize(("one", "weight_decay"), ALL, ids=IDS)
-def test_the_relaxation_time_is_that_of_the_flow(one: Case, weight_decay: float) -> None:
+def test_the_relaxation_time_is_that_of_the_flow(one: Case, weight_decay: Decay) -> None:
     """A small departure of one coordinate, the others held, shrinks at the ratio of two finite differences."""
     sgd = nf.SGD(0.1, 5, weight_decay)
     equilibrium = nf.solve_equilibrium(checks.noise_of(one), sgd, one.model)

@@ -9,9 +9,9 @@ SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = "noetherflow"
 # What lies directly in src/noetherflow, file or folder, from the ground up. docs/design.md says what each floor is for.
 FLOORS = [
-    {"_types", "_errors", "_optimizers", "_spd", "_progress", "_batch", "_files", "_versions", "_table", "_codec"}
+    {"_types", "_errors", "_weight_decay", "_spd", "_progress", "_batch", "_files", "_versions", "_table", "_codec"}
     | {"_autograd", "_holder", "_precision", "_extras", "_undo"},
-    {"_params", "_per_example", "_store"},
+    {"_params", "_per_example", "_store", "_optimizers"},
     {"_model_function", "symmetry"},
     {"_residual", "_dtype", "_optimizer_state"},
     {"_verify"},

@@ -31,10 +31,11 @@ def tape(one: Case) -> Any:
 def train(one: Case, sgd: nf.SGD, steps: int, factor: Any = lambda step: 1.0) -> tuple[list[float], nn.Module]:
     """The same steps by a plain loop around `torch.optim.SGD`."""
     model, sample = copy.deepcopy(one.model), tape(one)
-    optimizer = torch.optim.SGD(model.parameters(), sgd.lr, sgd.momentum, weight_decay=sgd.weight_decay)
+    optimizer = torch.optim.SGD(checks.groups_of(model, sgd.weight_decay), sgd.lr, sgd.momentum)
     losses = []
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = sgd.lr * factor(step)
+        for group in optimizer.param_groups:
+            group["lr"] = sgd.lr * factor(step)
         optimizer.zero_grad()
         loss = one.loss(model, sample(sgd.batch_size, torch.Generator())).mean()
         losses.append(loss.item())
@@ -43,9 +44,11 @@ def train(one: Case, sgd: nf.SGD, steps: int, factor: Any = lambda step: 1.0) ->
     return losses, model
 
 
+@pytest.mark.parametrize("by_parameter", [False, True])
 @pytest.mark.parametrize("one", cases(), ids=str)
-def test_sgd_is_that_of_torch(one: Case) -> None:
-    sgd = nf.SGD(0.002, 3, weight_decay=1.0)
+def test_sgd_is_that_of_torch(one: Case, by_parameter: bool) -> None:
+    decays = {name: 30 * decay for name, decay in one.decays.items()}
+    sgd = nf.SGD(0.002, 3, weight_decay=decays if by_parameter else 1.0)
     losses, model = train(one, sgd, 25)
     trajectory = nf.simulate(one.model, one.loss, tape(one), sgd, steps=25, symmetries=one.symmetries)
     torch.testing.assert_close(
@@ -107,6 +110,16 @@ def test_gradient_flow_conserves_every_charge_and_descent_does_not(one: Case) ->
         assert moved > 10 * kept
 
 
+def test_langevin_steps_decay_each_parameter_by_its_weight_decay() -> None:
+    one = case("diagonal")
+    cold = nf.Langevin(nf.SGD(0.1, 10**20, one.decays))
+    found = nf.simulate(one.model, one.loss, one.batch, cold, steps=1).params
+    one.loss(one.model, one.batch).mean().backward()
+    for name, parameter in one.model.named_parameters():
+        slope = parameter.grad + one.decays[name] * parameter.detach()
+        torch.testing.assert_close(found[name][0], parameter.detach() - 0.1 * slope, rtol=1e-9, atol=1e-10)
+
+
 def test_langevin_steps_have_the_mean_and_covariance_of_the_diffusion() -> None:
     one = case("scalar, two sides")
     sgd, dt, replicas = nf.SGD(0.2, 3, 0.1), 0.05, 40_000
@@ -132,11 +145,17 @@ def test_langevin_steps_have_the_mean_and_covariance_of_the_diffusion() -> None:
         ("dense, eigenvalues 1 and -2", 0.02),
         ("a tied weight in both roles", 0.02),
         ("scalar, plus only", 0.05),
+        ("matrix", "by parameter"),
+        ("diagonal, coupled layers", "by parameter"),
+        ("dense, eigenvalues 1 and -2", "by parameter"),
     ],
 )
-def test_the_noether_flow_ends_at_the_equilibrium(name: str, weight_decay: float) -> None:
+def test_the_noether_flow_ends_at_the_equilibrium(name: str, weight_decay: float | str) -> None:
     """Two independent roads to the same point: integrating the drift, and solving for its zero."""
-    one, sgd = case(name), nf.SGD(0.1, 5, weight_decay)
+    one = case(name)
+    # Without a zero among them, which makes the slowest coordinate a million times slower than the fastest.
+    decays = {key: 0.01 + decay / 2 for key, decay in one.decays.items()}
+    sgd = nf.SGD(0.1, 5, decays if isinstance(weight_decay, str) else weight_decay)
     noise = checks.noise_of(one)
     equilibrium = nf.solve_equilibrium(noise, sgd, one.model)
     slowest = max(times.max().item() for times in equilibrium.relaxation_steps.values())

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import os
 import pickle
@@ -17,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import checks
 import measures_halves
 import noetherflow as nf
 import stored
@@ -137,6 +139,21 @@ def test_what_did_not_end_well_is_the_same_after_a_file(tmp_path: Path) -> None:
     loaded = nf.Analysis.load(tmp_path / "a.safetensors")
     require_same(loaded, analysis)
     assert loaded.equilibrium.outcomes["hidden"].directions == (1,)
+
+
+def test_weight_decay_by_parameter_is_the_same_after_a_file_and_after_a_pickle(tmp_path: Path) -> None:
+    one = case("diagonal")
+    optimizer = torch.optim.SGD(checks.groups_of(one.model, one.decays), lr=0.1)
+    sgd = nf.SGD.from_optimizer(optimizer, batch_size=5)
+    analysis = nf.analyze(one.model, one.loss, one.loader(), sgd, one.symmetries, progress=False)
+    assert analysis.sgd.weight_decay == one.decays
+    analysis.save(tmp_path / "a.safetensors")
+    for again in (nf.Analysis.load(tmp_path / "a.safetensors"), pickle.loads(pickle.dumps(analysis))):
+        require_same(again, analysis)
+        assert again.sgd == nf.SGD(0.1, 5, one.decays)
+    settings = json.loads(json.dumps(analysis.to_json()))["settings"]
+    assert settings["weight_decay"] == one.decays
+    assert settings["gamma"] == {name: decay / 2 for name, decay in one.decays.items()}
 
 
 def test_every_kind_of_field_is_the_same_after_a_file(tmp_path: Path) -> None:

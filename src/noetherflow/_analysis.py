@@ -1,6 +1,6 @@
 """The result of `analyze`: as values, as a table, as files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -105,10 +105,12 @@ class Analysis:
 
     def to_json(self) -> dict[str, Any]:
         """All numbers of the table, settings and versions as JSON types; NaN and infinities become null."""
-        equilibrium = self.equilibrium
+        equilibrium, sgd = self.equilibrium, self.sgd
+        decay = sgd.weight_decay
+        gamma = {name: sgd.gamma_of(name) for name in decay} if isinstance(decay, Mapping) else sgd.gamma
         return _files.finite(
             {
-                "settings": asdict(self.sgd) | {"gamma": self.sgd.gamma, "temperature": self.sgd.temperature},
+                "settings": asdict(sgd) | {"gamma": gamma, "temperature": sgd.temperature},
                 "examples": self.noise.count,
                 "symmetries": [asdict(report) for report in self.reports],
                 "totals": {

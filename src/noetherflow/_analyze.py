@@ -64,6 +64,7 @@ def analyze(
     Raises:
         EmptyDataError: If the loader yields no batch.
         NotASymmetryError: If a declared symmetry changes the loss of an example.
+        SettingsError: If a parameter on which a symmetry acts has no weight decay.
         NoetherflowError: For bad input, as `estimate_noise` does.
 
     Examples:
@@ -81,9 +82,9 @@ def analyze(
     # The noise is measured before declared symmetries are proved, because its errors name the batch with bad data.
     declared = result.noise.symmetries if symmetries is not None else {}
     residuals = result.residuals | _proved(model, loss, result.first, declared, dtype)
-    rates = drift(result.noise, sgd, result.initial)
-    reports = tuple(_report(name, residuals[name], rates[name], result, sgd) for name in result.noise.symmetries)
-    return Analysis(reports, result.equilibrium, result.noise, sgd, result.initial)
+    rates = drift(result.noise, result.sgd, result.initial)
+    reports = tuple(_report(name, residuals[name], rates[name], result, result.sgd) for name in result.noise.symmetries)
+    return Analysis(reports, result.equilibrium, result.noise, result.sgd, result.initial)
 
 
 def _proved(

@@ -17,6 +17,7 @@ is looked up by name among the imported subclasses. A tree that does not fit its
 """
 
 import collections.abc
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -62,15 +63,17 @@ class Codec(ABC):
 def codec_of(hint: Any) -> Codec:
     """The codec of an annotation; raises `Misfit` if a file cannot hold its values."""
     arguments, origin = typing.get_args(hint), typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType) and len(arguments) == 2 and type(None) in arguments:
-        return _Optional(codec_of(next(option for option in arguments if option is not type(None))))
+    if origin in (typing.Union, types.UnionType) and len(arguments) == 2:
+        scalar, other = sorted(map(codec_of, arguments), key=lambda codec: not isinstance(codec, (_Plain, _Float)))
+        if isinstance(scalar, (_Plain, _Float)):
+            return _Union(scalar, other)
     if origin in (dict, collections.abc.Mapping) and arguments[:1] == (str,):
         return _Dictionary(codec_of(arguments[1]))
     if origin in (list, tuple, collections.abc.Sequence) and arguments:
         kind = list if origin is list else tuple
         fixed = origin is tuple and arguments[-1] is not ...
         return _Sequence(kind, tuple(codec_of(hint) for hint in (arguments if fixed else arguments[:1])), fixed)
-    if hint in (bool, int, str):
+    if hint in (type(None), bool, int, str):
         return _Plain(hint)
     if hint in (float, Tensor):
         return _Float() if hint is float else _Tensor()
@@ -98,8 +101,7 @@ class _Plain(Codec):
         return self._checked(tree, where)
 
     def _checked(self, value: Any, where: str) -> Any:
-        if type(value) is not self.kind:
-            raise _expected(f"a value of the type {self.kind.__name__}", value, where)
+        _require(type(value) is self.kind, f"a value of the type {self.kind.__name__}", value, where)
         return value
 
 
@@ -108,30 +110,26 @@ class _Float(Codec):
     def encode(self, value: Any, where: str, put: Put) -> Any:
         if type(value) is int:  # fits the annotation float, as in Python, and stays an integer
             return value
-        if not isinstance(value, float):
-            raise _expected("a number", value, where)
+        _require(isinstance(value, float), "a number", value, where)
         return float(value) if math.isfinite(value) else struct.pack(">d", value).hex()
 
     def decode(self, tree: Any, where: str, take: Take) -> Any:
         if type(tree) is int or (type(tree) is float and math.isfinite(tree)):
             return tree
-        if isinstance(tree, str) and len(tree) == 16 and set(tree) <= set("0123456789abcdef"):
-            (value,) = struct.unpack(">d", bytes.fromhex(tree))
-            if not math.isfinite(value):
-                return value
-        raise _expected("a number", tree, where)
+        bits = isinstance(tree, str) and len(tree) == 16 and set(tree) <= set("0123456789abcdef")
+        value: float = struct.unpack(">d", bytes.fromhex(tree))[0] if bits else 0.0
+        _require(not math.isfinite(value), "a number", tree, where)
+        return value
 
 
 @final
 class _Tensor(Codec):
     def encode(self, value: Any, where: str, put: Put) -> Any:
-        if not isinstance(value, Tensor):
-            raise _expected("a tensor", value, where)
+        _require(isinstance(value, Tensor), "a tensor", value, where)
         return put(where, value)
 
     def decode(self, tree: Any, where: str, take: Take) -> Any:
-        if not isinstance(tree, str):
-            raise _expected("the key of a tensor", tree, where)
+        _require(isinstance(tree, str), "the key of a tensor", tree, where)
         if (tensor := take(tree)) is None:
             raise Misfit(f"{where} refers to a tensor {shown(tree)}, which is not there or belongs to another place")
         return tensor
@@ -139,14 +137,21 @@ class _Tensor(Codec):
 
 @final
 @dataclasses.dataclass(frozen=True)
-class _Optional(Codec):
-    inner: Codec
+class _Union(Codec):
+    """A value that fits the scalar, and every other value."""
+
+    scalar: Codec
+    other: Codec
 
     def encode(self, value: Any, where: str, put: Put) -> Any:
-        return None if value is None else self.inner.encode(value, where, put)
+        with contextlib.suppress(Misfit):
+            return self.scalar.encode(value, where, put)
+        return self.other.encode(value, where, put)
 
     def decode(self, tree: Any, where: str, take: Take) -> Any:
-        return None if tree is None else self.inner.decode(tree, where, take)
+        with contextlib.suppress(Misfit):
+            return self.scalar.decode(tree, where, take)
+        return self.other.decode(tree, where, take)
 
 
 @final
@@ -155,13 +160,12 @@ class _Dictionary(Codec):
     inner: Codec
 
     def encode(self, value: Any, where: str, put: Put) -> Any:
-        if not isinstance(value, collections.abc.Mapping) or not all(type(key) is str for key in value):
-            raise _expected("a mapping from names", value, where)
+        fits = isinstance(value, collections.abc.Mapping) and all(type(key) is str for key in value)
+        _require(fits, "a mapping from names", value, where)
         return {key: self.inner.encode(entry, f"{where}[{key!r}]", put) for key, entry in value.items()}
 
     def decode(self, tree: Any, where: str, take: Take) -> Any:
-        if not isinstance(tree, dict):
-            raise _expected("an object", tree, where)
+        _require(isinstance(tree, dict), "an object", tree, where)
         return {key: self.inner.decode(entry, f"{where}[{key!r}]", take) for key, entry in tree.items()}
 
 
@@ -181,8 +185,8 @@ class _Sequence(Codec):
         return self.kind(codec.decode(entry, place, take) for codec, entry, place in self._entries(tree, where))
 
     def _entries(self, given: Any, where: str) -> list[tuple[Codec, Any, str]]:
-        if not isinstance(given, (list, tuple)) or (self.fixed and len(given) != len(self.inner)):
-            raise _expected(f"a sequence{f' of length {len(self.inner)}' * self.fixed}", given, where)
+        fits = isinstance(given, (list, tuple)) and (not self.fixed or len(given) == len(self.inner))
+        _require(fits, f"a sequence{f' of length {len(self.inner)}' * self.fixed}", given, where)
         codecs = self.inner if self.fixed else self.inner * len(given)
         return [(codec, entry, f"{where}[{k}]") for k, (codec, entry) in enumerate(zip(codecs, given, strict=True))]
 
@@ -194,13 +198,11 @@ class _Named(Codec):
     members: dict[str, Any]
 
     def encode(self, value: Any, where: str, put: Put) -> Any:
-        if not isinstance(value, self.kind):
-            raise _expected(f"a member of {self.kind.__name__}", value, where)
+        _require(isinstance(value, self.kind), f"a member of {self.kind.__name__}", value, where)
         return next(name for name, member in self.members.items() if member is value)
 
     def decode(self, tree: Any, where: str, take: Take) -> Any:
-        if not isinstance(tree, str) or tree not in self.members:
-            raise _expected(f"one of {', '.join(self.members)}", tree, where)
+        _require(isinstance(tree, str) and tree in self.members, f"one of {', '.join(self.members)}", tree, where)
         return self.members[tree]
 
 
@@ -213,8 +215,7 @@ class _Class(Codec):
 
     def encode(self, value: Any, where: str, put: Put) -> Any:
         parameters, tree = _parameters(self.kind), {}
-        if type(value) is not self.kind:
-            raise _expected(f"a value of the type {self.kind.__name__}", value, where)
+        _require(type(value) is self.kind, f"a value of the type {self.kind.__name__}", value, where)
         for name, codec in parameters.items():
             if not hasattr(value, name):
                 raise Misfit(f"{where} has no attribute {name!r}, which has to hold that argument of its constructor")
@@ -223,8 +224,8 @@ class _Class(Codec):
 
     def decode(self, tree: Any, where: str, take: Take) -> Any:
         parameters = _parameters(self.kind)
-        if not isinstance(tree, dict) or tree.keys() != parameters.keys():
-            raise _expected(f"an object with the entries {', '.join(parameters)}", tree, where)
+        fits = isinstance(tree, dict) and tree.keys() == parameters.keys()
+        _require(fits, f"an object with the entries {', '.join(parameters)}", tree, where)
         arguments = {name: codec.decode(tree[name], f"{where}.{name}", take) for name, codec in parameters.items()}
         try:
             return self.kind(**arguments)
@@ -240,15 +241,14 @@ class _Abstract(Codec):
     kind: Any
 
     def encode(self, value: Any, where: str, put: Put) -> Any:
-        if not isinstance(value, self.kind):
-            raise _expected(f"a {self.kind.__name__}", value, where)
+        _require(isinstance(value, self.kind), f"a {self.kind.__name__}", value, where)
         kind: Any = type(value)
         arguments = codec_of(kind).encode(value, where, put)
         return {"class": kind.__qualname__, "package": _package(kind), "arguments": arguments}
 
     def decode(self, tree: Any, where: str, take: Take) -> Any:
-        if not isinstance(tree, dict) or tree.keys() != {"class", "package", "arguments"}:
-            raise _expected("an object with the entries class, package, arguments", tree, where)
+        fits = isinstance(tree, dict) and tree.keys() == {"class", "package", "arguments"}
+        _require(fits, "an object with the entries class, package, arguments", tree, where)
         return codec_of(self._find(tree["class"], tree["package"], where)).decode(tree["arguments"], where, take)
 
     def _find(self, name: Any, package: Any, where: str) -> Any:
@@ -286,8 +286,9 @@ def _package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
-def _expected(what: str, given: Any, where: str) -> Misfit:
-    return Misfit(f"{where}: expected {what}, got {shown(given)}")
+def _require(fits: bool, what: str, given: Any, where: str) -> None:
+    if not fits:
+        raise Misfit(f"{where}: expected {what}, got {shown(given)}")
 
 
 def shown(value: Any) -> str:

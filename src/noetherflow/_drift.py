@@ -1,16 +1,20 @@
 """How fast the charges move: the Noether flow."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from noetherflow._errors import SettingsError
-from noetherflow._optimizers import SGD
+from noetherflow._optimizers import SGD, require_settings
 from noetherflow._params import snapshot
 from noetherflow._types import Params
 from noetherflow.noise import NoiseMoments
-from noetherflow.symmetry import Grams, Symmetry
+from noetherflow.symmetry import Action, Grams, Symmetry
+
+# Largest relative commutator of a generator and the weight decay: the rounding of a generator in float32.
+_COMMUTES = 1e-6
 
 
 class Forces(NamedTuple):
@@ -26,12 +30,45 @@ def forces(symmetry: Symmetry, params: Params, noise: Grams, sgd: SGD) -> Forces
     Returns:
         $P = 2\sigma^2 N_+ + 4\gamma C_-(\theta)$ and $R = 2\sigma^2 N_- + 4\gamma C_+(\theta)$, of the charge's shape.
     """
-    squares = symmetry.grams(params)
-    noisy, decay = 2 * sgd.temperature, 4 * sgd.gamma
+    decay = decayed(symmetry, params, sgd)
+    noisy = 2 * sgd.temperature
     # The charge takes its minus half with a minus sign, which these take back.
-    push = symmetry.charge_of(Grams(noisy * noise.plus, -decay * squares.minus))
-    pull = symmetry.charge_of(Grams(decay * squares.plus, -noisy * noise.minus))
+    push = symmetry.charge_of(Grams(noisy * noise.plus, -4 * decay.minus))
+    pull = symmetry.charge_of(Grams(4 * decay.plus, -noisy * noise.minus))
     return Forces(push, pull)
+
+
+def decayed(symmetry: Symmetry, params: Params, sgd: SGD) -> Grams:
+    r"""The squared sizes of both sides, with each parameter weighted by its weight decay: $\gamma C_\pm(\theta)$.
+
+    Returns:
+        $C_\pm(\Gamma^{1/2}\theta)$ with the diagonal matrix $\Gamma$ of the $\gamma_p$. If the generators commute with
+        $\Gamma$, this is $\theta^T Q_\pm\Gamma\,\theta$ at every point of the orbit.
+
+    Raises:
+        SettingsError: If a parameter has no weight decay, or if a generator mixes parameters of different weight decay.
+    """
+    gamma = {name: sgd.gamma_of(name) for name in symmetry.names}
+    # A symmetry along axes multiplies the rows of each tensor separately, so its generators commute with the decay.
+    if symmetry.action is Action.SCALES_EIGENSPACES and len(set(gamma.values())) > 1:
+        _require_commuting(symmetry, params, gamma)
+    return symmetry.grams({name: decay**0.5 * params[name] for name, decay in gamma.items()})
+
+
+def _require_commuting(symmetry: Symmetry, params: Params, gamma: Mapping[str, float]) -> None:
+    """Raise unless the generator commutes with the weight decay, by the commutator on a random vector."""
+    numbers = torch.Generator().manual_seed(0)
+    draws = {name: torch.randn(params[name].shape, generator=numbers).to(params[name]) for name in gamma}
+    x = torch.ones_like(symmetry.identity(draws))
+    image = symmetry.generate(x, draws)
+    after = symmetry.generate(x, {name: decay * draws[name] for name, decay in gamma.items()})
+    size = max(gamma.values()) * max(tensor.abs().max() for tensor in image.values())
+    if any(((after[name] - decay * image[name]).abs() > _COMMUTES * size).any() for name, decay in gamma.items()):
+        raise SettingsError(
+            f"a generator mixes entries of parameters with different weight decay, {dict(gamma)}: weight decay then "
+            "moves the charge against the orbit, and there is no equilibrium in closed form. Give these parameters "
+            "equal weight decay"
+        )
 
 
 def drift(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str, Tensor]:
@@ -39,6 +76,7 @@ def drift(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str
 
     $$\frac{dC}{dt} = -4\gamma C + 2\sigma^2 (N_+ - N_-) , \qquad t = \mathrm{lr} \times \text{steps}$$
 
+    With weight decay by parameter, $\gamma C$ is the charge of $\sqrt{\gamma_p}\,\theta_p$.
     There is no random term: in this limit the noise drives a charge, but does not make it fluctuate.
 
     Args:
@@ -52,6 +90,7 @@ def drift(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str
 
     Raises:
         ParameterNameError: If a parameter on which a symmetry acts is missing.
+        SettingsError: If a parameter on which a symmetry acts has no weight decay.
         EmptyDataError: If the noise holds no examples.
 
     Examples:
@@ -67,6 +106,7 @@ def drift(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str
 
     Source: Ziyin et al. (2024), the Noether flow.
     """
+    sgd = require_settings(sgd, params)
     noise.require_examples()
     theta = snapshot(params)
     rates = {}
@@ -80,11 +120,12 @@ def drift(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str
 def expected_step(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str, Tensor]:
     r"""The exact mean change of every charge in a discrete step of plain SGD.
 
-    $$E[C'] - C = \big((1 - 2\,\mathrm{lr}\,\gamma)^2 - 1\big)\, C + \mathrm{lr}^2
-    \left(\frac{f}{S}\,\mathrm{Tr}[\Sigma Q] + C(\nabla L)\right)$$
+    $$E[C'] - C = -4\,\mathrm{lr}\,\gamma\, C + \mathrm{lr}^2
+    \left(\frac{f}{S}\,\mathrm{Tr}[\Sigma Q] + C(\nabla L + 2\gamma\theta)\right)$$
 
-    with f = 1, or (N - S)/(N - 1) without replacement. Full-batch gradient descent with a finite step has the last term
-    alone.
+    with f = 1, or (N - S)/(N - 1) without replacement. Without noise, only the last term is left of a finite step on
+    the full batch, apart from weight decay. With weight decay by parameter, $\gamma C$ is the charge of
+    $\sqrt{\gamma_p}\,\theta_p$; with a single weight decay, $C(\nabla L + 2\gamma\theta) = C(\nabla L) + 4\gamma^2 C$.
 
     Args:
         noise: From `estimate_noise`, over the full data set from which minibatches are drawn.
@@ -95,7 +136,8 @@ def expected_step(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> 
         Per symmetry a tensor of the shape of its charge, float64, per step.
 
     Raises:
-        SettingsError: If the settings have momentum, or the noise comes from a meter, which keeps no mean gradient.
+        SettingsError: If the settings have momentum, if the noise comes from a meter, which keeps no mean gradient, or
+            if a parameter on which a symmetry acts has no weight decay.
         ParameterNameError: If a parameter on which a symmetry acts is missing.
         EmptyDataError: If the noise holds no examples.
 
@@ -112,6 +154,7 @@ def expected_step(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> 
 
     Source: expand the step; the cross term vanishes because gradients are orthogonal to the orbit.
     """
+    sgd = require_settings(sgd, params)
     if sgd.momentum:
         raise SettingsError(
             f"the mean change in a step is exact for plain SGD only, got momentum={sgd.momentum}: use drift()"
@@ -123,9 +166,12 @@ def expected_step(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> 
             "estimate_noise, over the full data set"
         )
     theta = snapshot(params)
-    shrink = (1 - 2 * sgd.lr * sgd.gamma) ** 2 - 1
     changes = {}
     for name, symmetry in noise.symmetries.items():
+        symmetry.check(theta)
         noisy = sgd.sampling_factor / sgd.batch_size * symmetry.charge_of(noise.grams[name])
-        changes[name] = shrink * symmetry.charge(theta) + sgd.lr**2 * (noisy + symmetry.charge(noise.mean))
+        shrink = -4 * sgd.lr * symmetry.charge_of(decayed(symmetry, theta, sgd))
+        # Weight decay and mean gradient together: Q theta is orthogonal to the gradient, but Q Gamma theta is not.
+        mean = {p: noise.mean[p] + 2 * sgd.gamma_of(p) * theta[p] for p in symmetry.names}
+        changes[name] = shrink + sgd.lr**2 * (noisy + symmetry.charge(mean))
     return changes

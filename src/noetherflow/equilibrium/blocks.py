@@ -99,6 +99,24 @@ def _degenerate(params: Params, symmetries: Mapping[str, Symmetry]) -> OrbitMini
     return still
 
 
+def potential_of(params: Params, trace: Tensor, noise: NoiseMoments, sgd: SGD) -> Tensor:
+    r"""The potential $\Phi = 2\sum_p \gamma_p\,\theta_p^2 + \sigma^2\,\mathrm{Tr}\,\Sigma$, shape ().
+
+    Args:
+        params: The parameters.
+        trace: Tr Sigma at these parameters.
+        noise: The moments, whose parameters are counted; those without a weight decay do not move, and add a constant.
+        sgd: The settings.
+
+    Returns:
+        The potential.
+    """
+    decay = sgd.weight_decay
+    names = [name for name in noise.mean if not isinstance(decay, Mapping) or name in decay]
+    norms = [sgd.gamma_of(name) * params[name].square().sum().to(trace) for name in names]
+    return 2 * (torch.stack(norms).sum() if norms else torch.zeros_like(trace)) + sgd.temperature * trace
+
+
 def moved(symmetries: Mapping[str, Symmetry], params: Params, coordinates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters at a point of the orbit."""
     tensors = dict(params)

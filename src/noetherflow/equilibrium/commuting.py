@@ -66,7 +66,7 @@ class CommutingOrbit(Orbit):
     r"""The orbit of commuting diagonal generators, with joint coordinates x.
 
     Every entry p of a parameter is scaled by $e^{s_p(x)}$ with $s_p$ linear, so the potential is
-    $\Phi(x) = \sum_p a_p e^{2 s_p(x)} + b_p e^{-2 s_p(x)}$, $a_p = 2\gamma\theta_p^2$, $b_p = \sigma^2 \Sigma_{pp}$:
+    $\Phi(x) = \sum_p a_p e^{2 s_p(x)} + b_p e^{-2 s_p(x)}$, $a_p = 2\gamma_p\theta_p^2$, $b_p = \sigma^2 \Sigma_{pp}$:
     smooth and convex.
     """
 
@@ -77,7 +77,7 @@ class CommutingOrbit(Orbit):
         self._variance = {name: variance[name] for name in names}
         self._roles = {name: roles_of(symmetry, self._params) for name, symmetry in symmetries.items()}
         self._unit = {name: torch.ones_like(tensor) for name, tensor in self._params.items()}
-        self._decay = {name: 2 * sgd.gamma * tensor.square() for name, tensor in self._params.items()}
+        self._decay = {name: 2 * sgd.gamma_of(name) * tensor.square() for name, tensor in self._params.items()}
         self._noise = {name: sgd.temperature * tensor for name, tensor in self._variance.items()}
         identities = {name: symmetry.identity(self._params) for name, symmetry in symmetries.items()}
         self._shapes = {name: identity.shape for name, identity in identities.items()}

@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from noetherflow._drift import decayed
 from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.equilibrium.orbit import Orbit, Residual
@@ -28,7 +29,7 @@ class DenseOrbit(Orbit):
         self._eigenvalues = torch.cat(symmetry.eigenvalues)
         self._variances = torch.cat(noise)
         self._squares = torch.cat(symmetry.grams(params))
-        self._decay = 2 * sgd.gamma * self._squares
+        self._decay = 2 * torch.cat(decayed(symmetry, params, sgd))
         self._noise = sgd.temperature * self._variances
         # Noise in the directions that the generator does not scale stays as it is, and is not counted.
 

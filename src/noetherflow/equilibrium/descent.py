@@ -13,7 +13,7 @@ from noetherflow._optimizers import SGD
 from noetherflow._progress import track
 from noetherflow._types import Params
 from noetherflow.equilibrium.anderson import Anderson
-from noetherflow.equilibrium.blocks import Blocks, moved
+from noetherflow.equilibrium.blocks import Blocks, moved, potential_of
 from noetherflow.equilibrium.orbit import Residual
 from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
 from noetherflow.noise import NoiseMoments
@@ -100,8 +100,7 @@ class Descent:
         self.passes += 1
         params = moved(self._symmetries, self._origin, coordinates)
         noise = self._measurement.at(params, progress=self._progress)
-        norm = sum(2 * self._sgd.gamma * float(params[name].square().sum()) for name in noise.mean)
-        potential = norm + self._sgd.temperature * float(noise.trace)
+        potential = float(potential_of(params, noise.trace, noise, self._sgd))
         blocks = Blocks.of(params, noise, self._sgd)
         return Point(
             coordinates,

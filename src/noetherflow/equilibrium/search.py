@@ -12,7 +12,7 @@ from noetherflow._batch import cast, peek
 from noetherflow._dtype import working_dtype
 from noetherflow._errors import SettingsError
 from noetherflow._model_function import ModelFunction
-from noetherflow._optimizers import SGD
+from noetherflow._optimizers import SGD, require_settings
 from noetherflow._params import aliases, snapshot
 from noetherflow._per_example import own_randomness, require_uncoupled
 from noetherflow._progress import track
@@ -54,13 +54,17 @@ class Options:
 
 
 class Search(NamedTuple):
-    """The equilibrium, with the first batch, the noise and the parameters at the start, and residuals of the finder."""
+    """The equilibrium, with the first batch, the noise and the parameters at the start, and residuals of the finder.
+
+    The weight decay of the settings has the names of the parameters.
+    """
 
     first: Batch
     equilibrium: Equilibrium
     noise: NoiseMoments
     initial: dict[str, Tensor]
     residuals: dict[str, Residual]
+    sgd: SGD
 
 
 def search(
@@ -73,6 +77,7 @@ def search(
 ) -> Search:
     """Find the equilibrium of a copy of a model; see `equilibrate`."""
     aliases(model)  # raises unless the model is a module
+    sgd = require_settings(sgd, model)
     if not options.microbatches:
         require_uncoupled(model)
     # The data is read once: a loader may yield other examples the next time.
@@ -122,7 +127,7 @@ def search(
         holdout=holdout,
         notes=tuple(notes),
     )
-    return Search(first, equilibrium, start.noise, initial, residuals)
+    return Search(first, equilibrium, start.noise, initial, residuals, sgd)
 
 
 def _running_statistics(model: nn.Module) -> list[str]:

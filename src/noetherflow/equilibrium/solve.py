@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow._errors import EquilibriumError
-from noetherflow._optimizers import SGD
+from noetherflow._optimizers import SGD, require_settings
 from noetherflow._params import require_names, snapshot
 from noetherflow._types import Params
-from noetherflow.equilibrium.blocks import Blocks, moved
+from noetherflow.equilibrium.blocks import Blocks, moved, potential_of
 from noetherflow.equilibrium.result import Equilibrium, Imbalance, Status
 from noetherflow.noise import NoiseMoments
 
@@ -39,6 +39,7 @@ def potential(
 
     Raises:
         EquilibriumError: If symmetries share entries in a way that has no closed transport of the noise.
+        SettingsError: If a parameter on which a symmetry acts has no weight decay.
         ParameterNameError: If parameters are missing.
 
     Examples:
@@ -55,6 +56,7 @@ def potential(
 
     Source: Ziyin et al. (2024), the proof that the equilibrium is unique; a Kempf-Ness function.
     """
+    sgd = require_settings(sgd, params)
     theta = _prepare(noise, params)
     x = {name: torch.as_tensor(value) for name, value in (coordinates or {}).items()}
     require_names(noise.symmetries, x, "coordinates")
@@ -84,6 +86,7 @@ def solve_equilibrium(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params,
             generator shares entries with another symmetry, for which the noise has to be measured along the way: see
             `equilibrate`.
         ParameterNameError: If parameters are missing.
+        SettingsError: If a parameter on which a symmetry acts has no weight decay.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -98,6 +101,7 @@ def solve_equilibrium(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params,
 
     Source: Ziyin et al. (2024), the noise equilibrium theorem; the joint solution is ours.
     """
+    sgd = require_settings(sgd, params)
     theta = _prepare(noise, params)
     blocks = _blocks(theta, noise, sgd)
     minimum = blocks.minimise()
@@ -153,6 +157,5 @@ def _potential(
 ) -> tuple[Tensor, Tensor]:
     """The potential and Tr Sigma at a point of the orbit."""
     there = moved(noise.symmetries, theta, x)
-    norm = torch.stack([there[name].square().sum() for name in noise.mean]).sum()
     trace = noise.trace + sum(orbit.trace(x) - orbit.trace({}) for orbit in blocks.orbits)
-    return 2 * sgd.gamma * norm + sgd.temperature * trace, trace
+    return potential_of(there, trace, noise, sgd), trace

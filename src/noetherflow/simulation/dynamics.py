@@ -1,11 +1,11 @@
 """Settings of the dynamics that `simulate` accepts besides `SGD`: gradient descent and the continuous limits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
 from noetherflow._errors import SettingsError
-from noetherflow._optimizers import SGD
+from noetherflow._optimizers import SGD, require_settings
 
 
 @final
@@ -36,6 +36,7 @@ class GradientDescent:
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
+        _require_number(self.weight_decay)
         self.settings()
 
     def settings(self) -> SGD:
@@ -70,6 +71,7 @@ class GradientFlow:
 
     def __post_init__(self) -> None:
         require_time_step(self.dt)
+        _require_number(self.weight_decay)
         SGD(1.0, 1, weight_decay=self.weight_decay)
 
 
@@ -105,6 +107,7 @@ class Langevin:
     dt: float | None = None
 
     def __post_init__(self) -> None:
+        require_settings(self.sgd)
         require_time_step(self.time_step)
 
     @property
@@ -115,6 +118,15 @@ class Langevin:
 
 # A factor on the learning rate as a function of the step, such as a warmup.
 Schedule = Callable[[int], float]
+
+
+def _require_number(weight_decay: object) -> None:
+    """Raise `SettingsError` if the weight decay is given by parameter."""
+    if isinstance(weight_decay, Mapping):
+        raise SettingsError(
+            "gradient descent and gradient flow have a single weight_decay for all parameters, got one for each of "
+            f"{[*weight_decay]}: give a number, or use SGD, Langevin or NoetherFlow"
+        )
 
 
 def require_time_step(dt: float) -> None:

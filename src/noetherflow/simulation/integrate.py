@@ -84,13 +84,14 @@ def by_steps(
     weights = first.new_full((len(first), source.size), 1 / source.size)
     velocity = [torch.zeros_like(tensor) for tensor in params.values()] if sgd.momentum else []
     carried = count + len(velocity)
+    decays = [2 * sgd.gamma_of(name) for name in params]
 
     def step(*tensors: Tensor) -> tuple[Tensor, ...]:
         theta, velocity = tensors[:count], tensors[count:carried]
         rate, leaves = (tensors[carried], tensors[carried + 1 :]) if schedule else (None, tensors[carried:])
         pushes, means = gradients(theta, weights, leaves, shared=source.shared)
-        if sgd.weight_decay:
-            pushes = [push.add(p, alpha=sgd.weight_decay) for p, push in zip(theta, pushes, strict=True)]
+        if any(decays):
+            pushes = [push.add(p, alpha=decay) for p, push, decay in zip(theta, pushes, decays, strict=True)]
         if velocity:
             pushes = [sgd.momentum * v + push for v, push in zip(velocity, pushes, strict=True)]
         if rate is None:
@@ -149,12 +150,13 @@ def by_diffusion(
     """
     count, first = len(params), next(iter(params.values()))
     dt, sgd = dynamics.time_step, dynamics.sgd
+    decays = [2 * sgd.gamma_of(name) * dt for name in params]
     amplitude = (2 * sgd.temperature * dt / source.size) ** 0.5
 
     def step(*tensors: Tensor) -> tuple[Tensor, ...]:
         theta, (weights, *leaves) = tensors[:count], tensors[count:]
         moves, means = gradients(theta, weights, leaves, shared=True)
-        return (means, *(p - move - 2 * sgd.gamma * dt * p for p, move in zip(theta, moves, strict=True)))
+        return (means, *(p - move - decay * p for p, move, decay in zip(theta, moves, decays, strict=True)))
 
     def inputs(step: int) -> Tensors:
         shape = (len(first), source.size)

@@ -10,7 +10,7 @@ from torch import Tensor
 from noetherflow import _spd
 from noetherflow._drift import forces
 from noetherflow._errors import SettingsError
-from noetherflow._optimizers import SGD
+from noetherflow._optimizers import SGD, require_settings
 from noetherflow._residual import entangled
 from noetherflow._types import Params
 from noetherflow.noise import NoiseMoments
@@ -57,6 +57,7 @@ class NoetherFlow:
     noise: NoiseMoments | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        require_settings(self.sgd)
         require_time_step(self.time_step)
 
     @property
@@ -146,7 +147,7 @@ class OrbitFlow:
         """The rates s_p at which all commuting symmetries together scale the entries, d theta_p / dt = s_p theta_p.
 
         Let q, shape (k, entries), hold the exponents of a basis of generators. Then s = x @ q, and the charges change
-        at their drifts if 2 (q theta^2) q^T x = q (2 sigma^2 Sigma_pp - 4 gamma theta^2).
+        at their drifts if 2 (q theta^2) q^T x = q (2 sigma^2 Sigma_pp - 4 gamma_p theta^2).
 
         Returns:
             The rates by name, in the shapes of the parameters.
@@ -160,7 +161,8 @@ class OrbitFlow:
         q = torch.stack([torch.cat([exponents[name].reshape(-1) for name in unit]) for exponents in basis])
         theta = torch.cat([state.params[name].reshape(-1) for name in unit])
         noise = torch.cat([state.variance[name].reshape(-1) for name in unit])
-        rates = q @ (2 * self._sgd.temperature * noise - 4 * self._sgd.gamma * theta.square())
+        decay = torch.cat([self._sgd.gamma_of(name) * state.params[name].square().reshape(-1) for name in unit])
+        rates = q @ (2 * self._sgd.temperature * noise - 4 * decay)
         stretch = 2 * (q * theta.square()) @ q.mT
         # Least squares, because generators may be linearly dependent and rows may be zero.
         x = torch.linalg.lstsq(stretch, rates.unsqueeze(1), driver="gelsd").solution.squeeze(1)

@@ -2,13 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from noetherflow._errors import EmptyDataError, SettingsError
 from noetherflow._model_function import ModelFunction
-from noetherflow._optimizers import SGD
+from noetherflow._optimizers import SGD, require_settings
 from noetherflow._params import aliases, copy_of
 from noetherflow._per_example import require_uncoupled
 from noetherflow._progress import track
@@ -104,6 +105,8 @@ def simulate(
 
     Source: Ziyin et al. (2024), section 3.
     """
+    if isinstance(dynamics, torch.optim.Optimizer):
+        require_settings(dynamics)
     if not isinstance(dynamics, Dynamics):
         raise SettingsError(
             f"expected SGD, GradientDescent, GradientFlow, Langevin or NoetherFlow as dynamics, got {dynamics!r}"
@@ -114,6 +117,10 @@ def simulate(
         )
     at_steps = recorded_steps(steps, record)
     require_uncoupled(model)
+    if isinstance(dynamics, SGD):
+        dynamics = dynamics.named_by(model)
+    elif isinstance(dynamics, (Langevin, NoetherFlow)):
+        dynamics = replace(dynamics, sgd=dynamics.sgd.named_by(model))
     generator = generator or torch.Generator().manual_seed(0)
     stacked = replicate(model, start, replicas, dtype)
     resolved = {name: symmetry.rename(aliases(model)) for name, symmetry in (symmetries or {}).items()}
