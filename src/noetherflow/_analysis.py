@@ -120,8 +120,10 @@ class Analysis:
                     "potential_before": equilibrium.potential_before,
                     "potential_after": equilibrium.potential_after,
                     "newton_steps": equilibrium.iterations,
+                    "passes": equilibrium.passes,
                     "status": equilibrium.status.name.lower(),
                 },
+                "notes": list(equilibrium.notes),
                 "versions": _versions.versions(),
             }
         )
@@ -177,6 +179,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[SymmetryReport], str]], ...] = (
     ("noise-", "gradient noise on the minus side, per example", lambda r: f"{r.noise_minus:.3g}"),
     ("drift", "change of the charge per step, rms over coordinates", lambda r: f"{r.drift:.1e}"),
     ("dist", "distance, rms of x; weights are a factor e^x from the equilibrium", lambda r: f"{r.distance:.3f}"),
+    ("error", "standard error of the distance, for another sample of as many examples", lambda r: f"{r.error:.3f}"),
     ("steps", "median relaxation time: steps in which a departure shrinks by e", lambda r: steps(r.relaxation_steps)),
 )
 
@@ -186,8 +189,9 @@ def _tables(analysis: Analysis) -> tuple[Table, ...]:
     columns = (Column("symmetry", folds=True), *(Column(heading, right=True) for heading, _, _ in _COLUMNS))
     # A star refers to the note below the table.
     rows = ((r.name + "*" * bool(r.message), *(cell(r) for _, _, cell in _COLUMNS)) for r in analysis.reports)
-    notes = (f"* {report.name}: {report.message}" for report in analysis.reports if report.message)
-    title = f"All parameters ({analysis.noise.count} examples, {analysis.equilibrium.iterations} Newton steps)"
+    notes = [f"* {report.name}: {report.message}" for report in analysis.reports if report.message]
+    notes += analysis.equilibrium.notes
+    title = f"All parameters ({analysis.noise.count} examples, {analysis.equilibrium.passes} measurements)"
     legend = tuple((heading, meaning) for heading, meaning, _ in _COLUMNS)
     return (
         Table("Symmetries under SGD", columns, tuple(rows), tuple(notes)),

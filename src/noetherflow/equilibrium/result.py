@@ -242,14 +242,14 @@ def require_consistent(equilibrium: Equilibrium) -> None:
         ParameterNameError: If a symmetry names parameters that are not there.
     """
     names = equilibrium.symmetries.keys()
-    for what in ("coordinates", "outcomes", "drift", "relaxation_steps"):
+    for what in ("coordinates", "outcomes", "drift", "relaxation_steps", "standard_error", "imbalance"):
         if getattr(equilibrium, what).keys() != names:
             given = sorted(getattr(equilibrium, what))
             raise ParameterShapeError(f"{what} belongs to the symmetries {given}, expected {sorted(names)}")
     for name, symmetry in equilibrium.symmetries.items():
         symmetry.check(equilibrium.params)
         x = symmetry.identity(equilibrium.params)
-        for what in ("coordinates", "drift"):
+        for what in ("coordinates", "drift", "standard_error"):
             tensor = getattr(equilibrium, what)[name]
             if tensor.shape != x.shape or tensor.dtype != torch.float64:
                 raise ParameterShapeError(
@@ -262,16 +262,18 @@ def _tables(equilibrium: Equilibrium) -> tuple[Table, ...]:
     """How the search ended for each symmetry, how far and how slow the way is; totals; what the columns mean."""
     legend = (
         ("dist", "distance, rms of x; weights are a factor e^x from the equilibrium"),
+        ("error", "standard error of the distance, for another sample of as many examples"),
         ("steps", "median relaxation time: steps in which a departure shrinks by e"),
         ("slowest", "the same for the slowest coordinate that has an equilibrium"),
     )
-    rows, notes = [], []
+    rows, notes = [], list(equilibrium.notes)
     for name, outcome in equilibrium.outcomes.items():
         median, slowest = median_and_slowest(equilibrium.relaxation_steps[name])
         status = outcome.status.name.lower().replace("_", " ")
         # A star points to the note below.
         starred = name + "*" * bool(outcome.message)
-        rows.append((starred, status, f"{equilibrium.distance[name]:.3f}", steps(median), steps(slowest)))
+        distance, error = (root_mean_square(x[name]) for x in (equilibrium.coordinates, equilibrium.standard_error))
+        rows.append((starred, status, f"{distance:.3f}", f"{error:.3f}", steps(median), steps(slowest)))
         notes += [f"* {name}: {outcome.message}"] * bool(outcome.message)
     columns = (
         Column("symmetry", folds=True),
@@ -280,6 +282,6 @@ def _tables(equilibrium: Equilibrium) -> tuple[Table, ...]:
     )
     return (
         Table("Noise equilibrium", columns, tuple(rows), tuple(notes)),
-        totals(equilibrium, f"All parameters ({equilibrium.iterations} Newton steps)"),
+        totals(equilibrium, f"All parameters ({equilibrium.passes} measurements)"),
         Table("", (Column("", right=True), Column("", folds=True)), legend),
     )
