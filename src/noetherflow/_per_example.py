@@ -22,8 +22,8 @@ def require_uncoupled(model: nn.Module) -> None:
             raise CoupledExamplesError(
                 f"{name!r} ({type(module).__name__}) normalises with the statistics of the batch, which couples its "
                 "examples: the gradient of one example does not exist. Measure the noise of training between "
-                "batches, with microbatches=True in analyze and equilibrate or with MicrobatchMeter; or use GroupNorm or "
-                "LayerNorm. After model.eval() running statistics are used, whose noise is not that of training"
+                "batches, with microbatches=True in analyze and equilibrate or with MicrobatchMeter; or use GroupNorm "
+                "or LayerNorm. After model.eval() running statistics are used, whose noise is not that of training"
             )
 
 
