@@ -138,9 +138,7 @@ class _Tensor(Codec):
 @final
 @dataclasses.dataclass(frozen=True)
 class _Union(Codec):
-    """A value that fits the scalar, and every other value."""
-
-    scalar: Codec
+    scalar: Codec  # tried first
     other: Codec
 
     def encode(self, value: Any, where: str, put: Put) -> Any:
