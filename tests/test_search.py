@@ -61,6 +61,20 @@ def test_parameters_without_a_gradient_are_left_out_and_named(detached: bool) ->
     assert all(torch.equal(analysis.equilibrium.params[name], analysis.initial[name]) for name in ("pooler.0.weight",))
 
 
+def test_parameters_outside_of_all_groups_are_left_out_and_named() -> None:
+    model = net(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    groups = [
+        {"params": model[0].parameters(), "weight_decay": 0.1},
+        {"params": model[2].parameters(), "weight_decay": 0.0},
+    ]
+    sgd = nf.SGD.from_optimizer(torch.optim.SGD(groups, lr=0.1), batch_size=8)
+    analysis = nf.analyze(model, squares, data(8, 4), sgd)
+    assert [report.name for report in analysis.reports] == ["0 -> 2"]
+    assert analysis.equilibrium.notes == (
+        "left out, because no parameter group of the optimizer holds them: 4.bias, 4.weight",
+    )
+
+
 def test_unreached_parameters_are_named_by_explain() -> None:
     model = Pooled(detached=False)
     explanation = nf.explain(model, squares, data(8, 4)[0].float())

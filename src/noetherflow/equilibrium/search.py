@@ -20,7 +20,7 @@ from noetherflow._types import Batch, Loss, Params
 from noetherflow._verify import Residual
 from noetherflow.detect.find import explain, warn_of_rejected
 from noetherflow.equilibrium.blocks import Blocks
-from noetherflow.equilibrium.descent import Descent
+from noetherflow.equilibrium.descent import Descent, Point
 from noetherflow.equilibrium.result import Equilibrium, Imbalance
 from noetherflow.equilibrium.standard_errors import standard_errors
 from noetherflow.noise import NoiseMoments
@@ -88,8 +88,8 @@ def search(
     notes += _running_statistics(model)
     residuals: dict[str, Residual] = {}
     if symmetries is None:
-        symmetries, residuals, unreached = _detected(model, loss, first, working.dtype, options.progress)
-        notes += unreached
+        symmetries, residuals, left_out = _detected(model, loss, first, working.dtype, sgd, progress=options.progress)
+        notes += left_out
     measurement = Measurement(
         model,
         loss,
@@ -104,11 +104,6 @@ def search(
     descent = Descent(measurement, initial, sgd, rounding, options.progress)
     course = descent.run(options.tolerance, options.max_passes)
     start, end, outcomes, _ = course
-    holdout = {}
-    if options.holdout is not None:
-        unused = measurement.on(list(options.holdout))
-        before, after = (_imbalances(unused, point.params, sgd) for point in (start, end))
-        holdout = {name: Imbalance(before[name], after[name]) for name in outcomes}
     equilibrium = Equilibrium(
         params=end.params,
         coordinates=end.coordinates,
@@ -124,7 +119,7 @@ def search(
         passes=descent.passes,
         standard_error=standard_errors(measurement, course, sgd, progress=options.progress),
         imbalance={n: Imbalance(start.residuals[n].imbalance, end.residuals[n].imbalance) for n in outcomes},
-        holdout=holdout,
+        holdout=_carried_over(measurement, options.holdout, start, end, sgd),
         notes=tuple(notes),
     )
     return Search(first, equilibrium, start.noise, initial, residuals, sgd)
@@ -147,27 +142,45 @@ def _running_statistics(model: nn.Module) -> list[str]:
 
 
 def _detected(
-    model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype, progress: bool
+    model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype, sgd: SGD, *, progress: bool
 ) -> tuple[dict[str, Symmetry], dict[str, Residual], list[str]]:
-    """The symmetries of the graph without those of parameters that no gradient reaches, residuals, and notes."""
+    """The symmetries of the graph less those of parameters that SGD does not move, their residuals, and notes."""
     for _ in track(range(1), "symmetries", total=1, shown=progress):
         explanation = explain(model, loss, batch, dtype=dtype)
     warn_of_rejected(explanation)
-    function = ModelFunction(model, loss, dtype)
-    device = next(model.parameters()).device
-    with own_randomness(device):
-        unreached = set(function.unreached(function.trained, cast(batch, dtype, device)))
-    kept: dict[str, Symmetry] = {}
-    notes = []
-    if unreached:
-        notes.append(f"left out, because no gradient of the loss reaches them: {', '.join(sorted(unreached))}")
-    for name, symmetry in explanation.symmetries.items():
-        if unreached.isdisjoint(symmetry.names):
-            kept[name] = symmetry
+    still = _still(model, loss, batch, dtype, sgd)
+    notes = [f"left out, because {reason}: {', '.join(names)}" for reason, names in still.items() if names]
+    excluded = {name for names in still.values() for name in names}
+    kept = {name: s for name, s in explanation.symmetries.items() if excluded.isdisjoint(s.names)}
     if not kept:
         notes.append("no symmetry was detected: nothing has to be brought to rest")
     residuals = {finding.name: finding.residual for finding in explanation.found if finding.name in kept}
     return kept, residuals, notes
+
+
+def _still(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype, sgd: SGD) -> dict[str, list[str]]:
+    """The trainable parameters that do not move, by the reason."""
+    function = ModelFunction(model, loss, dtype)
+    device = next(model.parameters()).device
+    with own_randomness(device):
+        unreached = function.unreached(function.trained, cast(batch, dtype, device))
+    decay = sgd.weight_decay
+    groupless = [name for name in function.trained if isinstance(decay, Mapping) and name not in decay]
+    return {
+        "no gradient of the loss reaches them": sorted(unreached),
+        "no parameter group of the optimizer holds them": sorted(groupless),
+    }
+
+
+def _carried_over(
+    measurement: Measurement, batches: Iterable[Batch] | None, start: Point, end: Point, sgd: SGD
+) -> dict[str, Imbalance]:
+    """The relative drift on data that was held out, at both ends of the way."""
+    if batches is None:
+        return {}
+    unused = measurement.on(list(batches))
+    before, after = (_imbalances(unused, point.params, sgd) for point in (start, end))
+    return {name: Imbalance(before[name], after[name]) for name in before}
 
 
 def _imbalances(measurement: Measurement, params: Params, sgd: SGD) -> dict[str, float]:
