@@ -2,13 +2,13 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from noetherflow._errors import EmptyDataError
+from noetherflow._errors import EmptyDataError, SettingsError
 from noetherflow._types import Batch
 
 
@@ -48,6 +48,22 @@ def tensors_of(batch: Batch) -> list[Tensor]:
     return tensors
 
 
+def leaves_of(batch: Batch) -> Iterator[Any]:
+    """The tensors of a batch and every value that `map_tensors` leaves as it is, such as text, in order."""
+    if isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield key
+            yield from leaves_of(value)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            yield from leaves_of(value)
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        for field in dataclasses.fields(batch):
+            yield from leaves_of(getattr(batch, field.name))
+    else:
+        yield batch
+
+
 def with_tensors(batch: Batch, tensors: list[Tensor]) -> Batch:
     """The batch with its tensors replaced, in the order of `tensors_of`."""
     supply = iter(tensors)
@@ -81,6 +97,31 @@ def peek(loader: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
     raise EmptyDataError(
         f"the loader yielded no batch: {loader!r}. Is the data set empty, or smaller than a batch with drop_last=True?"
     )
+
+
+def hold_out(batches: Iterable[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
+    """Divide the batches of a loader into those that are used and those that are held out; both are kept in memory.
+
+    Args:
+        batches: The batches.
+        share: The share of the batches that is held out, the last of them; at least a batch.
+
+    Returns:
+        The batches that are used, and those that are held out.
+
+    Raises:
+        SettingsError: If the share does not lie between 0 and 1.
+        EmptyDataError: If no batch is left to use.
+    """
+    if not 0 < share < 1:
+        raise SettingsError(f"the share of batches that is held out must lie between 0 and 1, got {share}")
+    kept = list(batches)
+    held = max(1, round(share * len(kept)))
+    if held >= len(kept):
+        raise EmptyDataError(
+            f"holding out {held} of {len(kept)} batches leaves none to use; use smaller batches or a smaller share"
+        )
+    return kept[:-held], kept[-held:]
 
 
 def is_per_example(tensor: Tensor, size: int) -> bool:

@@ -139,55 +139,6 @@ def reproduce(
         raise typer.Exit(1)
 
 
-def load_build(file: Path) -> tuple[nn.Module, Any, Any, SGD, Mapping[str, Any] | None]:
-    """Run the function `build()` of a user's file and check its result.
-
-    Args:
-        file: A Python file.
-
-    Returns:
-        Model, loss, loader, settings of SGD, and symmetries, which are None if `build()` declares none.
-
-    Raises:
-        UserFileError: If there is no such file or function, or if its result has different types.
-    """
-    if not file.is_file():
-        raise UserFileError(f"there is no file {file}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise UserFileError(f"{file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    # The file may import files beside it, as a script may; worker processes of a DataLoader import the file by name.
-    sys.path.insert(0, str(file.parent.resolve()))
-    sys.modules[file.stem] = module
-    spec.loader.exec_module(module)
-    build = getattr(module, "build", None)
-    expected = "build() -> (model, loss, loader, sgd) or (model, loss, loader, sgd, symmetries)"
-    if not callable(build):
-        raise UserFileError(f"{file} does not define {expected}; see examples/digits_mlp.py")
-    built = build()
-    if not isinstance(built, (tuple, list)) or len(built) not in (4, 5):
-        size = f" of length {len(built)}" if isinstance(built, (tuple, list)) else ""
-        raise UserFileError(f"{file}: expected {expected}, got {type(built).__name__}{size}")
-    model, loss, loader, sgd, declared = built if len(built) == 5 else (*built, None)
-    checks = (
-        ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
-        ("loss", loss, callable(loss), "a function (model, batch) -> one loss per example"),
-        ("loader", loader, hasattr(loader, "__iter__"), "a DataLoader or another iterable of batches"),
-        ("sgd", sgd, isinstance(sgd, SGD), "a noetherflow.SGD"),
-        (
-            "symmetries",
-            declared,
-            declared is None or isinstance(declared, Mapping),
-            "a mapping from names to symmetries",
-        ),
-    )
-    for name, value, valid, description in checks:
-        if not valid:
-            raise UserFileError(f"{file}: build() must return {description} as {name}, got {type(value).__name__}")
-    return model, loss, loader, sgd, declared
-
-
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the weights of a model as safetensors, completely or not at all; tied weights are written once."""
     from safetensors.torch import save_model

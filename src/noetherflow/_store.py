@@ -4,6 +4,7 @@
 |---|---|
 | `noetherflow` | JSON: kind (class), format (version), versions, and the result as `_codec` writes it |
 | `sha256` | the digest of that JSON and of all tensors: keys, dtypes, shapes, bytes |
+| `run` | the hash of the run of which this is the result; only if a hash was given |
 
 safetensors checks that a file is complete; the checksum shows whether a number was changed. A file names no code, and
 nothing is unpickled. A file is read completely and checked before an object is returned.
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from noetherflow import _files, _versions
+from noetherflow import _files, _fingerprint, _versions
 from noetherflow._codec import Misfit, codec_of, shown
 from noetherflow._errors import FileError, NoetherflowError
 
@@ -28,15 +29,16 @@ T = TypeVar("T")
 # Version of the format. Raise it by 1 with every change after which an older release would misread a file.
 _FORMAT = 1
 _AGAIN = "save the result again"
-_JSON, _DIGEST = "noetherflow", "sha256"
+_JSON, _DIGEST, _RUN = "noetherflow", "sha256", "run"
 
 
-def save(result: object, path: str | Path) -> None:
+def save(result: object, path: str | Path, run: str = "") -> None:
     """Write a result to a file, completely or not at all.
 
     Args:
         result: An object of a class that `_codec` can describe. Tensors are written from any device.
         path: The file; missing folders are created.
+        run: The hash of the run; `run_of` reads it back.
 
     Raises:
         FileError: If a part of the result has no form in a file, or if the file cannot be written.
@@ -48,7 +50,8 @@ def save(result: object, path: str | Path) -> None:
         versions = _versions.versions()
         text = json.dumps({"kind": kind, "format": _FORMAT, "versions": versions, "result": tree}, allow_nan=False)
         with _files.atomic(path) as temporary:
-            save_file(tensors.by_key, temporary, {_JSON: text, _DIGEST: _digest(text, tensors.by_key)})
+            metadata = {_JSON: text, _DIGEST: _digest(text, tensors.by_key)} | ({_RUN: run} if run else {})
+            save_file(tensors.by_key, temporary, metadata)
     except (Misfit, OSError, ValueError, SafetensorError) as error:
         raise FileError(_line(f"{path}: the {kind} cannot be saved there: {error}")) from error
 
@@ -79,6 +82,15 @@ def load(kind: type[T], path: str | Path, check: Callable[[T], None] | None = No
         expected = f"expected a file written by {kind.__name__}.save"
         raise FileError(_line(f"{path} cannot be loaded: {error}; {expected}")) from error
     return result
+
+
+def run_of(path: str | Path) -> str:
+    """The hash of the run that wrote a file; empty if there is no such file, or if the file holds no hash."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return str((file.metadata() or {}).get(_RUN, ""))
+    except (OSError, SafetensorError):
+        return ""
 
 
 class _Tensors:
@@ -157,9 +169,7 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     """The SHA-256 of the JSON and of the key, dtype, shape and bytes of every tensor."""
     digest = hashlib.sha256(json.dumps(text).encode())
     for key in sorted(tensors):
-        numbers: Any = tensors[key].reshape(-1).view(torch.uint8).numpy()
-        digest.update(json.dumps([key, str(tensors[key].dtype), list(tensors[key].shape)]).encode())
-        digest.update(numbers)
+        _fingerprint.add_tensor(digest, key, tensors[key])
     return digest.hexdigest()
 
 

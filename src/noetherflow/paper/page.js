@@ -1,25 +1,17 @@
 "use strict";
 
-// Table: a filter for failed claims. A click on a heading sorts in ascending order, a second click in descending order.
+// Table: a filter for failed claims, and a sort by any column.
 const table = document.getElementById("verdicts");
 document.getElementById("only-failed").addEventListener("change", (event) => {
   table.classList.toggle("only-failed", event.target.checked);
 });
-table.querySelectorAll("th").forEach((heading, column) => {
-  heading.querySelector("button").addEventListener("click", () => {
-    const descending = heading.getAttribute("aria-sort") === "ascending";
-    table.querySelectorAll("th").forEach((cell) => cell.removeAttribute("aria-sort"));
-    heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
-    const value = (row) => row.cells[column].dataset.sort;
-    const rows = [...table.tBodies[0].rows].sort((a, b) => compare(value(a), value(b)) * (descending ? -1 : 1));
-    table.tBodies[0].append(...rows);
-  });
+sortable(table, (column, sign) => {
+  const value = (row) => {
+    const text = row.cells[column].dataset.sort;
+    return Number.isNaN(Number(text)) ? text : Number(text);
+  };
+  table.tBodies[0].append(...[...table.tBodies[0].rows].sort((a, b) => compare(value(a), value(b), sign)));
 });
-
-function compare(a, b) {
-  const [x, y] = [Number(a), Number(b)];
-  return Number.isNaN(x) || Number.isNaN(y) ? a.localeCompare(b, "en", { numeric: true }) : x < y ? -1 : Number(x > y);
-}
 
 // Plots: measurements in colours, predictions dashed in the colour of the text.
 const COLOURS = ["#2f86a6", "#d1603d", "#5f9440", "#9a6cb4", "#b98a14", "#6478d6", "#c4598f", "#7d8288"];

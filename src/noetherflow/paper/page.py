@@ -1,17 +1,15 @@
 """The report: a self-contained HTML page with the verdict of every claim and with every figure."""
 
 import html
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from string import Template
 
-from noetherflow import _files
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.results import Result, measured, theory
+from noetherflow.report import document
 
 # `data-label` repeats the column heading: page.css shows it on screens too narrow for a table row.
 _CELL = '<td data-label="{label}" data-sort="{sort}"><span>{text}</span></td>'
@@ -27,10 +25,7 @@ def write(path: Path, results: Sequence[Result], notes: Mapping[str, str]) -> No
     """
     library = plotly() if any(result.panels for result in results) else ""
     failed = [(result, claim) for result in results for claim in result.claims if not claim.holds]
-    content = {
-        "style": _asset("page.css"),
-        "script": _asset("page.js"),
-        "library": f"<script>{library}</script>" if library else "",
+    body = {
         "summary": _summary(results, failed),
         "rows": "\n".join(_row(result, number) for result in results for number in range(len(result.claims))),
         "notes": "\n".join(
@@ -38,10 +33,15 @@ def write(path: Path, results: Sequence[Result], notes: Mapping[str, str]) -> No
             for name, note in notes.items()
         ),
         "figures": "\n".join(_section(result, path.parent, interactive=bool(library)) for result in results),
-        "data": _embedded({result.name: result.panels for result in results} if library else {}),
     }
-    with _files.atomic(path) as temporary:
-        temporary.write_text(Template(_asset("page.html")).substitute(content), encoding="utf-8")
+    document.write(
+        path,
+        title="noetherflow: every claim with its verdict",
+        style=_asset("page.css"),
+        body=Template(_asset("page.html")).substitute(body),
+        data={result.name: result.panels for result in results} if library else {},
+        scripts=(library, _asset("page.js")),
+    )
 
 
 def plotly() -> str:
@@ -143,11 +143,6 @@ def _picture(name: str, folder: Path) -> str:
 <div class="scroll">{svg}</div></div>"""
 
 
-def _embedded(content: object) -> str:
-    """JSON for a script element; `<` is escaped so that no string can close the element."""
-    return json.dumps(_files.finite(content), allow_nan=False).replace("<", "\\u003c")
-
-
 def _asset(name: str) -> str:
     """Text of a file of this folder."""
-    return resources.files("noetherflow.paper").joinpath(name).read_text(encoding="utf-8")
+    return document.asset("noetherflow.paper", name)

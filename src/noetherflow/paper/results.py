@@ -1,6 +1,5 @@
 """Results of experiments: JSON files with settings and versions, a key that detects stale results, and a table."""
 
-import functools
 import hashlib
 import json
 import math
@@ -9,16 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from noetherflow import _files
+from noetherflow import _files, _fingerprint
 from noetherflow.paper.claim import Claim
 
 # Files that start experiments or show results. No number depends on them, so that `code_version` leaves them out.
 # The settings of a figure, which `experiment.py` parses, are a part of `key_of`.
-DISPLAY_FILES = {"_cli.py", "__main__.py", "_progress.py", "paper/curves.py", "paper/experiment.py", "paper/page.py"}
+DISPLAY_FILES = {
+    "_cli.py",
+    "__main__.py",
+    "_kept.py",
+    "_progress.py",
+    "_user_file.py",
+    "paper/curves.py",
+    "paper/experiment.py",
+    "paper/page.py",
+    "report/document.py",
+    "report/page.py",
+    "report/picture.py",
+    "report/rows.py",
+    "report/words.py",
+}
 PICTURES = (".png", ".svg")
 
 
@@ -69,7 +81,7 @@ def code_version(name: str) -> str:
     root = Path(__file__).parents[1]
     figure_files = {path.name for path in (root / "paper").glob("f[0-9]*_*.py")}
     unrelated = {f"paper/{file}" for file in figure_files if not file.startswith(f"{name}_")}
-    return _hash_of(root, frozenset(DISPLAY_FILES | unrelated))
+    return _fingerprint.of_code(root, frozenset(DISPLAY_FILES | unrelated))
 
 
 def key_of(name: str, settings: dict[str, Any], code: str) -> str:
@@ -154,18 +166,6 @@ def verdict(result: Result) -> str:
     """The number of claims that hold, and the wall time, as text."""
     held = sum(claim.holds for claim in result.claims)
     return f"{held} of {len(result.claims)} claims hold ({result.seconds:.0f} s)"
-
-
-# Cached: the hash must stay that of the code that this process imported, even if the files change afterwards.
-@functools.cache
-def _hash_of(root: Path, excluded: frozenset[str]) -> str:
-    """Hash the version of torch and all Python files below a folder except the excluded files."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if name not in excluded:
-            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
 
 
 def _claim_to_json(claim: Claim) -> dict[str, Any]:
