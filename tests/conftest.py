@@ -1,6 +1,7 @@
 """What holds for every test, and which tests share a process."""
 
 import re
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 # The models are tiny: a second thread gains nothing, and waiting for it costs a great deal where a core is taken.
 torch.set_num_threads(1)
 # Files whose tests share a fixture that takes seconds: a browser, a pair of processes.
-TOGETHER = {"test_page.py", "test_microbatch.py"}
+TOGETHER = {"test_page.py", "test_analysis_page.py", "test_microbatch.py"}
 # No doctests here: the collector would import the file a second time, under another name, and define its class twice.
 collect_ignore = ["measures_halves.py"]
 FIGURE = re.compile(r"[\[-](f\d+)[\]-]")
@@ -20,6 +21,14 @@ FIGURE = re.compile(r"[\[-](f\d+)[\]-]")
 def seeded() -> None:
     """Tests that draw from the global generator draw the same numbers every time and in any order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, started once for the tests of a file."""
+    from chromium import launched
+
+    yield from launched()
 
 
 def group_of(node: str) -> str:

@@ -10,9 +10,9 @@ PACKAGE = "noetherflow"
 # What lies directly in src/noetherflow, file or folder, from the ground up. docs/design.md says what each floor is for.
 FLOORS = [
     {"_types", "_errors", "_weight_decay", "_spd", "_progress", "_batch", "_files", "_versions", "_table", "_codec"}
-    | {"_autograd", "_holder", "_precision", "_extras", "_undo"},
+    | {"_autograd", "_holder", "_precision", "_extras", "_undo", "_fingerprint"},
     {"_params", "_per_example", "_store", "_optimizers"},
-    {"_model_function", "symmetry"},
+    {"_model_function", "symmetry", "_user_file"},
     {"_residual", "_dtype", "_optimizer_state"},
     {"_verify"},
     {"detect"},
@@ -20,7 +20,7 @@ FLOORS = [
     {"_drift", "linear"},
     {"equilibrium"},
     {"_rebalance", "simulation", "_analysis"},
-    {"_analyze"},
+    {"_analyze", "_kept"},
     {"report"},
     {"paper"},
     {"_cli"},

@@ -1,24 +1,26 @@
 """The command line: `noetherflow symmetries FILE.py`, `analyze FILE.py` and `reproduce [FIGURES]`."""
 
 import contextlib
-import importlib.util
+import itertools
 import json
-import sys
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, final
 
+import torch
 import typer
 from rich.console import Console
 from torch import nn
 
-from noetherflow import _files
+from noetherflow import _files, _kept
+from noetherflow._analysis import Analysis
 from noetherflow._analyze import analyze as run_analysis
 from noetherflow._analyze import rebalanced_copy
-from noetherflow._batch import peek
-from noetherflow._errors import MissingExtraError, NoetherflowError, UserFileError
-from noetherflow._optimizers import SGD
+from noetherflow._batch import hold_out, peek
+from noetherflow._errors import FileError, MissingExtraError, NoetherflowError, SettingsError
 from noetherflow._progress import track
+from noetherflow._user_file import Built, load_build, sources
 from noetherflow.detect import explain
 
 if TYPE_CHECKING:
@@ -27,6 +29,14 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Parameter symmetry and gradient noise of SGD.")
 _console = Console()
 _errors = Console(stderr=True)
+
+
+@final
+class Dtype(StrEnum):
+    """The choices of --dtype."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
 
 
 @app.callback()
@@ -40,27 +50,42 @@ def analyze(
         Path,
         typer.Argument(help="A Python file with build() -> (model, loss, loader, sgd), or with symmetries after sgd."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the JSON file and the figure.")] = Path("results"),
-    save: Annotated[Path | None, typer.Option(help="Write the rebalanced weights to this .safetensors file.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the page, the JSON file and the figure.")] = Path("results"),
+    rebalance: Annotated[bool, typer.Option("--rebalance", help="Move a copy to equilibrium; with --save.")] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the rebalanced weights to this .safetensors file; with --rebalance.")
+    ] = None,
+    holdout: Annotated[
+        float | None,
+        typer.Option(help="Share of the batches, the last, on which the equilibrium is only checked, such as 0.25."),
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="The dtype of losses and gradients.")] = None,
+    microbatches: Annotated[
+        bool, typer.Option("--microbatches", help="Measure noise between batches, for models with BatchNorm.")
+    ] = False,
+    max_passes: Annotated[int | None, typer.Option(min=2, help="The largest number of noise measurements.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="The share of a drift that may be left.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Measure again although the model, the data and the code are unchanged.")
+    ] = False,
 ) -> None:
-    """Verify the symmetries of a model, measure their gradient noise, and compute their equilibrium under SGD."""
-    try:
-        if save is not None and save.suffix != ".safetensors":
-            raise UserFileError(f"--save writes safetensors, so the file must end in .safetensors, got {save}")
-        model, loss, loader, sgd, declared = load_build(file)
-        first, loader = peek(loader)
-        analysis = run_analysis(model, loss, loader, sgd, declared)
-        from noetherflow.report import figure
+    """Find and verify symmetries, measure their gradient noise, and compute their equilibrium under SGD.
 
+    A finished measurement is kept, and used again by a run of the same model, data, options and code.
+    """
+    options: dict[str, Any] = {"holdout": holdout, "max_passes": max_passes, "tolerance": tolerance}
+    options |= {"dtype": None if dtype is None else getattr(torch, dtype), "microbatches": microbatches or None}
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        check_options(rebalance, save, given)
+        built = load_build(file)
+        first, loader = peek(built[2])
+        path = out / f"{file.stem}.analysis.safetensors"
+        analysis = _analysis(file, path, (*built[:2], loader, *built[3:]), given, force=force)
         typer.echo(str(analysis))
-        analysis.save_json(out / f"{file.stem}.json")
-        written = [out / f"{file.stem}.json"]
-        try:
-            written += figure.save(analysis, out / file.stem)
-        except MissingExtraError as error:
-            _errors.print(f"No picture: {error}", markup=False, highlight=False, soft_wrap=True)
+        written = _write(analysis, out, file.stem)
         if save is not None:
-            save_weights(rebalanced_copy(model, analysis, loss, first), save)
+            save_weights(rebalanced_copy(built[0], analysis, built[1], first), save)
             written.append(save)
     except NoetherflowError as error:
         _fail(error)
@@ -137,6 +162,55 @@ def reproduce(
         _errors.print(f"[red]did not finish: {', '.join(unfinished)}[/red]")
     if failed or unfinished:
         raise typer.Exit(1)
+
+
+def check_options(rebalance: bool, save: Path | None, options: Mapping[str, Any]) -> None:
+    """Raise `SettingsError` for options that contradict each other or lie out of range, before `build()` runs."""
+    for name in ("holdout", "tolerance"):
+        if not 0 < options.get(name, 0.5) < 1:
+            raise SettingsError(f"--{name} must lie between 0 and 1, got {options[name]}")
+    if rebalance and save is None:
+        raise SettingsError("--rebalance needs a file for the weights: add --save FILE.safetensors")
+    if save is not None and not rebalance:
+        raise SettingsError(f"--save {save} writes rebalanced weights: add --rebalance")
+    if save is not None and save.suffix != ".safetensors":
+        raise SettingsError(f"--save writes safetensors, so the file must end in .safetensors, got {save}")
+
+
+def _analysis(file: Path, path: Path, built: Built, options: dict[str, Any], *, force: bool) -> Analysis:
+    """The analysis of what `build()` returned: kept from an earlier run with this key, or computed and kept."""
+    model, loss, loader, sgd, declared = built
+    held: list[Any] = []
+    batches = list(loader) if iter(loader) is loader else loader
+    if "holdout" in options:
+        batches, held = hold_out(batches, options["holdout"])
+    measured = itertools.chain(batches, held)
+    key = _kept.key_of(model, loss, measured, sgd, declared, options=options, sources=sources(file, model))
+    kept = None if force else _kept.load(path, key)
+    if kept is not None:
+        _errors.print(f"Kept from an earlier run: {path} (repeat with --force)", soft_wrap=True)
+        return kept
+    analysis = run_analysis(model, loss, batches, sgd, declared, **options | ({"holdout": held} if held else {}))
+    try:
+        _kept.save(analysis, path, key)
+    except FileError as error:
+        _errors.print(f"Not kept for another run: {error}", markup=False, highlight=False, soft_wrap=True)
+        path.unlink(missing_ok=True)
+    return analysis
+
+
+def _write(analysis: Analysis, out: Path, stem: str) -> list[Path]:
+    """Write the JSON file, the page and, with matplotlib, the figure; returns their paths."""
+    from noetherflow.report import figure, page
+
+    written = [out / f"{stem}.json", out / f"{stem}.html"]
+    analysis.save_json(written[0])
+    page.write(written[1], analysis)
+    try:
+        written += figure.save(analysis, out / stem)
+    except MissingExtraError as error:
+        _errors.print(f"No picture: {error}", markup=False, highlight=False, soft_wrap=True)
+    return written
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -27,9 +27,7 @@ from noetherflow._types import Batch
 from noetherflow.symmetry import Symmetry
 
 # Files and folders of this package that enter no number of an analysis.
-_EXCLUDED = frozenset(
-    {"_cli.py", "__main__.py", "_kept.py", "_progress.py", "_user_file.py", "linear.py"} | {"paper", "report", "simulation"}
-)
+_DISPLAY = {"_cli.py", "__main__.py", "_progress.py", "_user_file.py", "paper", "report", "simulation"}
 
 
 def key_of(
@@ -59,7 +57,7 @@ def key_of(
     Raises:
         Misfit: If a declared symmetry has no form in a file.
     """
-    digest = hashlib.sha256(_fingerprint.of_code(Path(__file__).parent, _EXCLUDED).encode())
+    digest = hashlib.sha256(_fingerprint.of_code(Path(__file__).parent, frozenset(_DISPLAY)).encode())
     digest.update(json.dumps([repr(sgd), sorted(options.items())], default=str).encode())
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

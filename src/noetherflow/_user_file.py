@@ -12,11 +12,14 @@ from torch import nn
 from noetherflow._errors import UserFileError
 from noetherflow._optimizers import SGD
 
+Built = tuple[nn.Module, Any, Any, SGD, Mapping[str, Any] | None]
+"""Model, loss, loader, settings of SGD, and symmetries, which are None if `build()` declares none."""
+
 # The files of this package and of PyTorch have their version in the key of a run.
 _KNOWN = {"noetherflow", "torch"}
 
 
-def load_build(file: Path) -> tuple[nn.Module, Any, Any, SGD, Mapping[str, Any] | None]:
+def load_build(file: Path) -> Built:
     """Run the function `build()` of a user's file and check its result.
 
     Args:

@@ -1,0 +1,148 @@
+"""An analysis in plain words, for a reader who does not know the theory."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+from noetherflow._analysis import Analysis
+from noetherflow._table import steps
+from noetherflow.equilibrium.result import Status
+from noetherflow.report.rows import Row, Standing
+
+INTRODUCTION = (
+    "A symmetry is a way to change weights without a change of the function, such as the weights into a neuron times 2 "
+    "and the weights out of the neuron divided by 2. The noise of SGD and weight decay drive the weights along each "
+    "symmetry until both sides balance: the symmetry is then at rest."
+)
+
+
+def sentences(analysis: Analysis, rows: Sequence[Row]) -> list[str]:
+    """What the analysis says, most important first; plain text.
+
+    Args:
+        analysis: The analysis.
+        rows: Its rows.
+
+    Returns:
+        Paragraphs.
+    """
+    if not rows:
+        return ["The model has no symmetry: there is nothing to balance."]
+    paragraphs = (
+        " ".join([*_standings(rows), *_largest(rows), *_time(rows)]),
+        " ".join(_rebalance(analysis)),
+        " ".join(_held_out(analysis, rows)),
+        " ".join(_statuses(rows)),
+    )
+    return [paragraph for paragraph in paragraphs if paragraph]
+
+
+def meaning(status: str) -> str:
+    """The sentence of a status such as `at_infinity`; the word itself if no such status is known."""
+    name = status.upper().replace(" ", "_")
+    return Status[name].value if name in Status.__members__ else status
+
+
+def number(value: float) -> str:
+    """A number with three significant digits; a dash for NaN, and a word for infinity."""
+    return "–" if math.isnan(value) else "infinity" if math.isinf(value) else f"{value:.3g}"
+
+
+def _standings(rows: Sequence[Row]) -> Iterator[str]:
+    """How many symmetries are away from rest."""
+    count, total = Counter(row.standing for row in rows), len(rows)
+    if count[Standing.FAR] or count[Standing.REST]:
+        yield (
+            f"{count[Standing.FAR]:,} of {_symmetries(total)} {_are(count[Standing.FAR])} further from rest than their "
+            f"error (twice the standard error of the distance)."
+        )
+        if count[Standing.REST]:
+            yield f"{count[Standing.REST]:,} {_are(count[Standing.REST])} at rest within the error."
+    else:
+        yield f"{_symmetries(total).capitalize()} {'was' if total == 1 else 'were'} measured."
+    if count[Standing.UNKNOWN]:
+        which = "any" if count[Standing.UNKNOWN] == total else f"{count[Standing.UNKNOWN]:,}"
+        yield f"The error of the distance is not known for {which} of them."
+    if count[Standing.HELD]:
+        yield f"{count[Standing.HELD]:,} {_are(count[Standing.HELD])} left in place: no equilibrium was reached."
+
+
+def _largest(rows: Sequence[Row]) -> Iterator[str]:
+    """The symmetry that is furthest from rest, among those for which this is certain if there are any."""
+    far = [row for row in rows if row.standing is Standing.FAR]
+    candidates = far or [row for row in rows if row.standing is Standing.UNKNOWN and row.report.distance > 0]
+    if candidates:
+        row = max(candidates, key=lambda row: row.report.distance)
+        error = "" if math.isnan(row.report.error) else f" ± {row.report.error:.1g}"
+        yield (
+            f"The largest distance is that of {row.report.name}, whose weights are typically a factor "
+            f"{number(row.factor)} from rest (distance {number(row.report.distance)}{error})."
+        )
+
+
+def _time(rows: Sequence[Row]) -> Iterator[str]:
+    """How long SGD needs by itself."""
+    times = [row.report.relaxation_steps for row in rows if math.isfinite(row.report.relaxation_steps)]
+    if times:
+        slowest = max(row.report.slowest_steps for row in rows if math.isfinite(row.report.slowest_steps))
+        yield (
+            f"Training with these settings moves there by itself: a distance shrinks to about a third (1/e) in "
+            f"{_about(median(times))} steps, the median over symmetries; the slowest direction needs {_about(slowest)}."
+        )
+    else:
+        yield "Training with these settings does not move any symmetry to rest by itself."
+
+
+def _rebalance(analysis: Analysis) -> Iterator[str]:
+    """What changes if the model is moved: numbers, and which of them is the one that an equilibrium minimises."""
+    equilibrium = analysis.equilibrium
+    yield (
+        f"Rebalancing moves the weights there at once and leaves the function of the model as it is. It changes the "
+        f"gradient noise (Tr Sigma per example) from {number(equilibrium.trace_before)} to "
+        f"{number(equilibrium.trace_after)}, and the potential, which counts weight decay and noise together, from "
+        f"{number(equilibrium.potential_before)} to {number(equilibrium.potential_after)}."
+    )
+    if equilibrium.trace_after > equilibrium.trace_before:
+        yield (
+            "The noise rises: the equilibrium has the least potential, and here weight decay outweighs the noise. "
+            "It is where SGD takes the weights, and not where the noise is least."
+        )
+
+
+def _held_out(analysis: Analysis, rows: Sequence[Row]) -> Iterator[str]:
+    """The drift that is left on data that was not used."""
+    if analysis.equilibrium.holdout:
+        used = [_median(getattr(row.report, f"imbalance_{when}") for row in rows) for when in ("before", "after")]
+        held = [_median(getattr(row.report, f"holdout_{when}") for row in rows) for when in ("before", "after")]
+        yield (
+            f"The relative drift (0 is rest, 1 is a force without a counterforce) changes from {number(used[0])} to "
+            f"{number(used[1])} on the data that was used, and from {number(held[0])} to {number(held[1])} on data "
+            f"that was held out; medians over symmetries. The numbers on held-out data say what to expect of new data."
+        )
+
+
+def _statuses(rows: Sequence[Row]) -> Iterator[str]:
+    """The outcomes other than a drift of zero, with the number of symmetries."""
+    for status, count in Counter(row.report.status for row in rows).items():
+        if status != "converged":
+            yield f"For {count:,} of {_symmetries(len(rows))}: {meaning(status)}."
+
+
+def _median(values: Iterator[float]) -> float:
+    """The median of the values that are numbers; NaN if there are none."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return median(numbers) if numbers else math.nan
+
+
+def _about(count: float) -> str:
+    """A number of steps with two significant digits."""
+    return f"about {steps(float(f'{count:.2g}'))}"
+
+
+def _symmetries(count: int) -> str:
+    return "1 symmetry" if count == 1 else f"{count:,} symmetries"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
