@@ -50,11 +50,14 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_analyze_prints_a_table_and_writes_json_picture_and_weights(file: Path, tmp_path: Path) -> None:
-    done = run("analyze", file, "--out", tmp_path / "out", "--save", tmp_path / "out" / "moved.safetensors")
+    moved_to = tmp_path / "out" / "moved.safetensors"
+    done = run("analyze", file, "--out", tmp_path / "out", "--rebalance", "--save", moved_to)
     assert done.exit_code == 0, done.output
     assert re.search(r"hidden +5 +\de-1\d", done.output)
     assert "Tr Sigma" in done.output
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "mine.analysis.safetensors",
+        "mine.html",
         "mine.json",
         "mine.png",
         "mine.svg",
@@ -62,7 +65,7 @@ def test_analyze_prints_a_table_and_writes_json_picture_and_weights(file: Path, 
     }
     written = json.loads((tmp_path / "out" / "mine.json").read_text())
     assert written["symmetries"][0]["name"] == "hidden"
-    moved = load_file(tmp_path / "out" / "moved.safetensors")
+    moved = load_file(moved_to)
     namespace: dict[str, object] = {}
     exec(file.read_text(), namespace)
     net, loss, data, sgd, symmetries = namespace["build"]()
@@ -138,7 +141,7 @@ def test_approximate_symmetries_are_shown_on_request(tmp_path: Path) -> None:
 
 
 def test_weights_are_saved_as_safetensors_only(file: Path, tmp_path: Path) -> None:
-    done = run("analyze", file, "--save", tmp_path / "moved.pt", "--out", tmp_path / "out")
+    done = run("analyze", file, "--rebalance", "--save", tmp_path / "moved.pt", "--out", tmp_path / "out")
     assert done.exit_code == 2
     assert ".safetensors" in done.output
     assert not (tmp_path / "out").exists()

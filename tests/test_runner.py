@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 import noetherflow as nf
 from fake_experiments import Config, Fake, install
+from noetherflow import _fingerprint
 from noetherflow.paper import experiment, page, results, runner
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.curves import MAX_CURVES, Curve, label_html, panels_of, thinned_indices
@@ -217,8 +218,8 @@ def test_the_key_depends_on_figure_settings_and_code() -> None:
 
 def test_the_code_version_excludes_other_figures_and_display_files(tmp_path: Path) -> None:
     def version(excluded: frozenset[str] = frozenset({"cli.py"})) -> str:
-        results._hash_of.cache_clear()
-        return results._hash_of(tmp_path, excluded)
+        _fingerprint.of_code.cache_clear()
+        return _fingerprint.of_code(tmp_path, excluded)
 
     for name in ("cli.py", "drift.py"):
         (tmp_path / name).write_text("one = 1\n")
@@ -227,7 +228,7 @@ def test_the_code_version_excludes_other_figures_and_display_files(tmp_path: Pat
     assert version() == before
     (tmp_path / "drift.py").write_text("one = 2\n")
     assert version() != before
-    results._hash_of.cache_clear()
+    _fingerprint.of_code.cache_clear()
     assert len({results.code_version(name) for name in experiment.FIGURES}) == len(experiment.FIGURES)
     assert all((PAPER.parent / name).is_file() for name in results.DISPLAY_FILES)
 
@@ -239,13 +240,13 @@ def test_a_change_of_a_file_makes_the_results_stale_that_depend_on_it(
     file: str, stale: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def versions() -> dict[str, str]:
-        results._hash_of.cache_clear()
+        _fingerprint.of_code.cache_clear()
         return {name: results.code_version(name) for name in experiment.FIGURES}
 
     before, read = versions(), Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path == PAPER / file))
     after = versions()
-    results._hash_of.cache_clear()
+    _fingerprint.of_code.cache_clear()
     assert {name for name in before if before[name] != after[name]} == stale
 
 

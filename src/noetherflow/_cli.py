@@ -81,9 +81,9 @@ def analyze(
         built = load_build(file)
         first, loader = peek(built[2])
         path = out / f"{file.stem}.analysis.safetensors"
-        analysis = _analysis(file, path, (*built[:2], loader, *built[3:]), given, force=force)
+        analysis, kept = _analysis(file, path, (*built[:2], loader, *built[3:]), given, force=force)
         typer.echo(str(analysis))
-        written = _write(analysis, out, file.stem)
+        written = [*_write(analysis, out, file.stem), *kept]
         if save is not None:
             save_weights(rebalanced_copy(built[0], analysis, built[1], first), save)
             written.append(save)
@@ -177,8 +177,10 @@ def check_options(rebalance: bool, save: Path | None, options: Mapping[str, Any]
         raise SettingsError(f"--save writes safetensors, so the file must end in .safetensors, got {save}")
 
 
-def _analysis(file: Path, path: Path, built: Built, options: dict[str, Any], *, force: bool) -> Analysis:
-    """The analysis of what `build()` returned: kept from an earlier run with this key, or computed and kept."""
+def _analysis(
+    file: Path, path: Path, built: Built, options: dict[str, Any], *, force: bool
+) -> tuple[Analysis, list[Path]]:
+    """The analysis of what `build()` returned, kept from an earlier run or computed, and the files written."""
     model, loss, loader, sgd, declared = built
     held: list[Any] = []
     batches = list(loader) if iter(loader) is loader else loader
@@ -189,14 +191,15 @@ def _analysis(file: Path, path: Path, built: Built, options: dict[str, Any], *, 
     kept = None if force else _kept.load(path, key)
     if kept is not None:
         _errors.print(f"Kept from an earlier run: {path} (repeat with --force)", soft_wrap=True)
-        return kept
+        return kept, []
     analysis = run_analysis(model, loss, batches, sgd, declared, **options | ({"holdout": held} if held else {}))
     try:
         _kept.save(analysis, path, key)
     except FileError as error:
         _errors.print(f"Not kept for another run: {error}", markup=False, highlight=False, soft_wrap=True)
         path.unlink(missing_ok=True)
-    return analysis
+        return analysis, []
+    return analysis, [path]
 
 
 def _write(analysis: Analysis, out: Path, stem: str) -> list[Path]:
