@@ -268,6 +268,17 @@ def test_ten_thousand_symmetries_stay_usable(browser: Browser, tmp_path: Path, w
 
 
 @needs_chromium
+def test_a_tall_screen_is_filled(browser: Browser, tmp_path: Path) -> None:
+    tab, wrong = opened(browser, written(tmp_path, many()))
+    tab.set_viewport_size({"width": 1400, "height": 30_000})
+    tab.uncheck("#grouped")
+    until(tab, lambda: tab.evaluate("document.getElementById('more').getBoundingClientRect().top") > 30_000)
+    assert 400 < len(names(tab)) < 2000
+    assert not wrong
+    tab.close()
+
+
+@needs_chromium
 @pytest.mark.parametrize("width", [400, 1400])
 def test_hostile_names_are_text(browser: Browser, tmp_path: Path, width: int) -> None:
     reports = [report(name, distance=1.0 + k, message=name) for k, name in enumerate(HOSTILE)]
@@ -278,6 +289,7 @@ def test_hostile_names_are_text(browser: Browser, tmp_path: Path, width: int) ->
     assert tab.locator("img").count() == 0
     assert tab.title() == "noetherflow: page"
     assert HOSTILE[0] in tab.inner_text("header")
+    assert tab.inner_text("h1") == "page: how far the model is from rest"
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert not wrong
     tab.close()

@@ -46,6 +46,7 @@ def write(path: Path, analysis: Analysis) -> None:
     rows = rows_of(analysis)
     columns = [column for column in _COLUMNS if analysis.equilibrium.holdout or not column[0].startswith("holdout")]
     body = {
+        "name": html.escape(path.stem),
         "introduction": html.escape(INTRODUCTION),
         "summary": _paragraphs(sentences(analysis, rows)),
         "notes": _notes(analysis.equilibrium.notes),
