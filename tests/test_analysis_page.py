@@ -86,7 +86,7 @@ def test_the_words_say_how_many_are_far_and_which_is_furthest() -> None:
     first, second, third = sentences(analysis, rows_of(analysis))
     assert first.startswith("2 of 5 symmetries are further from rest than their error")
     assert "1 is at rest within the error. The error of the distance is not known for 1 of them. 1 is left" in first
-    assert "that of first, whose weights are typically a factor 1.8 from rest (distance 0.588 ± 0.05)" in first
+    assert 'that of "first", whose weights are typically a factor 1.8 from rest (distance 0.588 ± 0.05)' in first
     # The median of 3000, 500, 3000, 3000 steps, and the slowest of those that are finite.
     assert "in about 3,000 steps, the median over symmetries; the slowest direction needs about 9,000." in first
     assert "from 3.18 to 4.48" in second
@@ -106,7 +106,7 @@ def test_without_errors_or_symmetries_the_words_claim_nothing() -> None:
     analysis = analysis_of([report("a", error=NAN), report("b", error=NAN, distance=2.0)], ["m", "n"])
     words = sentences(analysis, rows_of(analysis))[0]
     assert words.startswith("2 symmetries were measured. The error of the distance is not known for any of them.")
-    assert "that of b, whose weights are typically a factor 7.39 from rest (distance 2)" in words
+    assert 'that of "b", whose weights are typically a factor 7.39 from rest (distance 2)' in words
     assert sentences(analysis_of([], []), []) == ["The model has no symmetry: there is nothing to balance."]
 
 

@@ -248,7 +248,8 @@ print(json.dumps([[one.exit_code, one.stdout, one.stderr] for one in done]))
     assert "diagonal" in symmetries[1]
     assert analysis[0] == 0, analysis
     assert "No picture: the figure of an analysis needs matplotlib, which is not installed: run pip" in analysis[2]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.json"]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"mine.json", "mine.html", "mine.analysis.safetensors"}
     assert paper[0] == 2, paper
     assert 'pip install "noetherflow[paper]"' in paper[2]
 

@@ -68,7 +68,7 @@ class _Scale:
 
     def lines(self, height: float) -> str:
         """Vertical lines with the distance and the factor by which weights differ."""
-        step = _round_step(self._largest / 3)
+        step = _round_step(self._largest / 4)
         ticks = [step * index for index in range(int(self._largest / step * (1 + 1e-9)) + 1)]
         return "".join(
             f'<line class="grid" x1="{x}" x2="{x}" y1="36" y2="{height:g}"/>'

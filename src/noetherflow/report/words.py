@@ -76,7 +76,7 @@ def _largest(rows: Sequence[Row]) -> Iterator[str]:
         row = max(candidates, key=lambda row: row.report.distance)
         error = "" if math.isnan(row.report.error) else f" ± {row.report.error:.1g}"
         yield (
-            f"The largest distance is that of {row.report.name}, whose weights are typically a factor "
+            f'The largest distance is that of "{row.report.name}", whose weights are typically a factor '
             f"{number(row.factor)} from rest (distance {number(row.report.distance)}{error})."
         )
 
