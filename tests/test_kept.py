@@ -1,6 +1,7 @@
 """Analyses that are kept: what enters the key of a run, and runs that use an analysis again."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -190,12 +191,12 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The options of every analysis that the command line computes; those that `analyze` has not are left out."""
+    """The options of every analysis that the command line computes."""
     listed: list[dict[str, Any]] = []
 
     def analyze(model: Any, loss: Any, loader: Any, sgd: Any, symmetries: Any, **options: Any) -> nf.Analysis:
         listed.append({"loader": loader, **options})
-        return nf.analyze(model, loss, loader, sgd, symmetries)
+        return nf.analyze(model, loss, loader, sgd, symmetries, **options)
 
     monkeypatch.setattr(_cli, "run_analysis", analyze)
     return listed
@@ -250,10 +251,23 @@ def test_options_reach_the_analysis(file: Path, calls: list[Any]) -> None:
     given = _user_file.load_build(file)[2]
     used, held = options.pop("loader"), options.pop("holdout")
     assert options == {"dtype": torch.float32, "max_passes": 7, "tolerance": 1e-4, "microbatches": True}
-    for batches, expected in ((used, given[:3]), (held, given[3:])):
+    for batches, expected in ((used, given[:2]), (held, given[2:])):
         assert len(batches) == len(expected)
         for batch, other in zip(batches, expected, strict=True):
             assert torch.equal(batch[0], other[0])
+
+
+def test_held_out_batches_are_those_that_analyze_is_given(file: Path) -> None:
+    out = file.parent / "out"
+    done = run("analyze", file, "--out", out, "--holdout", 0.25)
+    assert done.exit_code == 0, done.output
+    model, loss, batches, sgd, _ = _user_file.load_build(file)
+    expected = nf.analyze(model, loss, batches[:3], sgd, holdout=batches[3:])
+    (symmetry,) = json.loads((out / "kept_example.json").read_text())["symmetries"]
+    assert symmetry["holdout_before"] == pytest.approx(expected.reports[0].holdout_before, rel=1e-12)
+    assert symmetry["holdout_after"] == pytest.approx(expected.reports[0].holdout_after, rel=1e-9)
+    assert symmetry["imbalance_after"] < 1e-9 < symmetry["holdout_after"]
+    assert "on data that was held out" in (out / "kept_example.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +276,7 @@ def test_options_reach_the_analysis(file: Path, calls: list[Any]) -> None:
         (("--holdout", 0), "--holdout must lie between 0 and 1, got 0"),
         (("--holdout", 1.0), "--holdout must lie between 0 and 1, got 1"),
         (("--holdout", "nan"), "--holdout must lie between 0 and 1, got nan"),
-        (("--holdout", 0.9), "holding out 4 of 4 batches leaves none to use"),
+        (("--holdout", 0.9), "holding out 4 of 4 batches leaves 0 to use, expected 1 or more"),
         (("--tolerance", 0), "--tolerance must lie between 0 and 1, got 0"),
         (("--rebalance",), "add --save FILE.safetensors"),
         (("--save", "a.safetensors"), "add --rebalance"),
@@ -291,6 +305,7 @@ def test_an_iterator_is_gone_through_once(file: Path, calls: list[Any]) -> None:
 @pytest.mark.parametrize(("share", "held"), [(0.01, 1), (0.25, 2), (0.5, 4), (0.8, 6)])
 def test_the_last_batches_are_held_out(share: float, held: int) -> None:
     batches = list(range(8))
+    assert _batch.hold_out(batches, 0.01, least=2) == (batches[:6], batches[6:])
     assert _batch.hold_out(iter(batches), share) == (batches[: 8 - held], batches[8 - held :])
 
 

@@ -99,27 +99,29 @@ def peek(loader: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
     )
 
 
-def hold_out(batches: Iterable[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
+def hold_out(batches: Iterable[Batch], share: float, least: int = 1) -> tuple[list[Batch], list[Batch]]:
     """Divide the batches of a loader into those that are used and those that are held out; both are kept in memory.
 
     Args:
         batches: The batches.
-        share: The share of the batches that is held out, the last of them; at least a batch.
+        share: The share of the batches that is held out, the last of them.
+        least: The smallest number of batches of both parts.
 
     Returns:
         The batches that are used, and those that are held out.
 
     Raises:
         SettingsError: If the share does not lie between 0 and 1.
-        EmptyDataError: If no batch is left to use.
+        EmptyDataError: If too few batches are left to use.
     """
     if not 0 < share < 1:
         raise SettingsError(f"the share of batches that is held out must lie between 0 and 1, got {share}")
     kept = list(batches)
-    held = max(1, round(share * len(kept)))
-    if held >= len(kept):
+    held = max(least, round(share * len(kept)))
+    if len(kept) - held < least:
         raise EmptyDataError(
-            f"holding out {held} of {len(kept)} batches leaves none to use; use smaller batches or a smaller share"
+            f"holding out {held} of {len(kept)} batches leaves {max(0, len(kept) - held)} to use, expected {least} or "
+            f"more: use smaller batches or a smaller share"
         )
     return kept[:-held], kept[-held:]
 

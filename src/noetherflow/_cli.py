@@ -185,7 +185,8 @@ def _analysis(
     held: list[Any] = []
     batches = list(loader) if iter(loader) is loader else loader
     if "holdout" in options:
-        batches, held = hold_out(batches, options["holdout"])
+        # The noise between microbatches needs two of them.
+        batches, held = hold_out(batches, options["holdout"], 2 if "microbatches" in options else 1)
     measured = itertools.chain(batches, held)
     key = _kept.key_of(model, loss, measured, sgd, declared, options=options, sources=sources(file, model))
     kept = None if force else _kept.load(path, key)
