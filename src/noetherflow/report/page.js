@@ -26,16 +26,16 @@ const folded = new Set(rows.length > UNFOLDED && blocks.length > 1 ? blocks : []
 let order = null, items = [], written = 0;
 
 // Texts of cells: a dash where nothing is known, "never" for an infinite number of steps.
-const digits = (value) => {
+const digits = (value, count = 3) => {
   if (value === null) return "–";
   if (value === Infinity) return "∞";
-  return value !== 0 && (value < 0.001 || value >= 1e5) ? value.toExponential(1) : String(Number(value.toPrecision(3)));
+  return value !== 0 && (value < 0.001 || value >= 1e5) ? value.toExponential(Math.min(count - 1, 1)) : String(Number(value.toPrecision(count)));
 };
 const steps = (value) => value === null ? "–" : value === Infinity ? "never"
   : value < 1e7 ? Math.round(value).toLocaleString("en") : value.toExponential(1);
 const TEXTS = {
   size: (row) => row.size.toLocaleString("en"),
-  distance: (row) => digits(row.distance) + (row.error === null ? "" : " ± " + digits(row.error)),
+  distance: (row) => digits(row.distance) + (row.error === null ? "" : " ± " + digits(row.error, 1)),
   factor: (row) => row.factor === null ? "–" : "×" + digits(row.factor),
   steps: (row) => steps(row.steps),
   slowest: (row) => steps(row.slowest),
