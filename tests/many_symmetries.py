@@ -50,3 +50,26 @@ def analysis_of(
     holdout = {one.name: Imbalance(one.holdout_before, one.holdout_after) for one in reports} if held else {}
     equilibrium = dataclasses.replace(small().equilibrium, symmetries=symmetries, holdout=holdout, **changes)
     return dataclasses.replace(small(), reports=tuple(reports), equilibrium=equilibrium)
+
+
+def layers() -> nf.Analysis:
+    """Five symmetries in two blocks and across blocks: far, at rest, error unknown, at infinity, and no distance."""
+    reports = (
+        report("first", distance=math.log(1.8), error=0.05, dimension=12, imbalance_before=0.9),
+        report("second", distance=0.1, error=0.2, at_rest=True, relaxation_steps=500.0, kind="matrix"),
+        report("third", distance=0.3, error=NAN, relaxation_steps=math.inf, slowest_steps=math.inf),
+        report("fourth", distance=0.2, error=0.0123, status="at_infinity", message="row 3 has no pull"),
+        report("fifth", distance=0.0, error=NAN, status="singular", imbalance_before=NAN, imbalance_after=NAN),
+    )
+    modules = ("net.h.0.mlp", "net.h.0.attn.c", "net.h.1.mlp", "net.h.1", "head")
+    notes = ("the pooler <b>is not used</b> by the loss",)
+    return analysis_of(reports, modules, notes=notes, trace_before=3.18, trace_after=4.48, passes=7)
+
+
+def many(count: int = 10_000) -> nf.Analysis:
+    """Symmetries of 100 blocks with distances that are a permutation of 0 to 1."""
+    reports = [
+        report(f"layer {k}", distance=(k * 7919 % count) / count, at_rest=k % 2 == 0, message="m" * (k % 3))
+        for k in range(count)
+    ]
+    return analysis_of(reports, [f"model.layers.{k * 100 // count}" for k in range(count)])

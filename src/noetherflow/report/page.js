@@ -29,7 +29,8 @@ let order = null, items = [], written = 0;
 const digits = (value, count = 3) => {
   if (value === null) return "–";
   if (value === Infinity) return "∞";
-  return value !== 0 && (value < 0.001 || value >= 1e5) ? value.toExponential(Math.min(count - 1, 1)) : String(Number(value.toPrecision(count)));
+  const extreme = value !== 0 && (value < 0.001 || value >= 1e5);
+  return extreme ? value.toExponential(Math.min(count - 1, 1)) : String(Number(value.toPrecision(count)));
 };
 const steps = (value) => value === null ? "–" : value === Infinity ? "never"
   : value < 1e7 ? Math.round(value).toLocaleString("en") : value.toExponential(1);
