@@ -106,6 +106,12 @@ def changed_settings(run: Run) -> None:
     run.sgd = dataclasses.replace(run.sgd, weight_decay=1e-9)
 
 
+def changed_groups(run: Run) -> None:
+    parts = ((0, 0.1), (3, 0.0))
+    groups = [{"params": list(run.model[part].parameters()), "weight_decay": decay} for part, decay in parts]
+    run.sgd = nf.SGD.from_optimizer(torch.optim.SGD(groups, lr=0.1), batch_size=4)
+
+
 def changed_symmetry(run: Run) -> None:
     run.symmetries["s"] = nf.DiagonalSymmetry(nf.Axis("0.weight", 0), nf.Axis("3.weight", 0))
 
@@ -124,7 +130,7 @@ def changed_source(run: Run) -> None:
 
 CHANGES = (changed_weight, changed_buffer, changed_mode, changed_function, frozen, changed_loss, changed_last_batch)
 CHANGES += (changed_labels, changed_order, changed_text, changed_array, changed_dtype, fewer_batches, changed_settings)
-CHANGES += (changed_symmetry, no_symmetries, changed_options, changed_source)
+CHANGES += (changed_groups, changed_symmetry, no_symmetries, changed_options, changed_source)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -133,6 +139,17 @@ def test_a_key_changes_with_everything_on_which_numbers_depend(change: Callable[
     assert run.key() == before
     change(run)
     assert run.key() != before
+
+
+def test_a_key_knows_to_which_parameters_a_weight_decay_belongs(tmp_path: Path) -> None:
+    keys = set()
+    for first, second in (("weight", "bias"), ("bias", "weight"), ("weight", "bias")):
+        run = Run(tmp_path)
+        decays = ((first, 0.1), (second, 0.2))
+        groups = [{"params": [getattr(run.model[0], name)], "weight_decay": decay} for name, decay in decays]
+        run.sgd = nf.SGD.from_optimizer(torch.optim.SGD(groups, lr=0.1), batch_size=4)
+        keys.add(run.key())
+    assert len(keys) == 2
 
 
 def test_a_key_changes_with_the_code_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,9 +56,12 @@ def key_of(
 
     Raises:
         Misfit: If a declared symmetry has no form in a file.
+        SettingsError: If the weight decay of parameter groups belongs to no parameter of the model.
     """
     digest = hashlib.sha256(_fingerprint.of_code(Path(__file__).parent, frozenset(_DISPLAY)).encode())
-    digest.update(json.dumps([repr(sgd), sorted(options.items())], default=str).encode())
+    # By name: weight decay by parameter group may not say to which parameter it belongs.
+    settings = repr(sgd.named_by(model))
+    digest.update(json.dumps([settings, sorted(options.items())], default=str).encode())
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     for module in (model, loss):

@@ -1,8 +1,8 @@
 """The page of an analysis: plain words, a picture, and a table to sort, filter and fold, in an HTML file by itself."""
 
 import html
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from string import Template
 
@@ -62,8 +62,7 @@ def write(path: Path, analysis: Analysis) -> None:
         ),
         "totals": _totals(analysis),
         "settings": _pairs(
-            asdict(analysis.sgd)
-            | {"gamma": analysis.sgd.gamma, "temperature": analysis.sgd.temperature}
+            analysis.to_json()["settings"]
             | {"examples": analysis.noise.count, "measurements": analysis.equilibrium.passes}
         ),
         "versions": _pairs(_versions.versions()),
@@ -104,6 +103,10 @@ def _pairs(values: Mapping[str, object]) -> str:
 
 
 def _text(value: object) -> str:
+    """A setting as text; of a setting by parameter, how many parameters have each value."""
+    if isinstance(value, Mapping):
+        counts = Counter(value.values()).items()
+        return ", ".join(f"{_text(key)} for {count:,} parameter{'s' * (count != 1)}" for key, count in counts)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
