@@ -183,10 +183,12 @@ def _analysis(
     """The analysis of what `build()` returned, kept from an earlier run or computed, and the files written."""
     model, loss, loader, sgd, declared = built
     held: list[Any] = []
-    batches = list(loader) if iter(loader) is loader else loader
+    batches = list(track(loader, "reading the data")) if iter(loader) is loader else loader
     if "holdout" in options:
         # The noise between microbatches needs two of them.
-        batches, held = hold_out(batches, options["holdout"], 2 if "microbatches" in options else 1)
+        batches, held = hold_out(
+            track(batches, "reading the data"), options["holdout"], 2 if "microbatches" in options else 1
+        )
     measured = itertools.chain(batches, held)
     key = _kept.key_of(model, loss, measured, sgd, declared, options=options, sources=sources(file, model))
     kept = None if force else _kept.load(path, key)
