@@ -186,9 +186,8 @@ def _analysis(
     batches = list(track(loader, "reading the data")) if iter(loader) is loader else loader
     if "holdout" in options:
         # The noise between microbatches needs two of them.
-        batches, held = hold_out(
-            track(batches, "reading the data"), options["holdout"], 2 if "microbatches" in options else 1
-        )
+        least = 2 if "microbatches" in options else 1
+        batches, held = hold_out(track(batches, "reading the data"), options["holdout"], least)
     measured = itertools.chain(batches, held)
     key = _kept.key_of(model, loss, measured, sgd, declared, options=options, sources=sources(file, model))
     kept = None if force else _kept.load(path, key)
