@@ -42,7 +42,7 @@ def test_a_block_is_the_common_prefix_of_modules_up_to_a_number(parameters: tupl
 def test_the_words_say_how_many_are_far_and_which_is_furthest() -> None:
     analysis = layers()
     first, second, third = sentences(analysis, rows_of(analysis))
-    assert first.startswith("2 of 5 symmetries are further from rest than their error")
+    assert first.startswith("2 of 5 symmetries are further from rest than the error")
     assert "1 is at rest within the error. The error of the distance is not known for 1 of them. 1 is left" in first
     assert 'that of "first", whose weights are typically a factor 1.8 from rest (distance 0.588 ± 0.05)' in first
     # The median of 3000, 500, 3000, 3000 steps, and the slowest of those that are finite.

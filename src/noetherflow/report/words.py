@@ -54,7 +54,7 @@ def _standings(rows: Sequence[Row]) -> Iterator[str]:
     count, total = Counter(row.standing for row in rows), len(rows)
     if count[Standing.FAR] or count[Standing.REST]:
         yield (
-            f"{count[Standing.FAR]:,} of {_symmetries(total)} {_are(count[Standing.FAR])} further from rest than their "
+            f"{count[Standing.FAR]:,} of {_symmetries(total)} {_are(count[Standing.FAR])} further from rest than the "
             f"error (twice the standard error of the distance)."
         )
         if count[Standing.REST]:
