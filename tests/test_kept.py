@@ -13,6 +13,7 @@ from torch import nn
 import noetherflow as nf
 from many_symmetries import small
 from noetherflow import _batch, _fingerprint, _kept
+from toy_symmetry import toy_of
 
 
 class Weighted(nn.Module):
@@ -150,6 +151,17 @@ def test_a_key_knows_to_which_parameters_a_weight_decay_belongs(tmp_path: Path) 
         run.sgd = nf.SGD.from_optimizer(torch.optim.SGD(groups, lr=0.1), batch_size=4)
         keys.add(run.key())
     assert len(keys) == 2
+
+
+def test_a_symmetry_that_no_file_can_hold_has_another_key_every_time(tmp_path: Path) -> None:
+    def init(self: Any, function: Callable[[], None]) -> None:
+        self.function, self.tensor, self.strength = function, "0.weight", 1.0
+
+    run = Run(tmp_path)
+    run.symmetries = {"odd": type("Odd", (toy_of(),), {"__init__": init})(print)}
+    assert run.key() != run.key()
+    run.symmetries = {"toy": toy_of()("0.weight", 1.0)}
+    assert run.key() == run.key()
 
 
 def test_a_key_changes_with_the_code_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
