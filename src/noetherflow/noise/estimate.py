@@ -1,10 +1,11 @@
 """One pass over the data: per-example gradients in, noise moments out."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from noetherflow._batch import cast, peek, select
 from noetherflow._errors import EmptyDataError
@@ -16,7 +17,7 @@ from noetherflow._per_example import (
     require_uncoupled,
 )
 from noetherflow._progress import track
-from noetherflow._types import Batch, Loss
+from noetherflow._types import Batch, Loss, Params
 from noetherflow.detect import find_symmetries
 from noetherflow.noise.exact import Subject, exact_moments
 from noetherflow.noise.fast import FastPass
@@ -123,7 +124,7 @@ class Estimate:
             exact = True  # such a generator joins single entries of several tensors
         if exact is None:
             exact = sum(tensor.numel() for tensor in subject.trained.values()) <= _FEW
-        self._subject, self._max_bytes = subject, max_bytes
+        self._subject, self._exact, self._variances, self._max_bytes = subject, exact, variances, max_bytes
         self._quick = None if exact else FastPass(subject, variances=variances, max_bytes=max_bytes)
         self._moments: NoiseMoments | None = None
         self._random: bool | None = None
@@ -132,6 +133,16 @@ class Estimate:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self._subject.device
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters to differentiate by."""
+        return self._subject.trained
+
+    def size_of(self, batch: Batch) -> int:
+        """The number of examples of a batch."""
+        with own_randomness(self.device):
+            return len(self._subject.losses_of(cast(batch, self._subject.dtype, self.device)))
 
     def add(self, given: Batch, where: str) -> None:
         """Measure a batch; `where` is the subject of errors."""
@@ -151,9 +162,17 @@ class Estimate:
         """The moments of the batches since the last call; None if there were none."""
         moments, self._moments = self._moments, None
         if self._quick is not None and self._quick.count:
-            quick, self._quick = self._quick, self._quick.fresh()
+            quick, self._quick = self._quick, self._quick.fresh(self._subject)
             return quick.moments() if moments is None else quick.moments().merge(moments)
         return moments
+
+    def at(self, trained: Params) -> "Estimate":
+        """An empty estimate with the outcome of all checks, at further values of the trained parameters."""
+        subject = replace(self._subject, trained=dict(trained))
+        other = Estimate(subject, exact=self._exact, variances=self._variances, max_bytes=self._max_bytes)
+        other._random = self._random
+        other._quick = None if self._quick is None else self._quick.fresh(subject)
+        return other
 
     def _check(self, batch: Batch, where: str) -> None:
         """What has to hold of the first batch; decides whether the fast pass can be used."""

@@ -59,10 +59,10 @@ class FastPass:
         self._direction: dict[str, Tensor] | None = None
         self._batches = BatchNoise(self._symmetries, subject.trained)
 
-    def fresh(self) -> "FastPass":
-        """An empty accumulator with the outcome of `check`, for further batches."""
-        other = FastPass(self._subject, variances=self._variances, max_bytes=self._max_bytes)
-        other._own, other.unknown, other._direction = self._own, self.unknown, self._direction
+    def fresh(self, subject: Subject) -> "FastPass":
+        """An empty accumulator with the outcome of all checks, for further batches or for further parameters."""
+        other = FastPass(subject, variances=self._variances, max_bytes=self._max_bytes)
+        other._own, other.unknown, other._direction = self._own, self.unknown, {}
         return other
 
     @property

@@ -1,10 +1,10 @@
 """The noise of a model at any parameters, over the same examples every time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from noetherflow._batch import cast, select
 from noetherflow._errors import EmptyDataError, SettingsError
@@ -12,7 +12,7 @@ from noetherflow._params import copy_of
 from noetherflow._per_example import own_randomness
 from noetherflow._progress import track
 from noetherflow._types import Batch, Loss, Params
-from noetherflow.noise.estimate import Estimate, estimate_noise
+from noetherflow.noise.estimate import Estimate
 from noetherflow.noise.exact import Subject, resolve
 from noetherflow.noise.microbatch import MicrobatchMeter
 from noetherflow.noise.moments import NoiseMoments
@@ -50,10 +50,17 @@ class Measurement:
         microbatches: bool,
         max_bytes: int,
     ) -> None:
-        self._model, self._loss, self._batches = copy_of(model, dtype), loss, list(batches)
+        self._model, self._loss, self._batches = model, loss, list(batches)
         self._dtype, self._microbatches, self._max_bytes = dtype, microbatches, max_bytes
         self.symmetries = resolve(model, symmetries)
-        if microbatches and len(self._batches) < 2:
+        if not microbatches:
+            self._estimate = Estimate(
+                Subject.of(model, loss, self.symmetries, dtype), exact=None, variances=True, max_bytes=max_bytes
+            )
+            return
+        # A meter looks at a module in passing, and a module in train mode writes into its buffers.
+        self._model = copy_of(model, dtype)
+        if len(self._batches) < 2:
             raise SettingsError(
                 "the noise between microbatches needs two or more batches from the loader, got "
                 f"{len(self._batches)}: give batches as large as those of a training step"
@@ -72,31 +79,41 @@ class Measurement:
         )
 
     def at(self, params: Params, *, progress: bool = False) -> NoiseMoments:
-        """The moments over all batches, at the given parameters."""
-        self._place(params)
+        """The moments over all batches, at the given parameters.
+
+        Args:
+            params: The parameters, of any floating-point type.
+            progress: Show a progress bar on a terminal.
+
+        Returns:
+            The moments.
+
+        Raises:
+            EmptyDataError: If there is no batch.
+        """
+        shown = track(self._batches, "gradient noise", total=len(self._batches), shown=progress)
         if self._microbatches:
-            return self._between(track(self._batches, "gradient noise", total=len(self._batches), shown=progress))
-        return estimate_noise(
-            self._model,
-            self._loss,
-            self._batches,
-            self.symmetries,
-            dtype=self._dtype,
-            max_bytes=self._max_bytes,
-            progress=progress,
-        )
+            return self._between(params, shown)
+        estimate = self._at(params)
+        with own_randomness(estimate.device):
+            for index, batch in enumerate(shown):
+                estimate.add(batch, f"batch {index}")
+        # The checks of the first point hold at all points of its orbit.
+        self._estimate = estimate
+        moments = estimate.take()
+        if moments is None:
+            raise EmptyDataError("there is no batch to measure")
+        return moments
 
     def by_group(self, params: Params, *, progress: bool = False) -> Iterator[NoiseMoments]:
         """Yield the moments of disjoint groups of examples, each centred by itself; none of too few examples."""
-        self._place(params)
         groups = self._groups()
         shown = track(groups, "standard errors", total=len(groups), shown=progress)
         if self._microbatches:
             for group in shown:
-                yield self._between(group)
+                yield self._between(params, group)
             return
-        subject = Subject.of(self._model, self._loss, self.symmetries, self._dtype)
-        estimate = Estimate(subject, exact=None, variances=True, max_bytes=self._max_bytes)
+        estimate = self._at(params)
         with own_randomness(estimate.device):
             for number, group in enumerate(shown):
                 for batch in group:
@@ -105,11 +122,10 @@ class Measurement:
                 if moments is not None and moments.count > 1:
                     yield moments
 
-    def _place(self, params: Params) -> None:
-        """Give the copy of the model the parameters of a point."""
-        with torch.no_grad():
-            for name, parameter in self._model.named_parameters():
-                parameter.copy_(params[name])
+    def _at(self, params: Params) -> Estimate:
+        """An empty estimate at given parameters."""
+        trained = self._estimate.trained
+        return self._estimate.at({name: params[name].to(tensor) for name, tensor in trained.items()})
 
     def _groups(self) -> list[list[Batch]]:
         """Every k-th batch or, of few batches, every k-th example, so that the order of the data does not matter."""
@@ -122,14 +138,17 @@ class Measurement:
         parts = -(-_GROUPS // len(batches))
         groups = []
         for batch in batches:
-            size = len(self._loss_of(batch))
+            size = self._estimate.size_of(batch)
             # A group of a single example is its own mean.
             count = max(1, min(parts, size // 2))
             groups += [[select(batch, torch.arange(start, size, count), size)] for start in range(count)]
         return groups if len(groups) > 1 else []
 
-    def _between(self, batches: Iterator[Batch] | Sequence[Batch]) -> NoiseMoments:
+    def _between(self, params: Params, batches: Iterable[Batch]) -> NoiseMoments:
         """The moments from the differences between batches; dropout draws the same numbers at every point."""
+        with torch.no_grad():
+            for name, parameter in self._model.named_parameters():
+                parameter.copy_(params[name])
         meter = MicrobatchMeter(self._model, self.symmetries, variances=True)
         device = next(self._model.parameters()).device
         with own_randomness(device, seed=0), torch.enable_grad(), meter.step() as done:
@@ -138,12 +157,4 @@ class Measurement:
                 losses.mean().backward()
                 done(size=len(losses) if losses.ndim else 1)
         self._model.zero_grad(set_to_none=True)
-        noise = meter.noise
-        if not noise.count:
-            raise EmptyDataError("no microbatch was measured")
-        return noise
-
-    def _loss_of(self, batch: Batch) -> Tensor:
-        device = next(self._model.parameters()).device
-        with torch.no_grad(), own_randomness(device):
-            return self._loss(self._model, cast(batch, self._dtype, device))
+        return meter.noise
