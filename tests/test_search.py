@@ -1,6 +1,8 @@
 """The search for an equilibrium: what it leaves out, falls back to, holds, and how far it can be trusted."""
 
 import copy
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +12,12 @@ from torch import Tensor, nn
 import noetherflow as nf
 import oracles
 from cases import Case, case, make
+from noetherflow._user_file import load_build
 from noetherflow.equilibrium.commuting import CommutingOrbit
 from test_equilibrate import attention, layers
 
 SGD = nf.SGD(0.1, 5, 0.02)
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def net(*modules: nn.Module) -> nn.Sequential:
@@ -264,3 +268,26 @@ def test_at_rest_is_said_relative_to_the_error() -> None:
     single = nf.equilibrate(one.model, one.loss, [tuple(t[:1] for t in one.batch)], SGD, one.symmetries)
     assert single.standard_error["hidden"].isnan().all()
     assert not single.at_rest["hidden"]
+
+
+@pytest.mark.slow
+def test_intervals_of_resampled_data_cover_the_equilibrium_of_all_data() -> None:
+    """95 % intervals from 50 resampled data sets of the digits, over all coordinates of a trained network."""
+    model, loss, _, sgd, _ = load_build(EXAMPLES / "digits_mlp.py")
+    images, labels = sys.modules["digits_mlp"].data().tensors
+    count, generator = len(labels), torch.Generator().manual_seed(0)
+    symmetries = nf.find_symmetries(model, loss, (images[:8], labels[:8]))
+
+    def equilibrium(chosen: Tensor) -> nf.Equilibrium:
+        return nf.equilibrate(
+            model, loss, [(images[part], labels[part]) for part in chosen.split(256)], sgd, symmetries
+        )
+
+    truth = equilibrium(torch.arange(count))
+    covered = []
+    for _ in range(50):
+        sample = equilibrium(torch.randint(count, (count,), generator=generator))
+        for name, x in truth.coordinates.items():
+            covered.append((sample.coordinates[name] - x).abs() <= 1.96 * sample.standard_error[name])
+    share = torch.cat(covered).double().mean().item()
+    assert 0.90 <= share <= 0.99
