@@ -191,11 +191,10 @@ def _tables(analysis: Analysis) -> tuple[Table, ...]:
     rows = ((r.name + "*" * bool(r.message), *(cell(r) for _, _, cell in _COLUMNS)) for r in analysis.reports)
     notes = [f"* {report.name}: {report.message}" for report in analysis.reports if report.message]
     notes += analysis.equilibrium.notes
-    title = f"All parameters ({analysis.noise.count} examples, {analysis.equilibrium.passes} measurements)"
     legend = tuple((heading, meaning) for heading, meaning, _ in _COLUMNS)
     return (
         Table("Symmetries under SGD", columns, tuple(rows), tuple(notes)),
-        totals(analysis.equilibrium, title),
+        totals(analysis.equilibrium, f"{analysis.noise.count} examples"),
         Table("", (Column("", right=True), Column("", folds=True)), legend),
     )
 

@@ -1,5 +1,6 @@
 """The result of a solver, in values and in sentences."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -220,8 +221,10 @@ def ratio(after: float, before: float) -> float:
     return after / before if before else float("nan")
 
 
-def totals(equilibrium: Equilibrium, title: str) -> Table:
-    """Noise and potential of all parameters, now and at the equilibrium."""
+def totals(equilibrium: Equilibrium, examples: str = "") -> Table:
+    """Noise and potential of all parameters, now and at the equilibrium; `examples` says what was measured."""
+    measured = f"{equilibrium.passes} measurement{'s' if equilibrium.passes > 1 else ''}"
+    title = f"All parameters ({', '.join(filter(None, (examples, measured)))})"
     pairs = (
         ("gradient noise, Tr Sigma per example", equilibrium.trace_before, equilibrium.trace_after),
         ("potential, decay and noise together", equilibrium.potential_before, equilibrium.potential_after),
@@ -262,7 +265,7 @@ def _tables(equilibrium: Equilibrium) -> tuple[Table, ...]:
     """How the search ended for each symmetry, how far and how slow the way is; totals; what the columns mean."""
     legend = (
         ("dist", "distance, rms of x; weights are a factor e^x from the equilibrium"),
-        ("error", "standard error of the distance, for another sample of as many examples"),
+        ("error", "standard error of the distance, for another sample; - where it was not measured"),
         ("steps", "median relaxation time: steps in which a departure shrinks by e"),
         ("slowest", "the same for the slowest coordinate that has an equilibrium"),
     )
@@ -273,7 +276,8 @@ def _tables(equilibrium: Equilibrium) -> tuple[Table, ...]:
         # A star points to the note below.
         starred = name + "*" * bool(outcome.message)
         distance, error = (root_mean_square(x[name]) for x in (equilibrium.coordinates, equilibrium.standard_error))
-        rows.append((starred, status, f"{distance:.3f}", f"{error:.3f}", steps(median), steps(slowest)))
+        known = "-" if math.isnan(error) else f"{error:.3f}"
+        rows.append((starred, status, f"{distance:.3f}", known, steps(median), steps(slowest)))
         notes += [f"* {name}: {outcome.message}"] * bool(outcome.message)
     columns = (
         Column("symmetry", folds=True),
@@ -282,6 +286,6 @@ def _tables(equilibrium: Equilibrium) -> tuple[Table, ...]:
     )
     return (
         Table("Noise equilibrium", columns, tuple(rows), tuple(notes)),
-        totals(equilibrium, f"All parameters ({equilibrium.passes} measurements)"),
+        totals(equilibrium),
         Table("", (Column("", right=True), Column("", folds=True)), legend),
     )
