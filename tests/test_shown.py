@@ -127,14 +127,18 @@ def test_every_cell_of_an_analysis_is_computed_again(one: Case) -> None:
         median = times[(len(times) - 1) // 2]
         assert rows[report.name] == [
             str(len(checks.along(symmetry, one.model))),
-            f"{float(nf.verify_symmetry(one.model, one.loss, one.batch, symmetry)):.0e}",
+            f"{report.residual:.0e}",
             f"{charge.sum():+.3g}",
             f"{plus.sum():.3g}",
             f"{minus.sum():.3g}",
             f"{LR * rms(rate):.1e}",
             f"{rms(x):.3f}",
+            f"{rms(analysis.equilibrium.standard_error[report.name]):.3f}",
             f"{median:,.0f}" if median < 1e7 else f"{median:.1e}",
         ]
+        # Rounding, as far as the proof of a symmetry by itself says; random transformations differ.
+        assert 0 <= report.residual < 1e-13
+        assert nf.verify_symmetry(one.model, one.loss, one.batch, symmetry) < 1e-13
         assert report.noise_error == pytest.approx(float(error.square().sum().sqrt()))
         assert report.noise_plus - report.noise_minus == pytest.approx(float((plus - minus).sum()))
         assert report.slowest_steps == times[-1]
@@ -158,13 +162,15 @@ def test_a_matrix_is_reported_by_trace_and_frobenius_norm() -> None:
     analysis = analysis_of(one)
     symmetry = one.symmetries["rotation"]
     plus, minus, _ = expected_noise(one, symmetry)
-    size, _, charge, noise_plus, noise_minus, drift, distance, _ = rows_of(str(analysis), "symmetry")["rotation"]
+    size, _, charge, noise_plus, noise_minus, drift, distance, shown, _ = rows_of(str(analysis), "symmetry")["rotation"]
     assert (size, charge) == ("6", f"{expected_charge(one, symmetry).sum():+.3g}")  # n (n + 1) / 2 for n = 3
     assert (noise_plus, noise_minus) == (f"{plus.sum():.3g}", f"{minus.sum():.3g}")
     rate = nf.drift(analysis.noise, SGD, one.model)["rotation"]
     assert drift == f"{LR * math.sqrt(sum(float(v) ** 2 for v in rate.reshape(-1)) / 3):.1e}"
     x = torch.linalg.eigvalsh(analysis.equilibrium.coordinates["rotation"])
     assert distance == f"{rms(x):.3f}"
+    error = analysis.equilibrium.standard_error["rotation"]
+    assert shown == f"{math.sqrt(sum(float(v) ** 2 for v in error.reshape(-1)) / 3):.3f}"
 
 
 def test_planted_faults_in_a_report_change_the_table() -> None:
@@ -197,7 +203,9 @@ def test_every_cell_of_an_equilibrium_is_computed_again(name: str) -> None:
         x = equilibrium.coordinates[symmetry]
         x = torch.linalg.eigvalsh(x) if x.ndim == 2 else x
         wanted = [f"{t:,.0f}" if t < 1e7 else f"{t:.1e}" for t in (times[(len(times) - 1) // 2], times[-1])]
-        assert cells == ["converged", f"{rms(x):.3f}", *wanted]
+        error = equilibrium.standard_error[symmetry]
+        rows = len(error) if error.ndim else 1
+        assert cells == ["converged", f"{rms(x):.3f}", f"{(error.square().sum() / rows).sqrt():.3f}", *wanted]
     moved = copy.deepcopy(one.model)
     moved.load_state_dict(equilibrium.params)
     pairs = {}
@@ -212,7 +220,10 @@ def test_every_cell_of_an_equilibrium_is_computed_again(name: str) -> None:
             assert [float(cell) for cell in cells] == pytest.approx([now, then, then / now], rel=1e-4)
         assert list(rows)[1].startswith("potential")
         assert pairs["now"][1] > pairs["then"][1]
-    assert f"All parameters ({equilibrium.iterations} Newton steps)" in text
+    assert "All parameters (2 measurements)" in text
+    solved = str(nf.solve_equilibrium(checks.noise_of(one), SGD, one.model))
+    assert "All parameters (1 measurement)" in solved
+    assert all(cells[2] == "-" for cells in rows_of(solved, "symmetry").values())
     assert f"All parameters ({len(one.batch[0])} examples, {equilibrium.iterations} Newton steps)" in str(analysis)
 
 
@@ -226,7 +237,7 @@ def test_what_did_not_end_well_is_starred_and_explained() -> None:
     rows = rows_of(str(analysis.equilibrium), "symmetry")
     assert rows["hidden*"][0] == "singular"
     finite = sorted(t for t in analysis.equilibrium.relaxation_steps["hidden"].tolist() if math.isfinite(t))
-    assert rows["hidden*"][2:] == [f"{t:,.0f}" if t < 1e7 else f"{t:.1e}" for t in (finite[1], finite[-1])]
+    assert rows["hidden*"][3:] == [f"{t:,.0f}" if t < 1e7 else f"{t:.1e}" for t in (finite[1], finite[-1])]
     for text in (str(analysis), str(analysis.equilibrium)):
         assert "* hidden: rows 1 carry neither" in text
         assert max(map(len, text.splitlines())) <= 80
@@ -236,7 +247,7 @@ def test_a_coordinate_without_an_equilibrium_never_relaxes() -> None:
     analysis = analysis_of(case("diagonal"))
     times = {"hidden": torch.full((5,), math.inf, dtype=torch.float64)}
     nowhere = dataclasses.replace(analysis.equilibrium, relaxation_steps=times)
-    assert rows_of(str(nowhere), "symmetry")["hidden"][2:] == ["never", "never"]
+    assert rows_of(str(nowhere), "symmetry")["hidden"][3:] == ["never", "never"]
 
 
 EXPLAINED = """\
