@@ -12,7 +12,7 @@ from noetherflow._types import Params
 from noetherflow.equilibrium.orbit import Orbit, Residual
 from noetherflow.equilibrium.outcomes import of_rows
 from noetherflow.equilibrium.result import OrbitMinimum, Status
-from noetherflow.equilibrium.roles import roles_of
+from noetherflow.equilibrium.roles import roles_of, unused_dims
 from noetherflow.symmetry import AxisSymmetry
 
 # A relative imbalance |P - R| / (P + R) below this is a drift of zero: a hundred times float64 rounding.
@@ -72,14 +72,19 @@ class CommutingOrbit(Orbit):
 
     def __init__(self, symmetries: Mapping[str, AxisSymmetry], params: Params, variance: Params, sgd: SGD) -> None:
         self._symmetries = dict(symmetries)
-        names = dict.fromkeys(name for symmetry in symmetries.values() for name in symmetry.names)
-        self._params = {name: params[name] for name in names}
-        self._variance = {name: variance[name] for name in names}
-        self._roles = {name: roles_of(symmetry, self._params) for name, symmetry in symmetries.items()}
-        self._unit = {name: torch.ones_like(tensor) for name, tensor in self._params.items()}
-        self._decay = {name: 2 * sgd.gamma_of(name) * tensor.square() for name, tensor in self._params.items()}
+        axes = [axis for symmetry in symmetries.values() for axis in symmetry.regions(params)]
+        squares, self._variance = {}, {}
+        for name in dict.fromkeys(axis.name for axis in axes):
+            # Entries along a dimension of no axis have equal exponents, so that only their sums count.
+            dims = unused_dims(params[name], [axis for axis in axes if axis.name == name])
+            squares[name] = _total(params[name].square(), dims)
+            self._variance[name] = _total(variance[name], dims)
+        self._squares = squares
+        self._unit = {name: torch.ones_like(tensor) for name, tensor in squares.items()}
+        self._roles = {name: roles_of(symmetry, self._unit) for name, symmetry in symmetries.items()}
+        self._decay = {name: 2 * sgd.gamma_of(name) * tensor for name, tensor in squares.items()}
         self._noise = {name: sgd.temperature * tensor for name, tensor in self._variance.items()}
-        identities = {name: symmetry.identity(self._params) for name, symmetry in symmetries.items()}
+        identities = {name: symmetry.identity(self._unit) for name, symmetry in symmetries.items()}
         self._shapes = {name: identity.shape for name, identity in identities.items()}
         self._origin = torch.cat([identity.reshape(-1) for identity in identities.values()])
 
@@ -155,7 +160,7 @@ class CommutingOrbit(Orbit):
 
     def _scales(self, x: Tensor) -> dict[str, Tensor]:
         """The exponents s_p(x), by parameter."""
-        total = {name: torch.zeros_like(tensor) for name, tensor in self._params.items()}
+        total = {name: torch.zeros_like(tensor) for name, tensor in self._unit.items()}
         for name, coordinate in self._unflatten(x).items():
             for parameter, part in self._symmetries[name].generate(coordinate, self._unit).items():
                 total[parameter] = total[parameter] + part
@@ -267,7 +272,7 @@ class CommutingOrbit(Orbit):
 
     def _result(self, x: Tensor, free: _Free, status: Status, steps: int) -> OrbitMinimum:
         push, pull = self._forces(x)
-        squares = {name: self._params[name].square() * torch.exp(2 * s) for name, s in self._scales(x).items()}
+        squares = {name: self._squares[name] * torch.exp(2 * s) for name, s in self._scales(x).items()}
         # Both the drift and the charge change with the coordinate; their ratio is the rate at which a departure decays.
         rate = 4 * self._sides(self._weight(x), 2).sum(0) / (2 * self._sides(squares, 2).sum(0))
         relaxation = torch.where(free.coordinates, 1 / rate, torch.inf)
@@ -287,3 +292,8 @@ class CommutingOrbit(Orbit):
     def _unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         pieces = flat.split([shape.numel() for shape in self._shapes.values()])
         return {name: piece.reshape(shape) for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)}
+
+
+def _total(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The sum over some dimensions, which stay with size 1."""
+    return tensor.sum(dims, keepdim=True) if dims else tensor

@@ -1,5 +1,6 @@
 """Exponents of entries: how often the coordinate of a scaling or rescaling counts in the exponent of an entry."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,12 @@ def roles_of(symmetry: AxisSymmetry, params: Params) -> list[Role]:
             coefficient = torch.where(counted, 0.0, coefficient)
         roles.append(Role(axis, coefficient))
     return roles
+
+
+def unused_dims(tensor: Tensor, axes: Sequence[Axis]) -> tuple[int, ...]:
+    """The dimensions of a tensor along which none of its axes runs, or is limited to a part."""
+    used = {axis.dim % tensor.ndim for axis in axes} | {axis.within[0] for axis in axes if axis.within is not None}
+    return tuple(dim for dim in range(tensor.ndim) if dim not in used)
 
 
 def _coordinate_of(symmetry: AxisSymmetry, axis: Axis, params: Params) -> Tensor:
