@@ -1,6 +1,6 @@
 """Time and floating-point operations of `nf.equilibrate`, beside SGD on the way to the same equilibrium.
 
-    python benchmarks/equilibrium.py           measures, and writes benchmarks/results/equilibrium.json (ten minutes)
+    python benchmarks/equilibrium.py           measures, and writes benchmarks/results/equilibrium.json (fifteen minutes)
     python benchmarks/equilibrium.py --show    prints the tables, and writes them into docs/benchmarks.md
 
 Three models in float64, each as it is built and again after training until its loss is flat. SGD starts from the model

@@ -11,7 +11,7 @@ START, END = "<!-- equilibrium: tables -->", "<!-- equilibrium: end -->"
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Both tables, and a line on the machine."""
+    """Three tables, and a line on the machine."""
     rows = result["rows"]
     return "\n\n".join([cost_table(rows), drift_table(rows), parts_table(rows), environment_line(result)])
 
@@ -57,7 +57,8 @@ def drift_table(rows: list[dict[str, Any]]) -> str:
 
 def parts_table(rows: list[dict[str, Any]]) -> str:
     parts = list(rows[0]["equilibrate"]["share of time"])
-    shares = [[f"{row['equilibrate']['share of time'][part]:.0%}" for part in parts] for row in rows]
+    # The rest is what the medians of the parts leave of 1, which may be slightly negative.
+    shares = [[f"{max(row['equilibrate']['share of time'][part], 0):.0%}" for part in parts] for row in rows]
     return table(["share of time", *parts], [[title(row), *cells] for row, cells in zip(rows, shares, strict=True)])
 
 
