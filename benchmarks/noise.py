@@ -16,7 +16,6 @@ comparison.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -25,10 +24,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import machine
 from gradient_noise import child, show
 from gradient_noise.models import MODELS
 
-from noetherflow import _files, _versions
+from noetherflow import _files
 
 OUT = Path(__file__).parent / "results" / "noise.json"
 PACKAGES = ("transformers", "backpack-for-pytorch", "opacus")
@@ -56,23 +56,6 @@ def run_child(job: dict[str, Any], allocator: dict[str, str]) -> list[dict[str, 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def environment() -> dict[str, Any]:
-    processor = "unknown"
-    if (info := Path("/proc/cpuinfo")).exists():
-        processor = next(line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line)
-    versions = _versions.versions()
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{package} is not installed: its methods are left out (make bench installs it)", flush=True)
-    return {"versions": versions, "processor": processor, "processors": processors()}
-
-
-def processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def save(name: str, run: dict[str, Any]) -> None:
     """Write a run, finished or not, into the file, which keeps the runs with different settings."""
     runs = json.loads(OUT.read_text("utf-8")) if OUT.exists() else {}
@@ -84,7 +67,11 @@ def run(given: argparse.Namespace, folder: str) -> None:
     first = name == show.FIRST
     allocator = WARM if given.allocator == "warm" else {}
     common = {"threads": given.threads, "rounds": given.rounds, "only": None, "kept": folder}
-    result: dict[str, Any] = {"environment": environment(), "rounds": given.rounds, "models": given.models}
+    result: dict[str, Any] = {
+        "environment": machine.environment(PACKAGES),
+        "rounds": given.rounds,
+        "models": given.models,
+    }
     result["ways"] = []
     for model in given.models:
         result["ways"] += run_child(common | {"do": "time", "model": model}, allocator)
@@ -102,7 +89,7 @@ def run(given: argparse.Namespace, folder: str) -> None:
         if right:
             result["memory"] += run_child(common | {"do": "memory", "model": model, "only": right}, EXACT)
     save(name, result)
-    if processors() == 1:
+    if machine.processors() == 1:
         print(
             "two threads need two processors, this process may use a single processor: no comparison",
             flush=True,

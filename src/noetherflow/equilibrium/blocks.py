@@ -44,6 +44,7 @@ class Blocks:
         still = _degenerate(params, noise.symmetries)
         symmetries = {name: symmetry for name, symmetry in noise.symmetries.items() if name not in still.outcomes}
         groups, doubled = entangled(symmetries, params)
+        grams = noise.grams
         orbits: list[Orbit] = []
         coupled: list[str] = []
         for group in groups:
@@ -53,7 +54,7 @@ class Blocks:
                 orbits.append(CommutingOrbit(along_axes(scaling), params, noise.variance, sgd))
             for name in others:
                 kind = MatrixOrbit if symmetries[name].action is Action.MIXES_ROWS else DenseOrbit
-                orbits.append(kind(name, symmetries[name], params, noise.grams[name], sgd))
+                orbits.append(kind(name, symmetries[name], params, grams[name], sgd))
             if others and (len(group) > 1 or doubled.intersection(others)):
                 coupled += group
         return cls(tuple(orbits), tuple(coupled), tuple(noise.symmetries), still)

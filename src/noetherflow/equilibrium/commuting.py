@@ -149,12 +149,17 @@ class CommutingOrbit(Orbit):
 
     def respond(self, forces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The displacement of the joint minimum under additional forces, by conjugate gradients."""
-        weight = self._weight(self._origin)
-        size = self._sides(weight, 2).sum(0)
+        weight, size = self._curvature
         # The gradient of the potential is minus the drift.
         gradient = -self._flatten(forces)
         free = self._minimum[1]
         return self._unflatten(self._newton_direction(gradient, weight, size, free, forcing=_RESPONSE))
+
+    @functools.cached_property
+    def _curvature(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Where the noise was measured: decay plus noise of every entry, and their sums with squared coefficients."""
+        weight = self._weight(self._origin)
+        return weight, self._sides(weight, 2).sum(0)
 
     # Exponents, sums over sides, terms of the potential and their derivatives.
 

@@ -36,6 +36,7 @@ class Point:
         noise: The noise there.
         potential: The potential there.
         trace: Tr Sigma there.
+        blocks: The symmetries in blocks, with the noise there.
         minimum: The minimum of every block, seen from there.
         residuals: The drift of every symmetry there.
     """
@@ -45,6 +46,7 @@ class Point:
     noise: NoiseMoments
     potential: float
     trace: float
+    blocks: Blocks
     minimum: OrbitMinimum
     residuals: dict[str, Residual]
 
@@ -108,6 +110,7 @@ class Descent:
             noise,
             potential,
             float(noise.trace),
+            blocks,
             blocks.minimise(),
             blocks.residuals(),
         )

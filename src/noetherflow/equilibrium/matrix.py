@@ -1,5 +1,6 @@
 """A double rotation: the geometric mean."""
 
+import functools
 from collections.abc import Mapping
 from typing import final
 
@@ -41,7 +42,7 @@ class MatrixOrbit(Orbit):
         drift = self._push - self._pull
         if not (torch.isfinite(drift).all() and (self._push.any() or self._pull.any())):
             return {self._name: Residual(drift, drift.norm(), torch.zeros_like(drift[0, 0]))}
-        basis = _spd.ranges(self._push, self._pull).both
+        basis = self._ranges.both
         return {self._name: Residual(drift, (basis.mT @ drift @ basis).norm(), (self._push + self._pull).norm())}
 
     def minimise(self) -> OrbitMinimum:
@@ -51,7 +52,7 @@ class MatrixOrbit(Orbit):
             return self._result(torch.zeros_like(push), not_finite())
         if not (push.any() or pull.any()):
             return self._result(torch.zeros_like(push), of_directions(len(push), 0, 0))
-        split = _spd.ranges(push, pull)
+        split = self._ranges
         basis = split.both
         x = torch.zeros_like(push)
         if basis.shape[1]:
@@ -65,11 +66,21 @@ class MatrixOrbit(Orbit):
         force = forces[self._name]
         if not (self._push.any() or self._pull.any()):
             return {self._name: torch.zeros_like(force)}
-        basis = _spd.ranges(self._push, self._pull).both
-        values, vectors = torch.linalg.eigh(_spd.symmetric(basis.mT @ (self._push + self._pull) @ basis))
-        vectors = basis @ vectors
+        values, vectors = self._stiffness
         inner = (vectors.mT @ force @ vectors) / (values.unsqueeze(-1) + values.unsqueeze(-2))
         return {self._name: _spd.symmetric(vectors @ inner @ vectors.mT)}
+
+    @functools.cached_property
+    def _ranges(self) -> _spd.Ranges:
+        """The directions by the sides that have a force."""
+        return _spd.ranges(self._push, self._pull)
+
+    @functools.cached_property
+    def _stiffness(self) -> tuple[Tensor, Tensor]:
+        """P + R on the directions that have an equilibrium: eigenvalues, shape (k,), and eigenvectors, (n, k)."""
+        basis = self._ranges.both
+        values, vectors = torch.linalg.eigh(_spd.symmetric(basis.mT @ (self._push + self._pull) @ basis))
+        return values, basis @ vectors
 
     def _result(self, x: Tensor, outcome: Outcome) -> OrbitMinimum:
         grow, shrink = _spd.expm(x), _spd.expm(-x)

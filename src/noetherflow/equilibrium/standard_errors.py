@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from noetherflow._optimizers import SGD
-from noetherflow.equilibrium.blocks import Blocks
 from noetherflow.equilibrium.descent import Course
 from noetherflow.noise.measurement import Measurement
 
@@ -32,7 +31,6 @@ def standard_errors(measurement: Measurement, course: Course, sgd: SGD, *, progr
     unknown = {name: torch.full_like(x, torch.nan) for name, x in end.coordinates.items()}
     if not unknown:
         return {}
-    blocks = Blocks.of(end.params, end.noise, sgd)
     counts: list[int] = []
     displacements: list[dict[str, Tensor]] = []
     for noise in measurement.by_group(end.params, progress=progress):
@@ -40,7 +38,7 @@ def standard_errors(measurement: Measurement, course: Course, sgd: SGD, *, progr
         factor = 2 * sgd.temperature * noise.count / (noise.count - 1)
         grams = noise.grams
         forces = {name: factor * symmetry.charge_of(grams[name]) for name, symmetry in noise.symmetries.items()}
-        displacements.append(course.acceleration.respond(blocks.respond(forces)))
+        displacements.append(course.acceleration.respond(end.blocks.respond(forces)))
         counts.append(noise.count)
     if len(counts) < 2:
         return unknown

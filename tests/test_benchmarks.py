@@ -1,0 +1,87 @@
+"""The benchmark of the equilibrium runs at a tiny size, and the page shows the numbers of the file that it wrote."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "equilibrium.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
+COMPARED = {"seconds", "operations", "examples"}
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the modules of benchmarks/ importable."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def numbers(content: Any) -> list[float]:
+    """All numbers of a JSON document."""
+    if isinstance(content, dict):
+        return numbers(list(content.values()))
+    if isinstance(content, list):
+        return [number for part in content for number in numbers(part)]
+    return [content] if isinstance(content, int | float) else []
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_benchmark_of_the_equilibrium_writes_every_field(tmp_path: Path) -> None:
+    equilibrium = importlib.import_module("equilibrium")
+    threads = torch.get_num_threads()
+    try:
+        equilibrium.main(["--rounds", "1", "--share", "0.001", "--models", "F2", "--out", str(tmp_path / "out.json")])
+    finally:
+        torch.set_num_threads(threads)
+    tiny, kept = (json.loads(path.read_text("utf-8")) for path in (tmp_path / "out.json", RESULT))
+    assert tiny.keys() == kept.keys()
+    assert {"versions", "processor", "processors", "threads"} <= tiny["environment"].keys()
+    assert [row["state"] for row in tiny["rows"]] == ["as built", "trained"]
+    for row in tiny["rows"]:
+        ours, theirs = row["equilibrate"], row["SGD"]
+        for other in kept["rows"]:
+            assert row.keys() == other.keys()
+            assert ours.keys() == other["equilibrate"].keys()
+            assert theirs.keys() == other["SGD"].keys()
+        assert all(math.isfinite(number) for number in numbers(row))
+        assert ours["drift after"]["largest"] < 1e-9 < ours["drift before"]["largest"]
+        assert sum(ours["share of time"].values()) == pytest.approx(1)
+        # Two layers of 4 x 32 and 28 x 4 on 32 examples: forward, and backward without the gradient of the input.
+        assert theirs["operations"] / theirs["steps"] == 2 * 32 * (2 * 128 + 3 * 112)
+        assert theirs["examples"] == 32 * theirs["steps"]
+        assert theirs["course"][-1][0] == theirs["steps"]
+        assert not theirs["reached"]
+        assert row["SGD over equilibrate"].keys() == COMPARED
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize(
+    ("target", "reached", "seconds"), [(0.3, 20, 10.0), (0.25, 30, 15.0), (0.2, 30, 15.0), (0.1, None, None)]
+)
+def test_the_summary_says_when_sgd_first_reached_the_drift(
+    target: float, reached: int | None, seconds: float | None
+) -> None:
+    measure = importlib.import_module("at_rest.measure")
+    course = [[0, 1.0, 1.0], [10, 0.4, 0.3], [20, 0.3, 0.2], [30, 0.2, 0.2], [40, 0.25, 0.2]]
+    said = measure.summary(course, target, 0.5)
+    assert (said["reached"], said["steps until reached"], said["seconds until reached"]) == (
+        reached is not None,
+        reached,
+        seconds,
+    )
+    assert (said["best drift"], said["steps until best"], said["last drift"]) == (0.2, 30, 0.25)
+    assert said["steps until share of start"] == {"0.5": 10, "0.1": None, "0.01": None}
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_page_shows_the_numbers_of_the_file() -> None:
+    show = importlib.import_module("at_rest.show")
+    result, page = json.loads(RESULT.read_text("utf-8")), PAGE.read_text("utf-8")
+    assert show.tables(result) in page
+    result["rows"][0]["SGD"]["best drift"] *= 1.1
+    assert show.tables(result) not in page
