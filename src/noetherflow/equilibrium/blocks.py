@@ -39,19 +39,34 @@ class Blocks:
     degenerate: OrbitMinimum
 
     @classmethod
-    def of(cls, params: Params, noise: NoiseMoments, sgd: SGD) -> "Blocks":
-        """Symmetries that scale entries are solved jointly where they share tensors, every other symmetry by itself."""
+    def of(
+        cls, params: Params, noise: NoiseMoments, sgd: SGD, *, groups: tuple[list[list[str]], set[str]] | None = None
+    ) -> "Blocks":
+        """Symmetries that scale entries are solved jointly where they share tensors, every other symmetry by itself.
+
+        Args:
+            params: The parameters at which the noise was measured.
+            noise: The noise.
+            sgd: The settings of the optimizer.
+            groups: From `entangled`, which is equal at all points of an orbit; None determines it.
+
+        Returns:
+            The blocks.
+        """
         still = _degenerate(params, noise.symmetries)
-        symmetries = {name: symmetry for name, symmetry in noise.symmetries.items() if name not in still.outcomes}
-        groups, doubled = entangled(symmetries, params)
+        symmetries = noise.symmetries
+        sharing, doubled = groups or entangled(symmetries, params)
         grams = noise.grams
         orbits: list[Orbit] = []
         coupled: list[str] = []
-        for group in groups:
+        for names in sharing:
+            group = [name for name in names if name not in still.outcomes]
             scaling = {n: symmetries[n] for n in group if symmetries[n].action is Action.SCALES_ENTRIES}
             others = [name for name in group if name not in scaling]
             if scaling:
-                orbits.append(CommutingOrbit(along_axes(scaling), params, noise.variance, sgd))
+                moves = {name for symmetry in scaling.values() for name in symmetry.names}
+                variance = {name: noise.square_scatter[name] / noise.count for name in moves}
+                orbits.append(CommutingOrbit(along_axes(scaling), params, variance, sgd))
             for name in others:
                 kind = MatrixOrbit if symmetries[name].action is Action.MIXES_ROWS else DenseOrbit
                 orbits.append(kind(name, symmetries[name], params, grams[name], sgd))

@@ -11,6 +11,7 @@ from noetherflow import _spd
 from noetherflow._errors import NonFiniteError
 from noetherflow._optimizers import SGD
 from noetherflow._progress import track
+from noetherflow._residual import entangled
 from noetherflow._types import Params
 from noetherflow.equilibrium.anderson import Anderson
 from noetherflow.equilibrium.blocks import Blocks, moved, potential_of
@@ -33,7 +34,6 @@ class Point:
     Args:
         coordinates: The group elements that lead there from the model, by symmetry.
         params: The parameters.
-        noise: The noise there.
         potential: The potential there.
         trace: Tr Sigma there.
         blocks: The symmetries in blocks, with the noise there.
@@ -43,7 +43,6 @@ class Point:
 
     coordinates: dict[str, Tensor]
     params: dict[str, Tensor]
-    noise: NoiseMoments
     potential: float
     trace: float
     blocks: Blocks
@@ -72,11 +71,14 @@ class Descent:
 
     Attributes:
         passes: The number of measurements.
+        noise: The first measurement. No further one is kept, since the noise has the size of the model.
     """
 
     def __init__(self, measurement: Measurement, origin: Params, sgd: SGD, rounding: float, progress: bool) -> None:
         self._measurement, self._origin, self._sgd = measurement, origin, sgd
         self._symmetries, self._rounding, self._progress = measurement.symmetries, rounding, progress
+        self._groups = entangled(self._symmetries, origin)
+        self.noise: NoiseMoments | None = None
         self.passes = 0
 
     def run(self, tolerance: float, max_passes: int) -> Course:
@@ -103,11 +105,11 @@ class Descent:
         params = moved(self._symmetries, self._origin, coordinates)
         noise = self._measurement.at(params, progress=self._progress)
         potential = float(potential_of(params, noise.trace, noise, self._sgd))
-        blocks = Blocks.of(params, noise, self._sgd)
+        blocks = Blocks.of(params, noise, self._sgd, groups=self._groups)
+        self.noise = self.noise or noise
         return Point(
             coordinates,
             params,
-            noise,
             potential,
             float(noise.trace),
             blocks,

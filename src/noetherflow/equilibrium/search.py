@@ -122,7 +122,8 @@ def search(
         holdout=_carried_over(measurement, options.holdout, start, end, sgd),
         notes=tuple(notes),
     )
-    return Search(first, equilibrium, start.noise, initial, residuals, sgd)
+    assert descent.noise is not None
+    return Search(first, equilibrium, descent.noise, initial, residuals, sgd)
 
 
 def _running_statistics(model: nn.Module) -> list[str]:

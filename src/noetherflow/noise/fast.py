@@ -133,14 +133,14 @@ class FastPass:
         return True
 
     def moments(self) -> NoiseMoments:
-        """The moments of everything that was added."""
+        """The moments of everything that was added; to be called once, since the sums become means in their memory."""
         self._settle()
         trained, count = self._subject.trained, self.count
         assert self._each is not None
         ledger = Ledger.blank(self._contents, next(iter(trained.values())))
         for name in trained:
             square(self._sum[name], ledger.sums(name, torch.float64), WHOLE)
-        mean = {name: self._sum[name] / count for name in trained}
+        mean = {name: self._sum[name].div_(count) for name in trained}
         scatter = ledger.row(WHOLE).scaled(-1.0 / count).combine(self._each, 1.0)
         return replace(pooled(self._symmetries, scatter, mean, self._batches), fallback=dict(self.unknown))
 
