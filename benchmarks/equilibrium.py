@@ -1,6 +1,6 @@
 """Time and floating-point operations of `nf.equilibrate`, beside SGD on the way to the same equilibrium.
 
-    python benchmarks/equilibrium.py           measures, and writes benchmarks/results/equilibrium.json (fifteen minutes)
+    python benchmarks/equilibrium.py           fifteen minutes; writes benchmarks/results/equilibrium.json
     python benchmarks/equilibrium.py --show    prints the tables, and writes them into docs/benchmarks.md
 
 Three models in float64, each as it is built and again after training until its loss is flat. SGD starts from the model
@@ -15,7 +15,9 @@ steps of SGD.
 """
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import machine
 import torch
@@ -34,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--states", nargs="+", default=list(STATES), choices=list(STATES))
     parser.add_argument("--share", type=float, default=1.0, help="share of the budgets of SGD and of training")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--show", action="store_true", help="print the tables and write them into docs/benchmarks.md")
@@ -44,13 +47,22 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     about = machine.environment(["transformers"]) | {"threads": torch.get_num_threads()}
-    result = {"environment": about, "rounds": given.rounds, "share of the budgets": given.share, "rows": []}
+    settings = {"environment": about, "rounds": given.rounds, "share of the budgets": given.share}
     for name in given.models:
-        for state in STATES:
-            result["rows"].append(measure.compare(name, state, given.rounds, given.seed, given.share))
-            _files.write_json(given.out, result)
+        for state in given.states:
+            row = measure.compare(name, state, given.rounds, given.seed, given.share)
+            save(given.out, settings, row)
             print(f"{name}, {state}: done", flush=True)
-    print(show.tables(result))
+    print(show.tables(json.loads(given.out.read_text("utf-8"))))
+
+
+def save(path: Path, settings: dict[str, Any], row: dict[str, Any]) -> None:
+    """Write a row into the file, which keeps the other rows that were measured with these settings."""
+    kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    rows = kept["rows"] if {key: value for key, value in kept.items() if key != "rows"} == settings else []
+    by_title = {show.title(other): other for other in (*rows, row)}
+    order = [f"{name}, {state}" for name in CASES for state in STATES]
+    _files.write_json(path, settings | {"rows": [by_title[title] for title in order if title in by_title]})
 
 
 if __name__ == "__main__":

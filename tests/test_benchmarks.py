@@ -35,7 +35,7 @@ def test_the_benchmark_of_the_equilibrium_writes_every_field(tmp_path: Path) -> 
     equilibrium = importlib.import_module("equilibrium")
     threads = torch.get_num_threads()
     try:
-        equilibrium.main(["--rounds", "1", "--share", "0.001", "--models", "F2", "--out", str(tmp_path / "out.json")])
+        equilibrium.main(["--rounds", "1", "--share", "0.0001", "--models", "F2", "--out", str(tmp_path / "out.json")])
     finally:
         torch.set_num_threads(threads)
     tiny, kept = (json.loads(path.read_text("utf-8")) for path in (tmp_path / "out.json", RESULT))
@@ -76,6 +76,31 @@ def test_the_summary_says_when_sgd_first_reached_the_drift(
     )
     assert (said["best drift"], said["steps until best"], said["last drift"]) == (0.2, 30, 0.25)
     assert said["steps until share of start"] == {"0.5": 10, "0.1": None, "0.01": None}
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize(
+    ("losses", "flat"),
+    [
+        ([1.0] * 21, True),
+        ([1.0] * 20, False),  # too few epochs
+        ([1.0] + [0.98**epoch for epoch in range(20)], False),
+        ([1.0] + [0.9995**epoch for epoch in range(20)], True),
+        ([1.0] + [0.98**epoch for epoch in range(19)] + [1.0], False),  # a single epoch that went badly
+    ],
+)
+def test_training_ends_when_the_loss_is_flat(losses: list[float], flat: bool) -> None:
+    assert importlib.import_module("at_rest.cases").is_flat(losses) is flat
+
+
+@pytest.mark.usefixtures("scripts")
+def test_rows_of_other_settings_are_dropped(tmp_path: Path) -> None:
+    save, path = importlib.import_module("equilibrium").save, tmp_path / "out.json"
+    save(path, {"rounds": 1}, {"model": "GPT-2", "state": "trained"})
+    save(path, {"rounds": 1}, {"model": "F2", "state": "trained"})
+    assert [row["model"] for row in json.loads(path.read_text("utf-8"))["rows"]] == ["F2", "GPT-2"]
+    save(path, {"rounds": 2}, {"model": "GPT-2", "state": "trained"})
+    assert [row["model"] for row in json.loads(path.read_text("utf-8"))["rows"]] == ["GPT-2"]
 
 
 @pytest.mark.usefixtures("scripts")

@@ -17,7 +17,8 @@ from noetherflow.paper import f2_problem
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ALPHABET = ". abcdefghijklmnopqrstuvwxyz"
 WINDOW = 32
-# Training ends when the loss of all examples falls by less than this share in `PATIENCE` epochs.
+# Training ends when the mean of the loss of all examples over the last `PATIENCE` epochs is less than this share below
+# the mean over the `PATIENCE` epochs before. The loss after a single epoch fluctuates.
 FLAT, PATIENCE = 0.01, 10
 
 
@@ -95,8 +96,16 @@ def train(case: Case, seed: int) -> Training:
     while not flat and len(losses) <= case.epochs:
         stepper.run(-(-case.size // case.sgd.batch_size))
         losses.append(case.mean_loss())
-        flat = len(losses) > PATIENCE and losses[-1 - PATIENCE] - losses[-1] < FLAT * losses[-1 - PATIENCE]
+        flat = is_flat(losses)
     return Training(len(losses) - 1, losses[0], losses[-1], flat)
+
+
+def is_flat(losses: list[float]) -> bool:
+    """Whether training has ended, by the losses before training and after every epoch."""
+    if len(losses) <= 2 * PATIENCE:
+        return False
+    before, last = sum(losses[-2 * PATIENCE : -PATIENCE]), sum(losses[-PATIENCE:])
+    return before - last < FLAT * before
 
 
 def factorisation(steps: int, epochs: int, seed: int) -> Case:
@@ -172,6 +181,6 @@ class Size(NamedTuple):
 
 CASES = {
     "F2": Size(factorisation, 40_000, 200),
-    "digits MLP": Size(digits, 80_000, 200),
+    "digits MLP": Size(digits, 80_000, 1_000),
     "GPT-2": Size(gpt2, 4_000, 120),
 }

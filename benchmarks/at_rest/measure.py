@@ -29,16 +29,16 @@ LEVELS = (0.5, 0.1, 0.01)
 def compare(name: str, state: str, rounds: int, seed: int, share: float) -> dict[str, Any]:
     """A row of the file: a case, as built or trained until its loss is flat; `share` of the budgets for tests."""
     size = CASES[name]
-    case = size.build(max(int(size.steps * share), 20), max(int(size.epochs * share), 1), seed)
+    case = size.build(max(int(size.steps * share), 4), max(int(size.epochs * share), 1), seed)
     training = train(case, seed + 1)._asdict() if state == "trained" else None
     start = copy.deepcopy(case.model)
 
     def equilibrate() -> nf.Equilibrium:
         return nf.equilibrate(start, case.loss, case.batches(), case.sgd, progress=False)
 
-    equilibrium = equilibrate()  # compiles loops on the first call of a process, which is not timed
+    # Not timed: the first call of a process compiles loops, and counting takes time.
     with FlopCounterMode(display=False) as counter:
-        equilibrate()
+        equilibrium = equilibrate()
     seconds, parts, course = in_turn(case, equilibrate, equilibrium, rounds, seed + 2)
     step_operations = course.pop("operations of a step")
     examples = (equilibrium.passes + 1) * case.size

@@ -25,7 +25,7 @@ def write(path: Path) -> None:
 
 
 def cost_table(rows: list[dict[str, Any]]) -> str:
-    heads = ["cost", "passes", "seconds", "SGD steps", "SGD seconds", "ratio", "operations ratio", "examples ratio"]
+    heads = ["cost", "passes", "seconds", "SGD steps", "SGD seconds", "ratio", "of operations", "of examples"]
     cells = []
     for row in rows:
         ours, theirs, ratio = row["equilibrate"], row["SGD"], row["SGD over equilibrate"]
@@ -36,7 +36,7 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
 
 
 def drift_table(rows: list[dict[str, Any]]) -> str:
-    heads = ["largest relative drift", "start", "equilibrate", "SGD, best", "at step", "SGD, last", "SGD to a half"]
+    heads = ["largest relative drift", "start", "equilibrate", "SGD, best", "at step", "reached", "SGD to a half"]
     cells = []
     for row in rows:
         ours, theirs = row["equilibrate"], row["SGD"]
@@ -48,7 +48,7 @@ def drift_table(rows: list[dict[str, Any]]) -> str:
                 f"{ours['drift after']['largest']:.0e}",
                 f"{theirs['best drift']:.2g}",
                 f"{theirs['steps until best']:,}",
-                f"{theirs['last drift']:.2g}",
+                "yes" if theirs["reached"] else "no",
                 "not reached" if half is None else f"{half:,} steps",
             ]
         )
