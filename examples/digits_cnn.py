@@ -10,6 +10,8 @@ statistics of a batch couple its examples, so only the noise between batches can
 
 Both have the same symmetries, but the noise differs, and with it the equilibrium. That of training is measured in train
 mode.
+
+Expected: 2 symmetries, all converged.
 """
 
 import torch
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import noetherflow as nf
 
-EPOCHS, BATCH_SIZE, LR, WEIGHT_DECAY = 3, 32, 0.1, 1e-4
+EPOCHS, BATCH_SIZE, LR, WEIGHT_DECAY = 5, 32, 0.05, 1e-4
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -42,7 +44,7 @@ def network(seed: int = 0) -> nn.Sequential:
 
 
 def build() -> tuple[nn.Module, nf.Loss, DataLoader, nf.SGD]:
-    """The model after three epochs, in eval mode, its loss, its data and the settings it trains with."""
+    """The model after five epochs, in eval mode, its loss, its data and the settings it trains with."""
     dataset = data()
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)

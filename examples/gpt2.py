@@ -1,6 +1,9 @@
 """Hugging Face's GPT-2, two layers and 32 wide, trained for seconds on text from a small grammar.
 
 Run it with ``noetherflow analyze examples/gpt2.py``; it needs ``pip install transformers``, and downloads nothing.
+
+Expected: 12 symmetries, all converged. They are the gains of the norms in front of linear layers, and a group of matrices
+for queries and keys and for values and outputs of each head. GELU leaves none in the hidden layer of the MLP.
 """
 
 import torch

@@ -1,6 +1,9 @@
 """Hugging Face's Llama (grouped queries, rotary embedding, SwiGLU, RMSNorm), two layers and 32 wide, trained briefly.
 
 Run it with ``noetherflow analyze examples/llama.py``; it needs ``pip install transformers``, and downloads nothing.
+
+Expected: 15 symmetries, all converged. Rotary embedding leaves queries and keys a scaling of each pair of rows; SwiGLU
+has the rescalings of its linear branch.
 """
 
 import torch

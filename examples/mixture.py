@@ -1,6 +1,9 @@
 """Hugging Face's Mixtral, a mixture of experts: a router sends every token to two of three experts.
 
 Run it with ``noetherflow analyze examples/mixture.py``; it needs ``pip install transformers``, and downloads nothing.
+
+Expected: 7 symmetries, all converged. The grouped matrix products of the experts exist in float32 only, so that the
+analysis is computed in float32, as a note says. Nothing is found in the experts: these products have no rule.
 """
 
 import torch
