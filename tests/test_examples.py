@@ -1,11 +1,9 @@
-"""The files in examples/ do what their first lines promise, and training continues from where they are moved to."""
+"""The files in examples/ do what their first lines promise."""
 
 import copy
 import functools
 import re
-import statistics
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -106,47 +104,13 @@ def test_adapters_have_no_equilibrium_at_the_start_and_the_reason_is_given() -> 
     analysis = nf.analyze(model, loss, DataLoader(dataset, 64), sgd, progress=False)
     assert [report.status for report in analysis.reports] == ["degenerate"] * 4
     assert all("Train a few steps first" in report.message for report in analysis.reports)
-    with pytest.raises(nf.EquilibriumError, match="Train a few steps first"):
-        nf.rebalance_(model, analysis.equilibrium, loss, dataset[:4])
+    # Nothing moves: all coordinates are zero.
+    before = copy.deepcopy(model.state_dict())
+    assert nf.rebalance_(model, analysis.equilibrium, loss, dataset[:4]).change == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.slow
 def test_the_mixture_says_that_it_is_computed_in_float32() -> None:
     assert any("computed in torch.float32" in note for note in analysis_of("mixture").equilibrium.notes)
     assert not any("torch.float32" in note for note in analysis_of("llama").equilibrium.notes)
-
-
-@pytest.mark.slow
-def test_adamw_continues_without_a_jump() -> None:
-    """The next 20 losses beside those without the move. Twin: with second moments that start afresh there is a jump."""
-    _, loss, loader, sgd, _ = built("gpt2")
-    start, trained, dataset, _ = sys.modules["gpt2"].trained()
-    equilibrium = analysis_of("gpt2").equilibrium
-    course = {}
-    for way in ("stays", "transport", "reset"):
-        model, optimizer = copy.deepcopy((start, trained))
-        if way != "stays":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # the names of the parameters whose moments are diagonal
-                nf.rebalance_(model, equilibrium, loss, dataset[:64], optimizer=optimizer, second_moments=way)
-        generator = torch.Generator().manual_seed(1)
-        course[way] = []
-        for batch in DataLoader(dataset, sgd.batch_size, shuffle=True, generator=generator):
-            optimizer.zero_grad()
-            value = loss(model, batch).mean()
-            course[way].append(float(value.detach()))
-            value.backward()
-            optimizer.step()
-            if len(course[way]) == 20:
-                break
-    print(course)
-    gaps = {
-        way: [abs(moved - stayed) for moved, stayed in zip(course[way], course["stays"], strict=True)]
-        for way in ("transport", "reset")
-    }
-    steps_apart = [abs(a - b) for a, b in zip(course["stays"], course["stays"][1:], strict=False)]
-    assert gaps["transport"][0] < 1e-12
-    # Below the change from batch to batch, over all twenty steps and right at the start.
-    assert max(gaps["transport"]) < statistics.median(steps_apart)
-    assert max(gaps["transport"][:5]) < 0.01
-    assert max(gaps["reset"][:5]) > 0.02

@@ -220,4 +220,3 @@ def _rms_of(values: dict[str, float], equilibrium: nf.Equilibrium) -> float:
 def _means(imbalances: dict[str, nf.Imbalance]) -> list[float]:
     """Before and after, averaged over symmetries."""
     return [statistics.fmean(getattr(value, when) for value in imbalances.values()) for when in ("before", "after")]
-

@@ -52,7 +52,9 @@ class Subject:
             **more,
         )
 
-    def move(self, model: nn.Module, equilibrium: nf.Equilibrium, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def move(
+        self, model: nn.Module, equilibrium: nf.Equilibrium, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         nf.rebalance_(model, equilibrium, self.loss, self.used[:64], optimizer=optimizer)
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, ...]]:
