@@ -4,8 +4,8 @@
     python benchmarks/when_it_helps.py adamw       measures a part
     python benchmarks/when_it_helps.py --show      prints the tables, and writes them into the page
 
-Models: those of examples/digits_mlp.py, digits_cnn.py, gpt2.py and lora.py, from several seeds. Everything is in float64
-on one thread, so that a second run gives the numbers of the first up to rounding and what training makes of it.
+Models: those of examples/digits_mlp.py, digits_cnn.py, gpt2.py and lora.py, from several seeds. Everything is computed
+in float64 on one thread: a second run gives the numbers of the first up to rounding, which training amplifies.
 """
 
 import argparse

@@ -19,10 +19,8 @@ HIDDEN_SHARE = 0.15
 
 
 def data(generator: torch.Generator) -> TensorDataset:
-    """Windows of text with hidden characters, and the complete text; the choice is made once, for all epochs.
-
-    A choice in every epoch anew would be data that changes from measurement to measurement.
-    """
+    """Windows of text with hidden characters, and the complete text."""
+    # The characters are chosen once, for all epochs: every measurement has to see the same data.
     (text,) = windows(EXAMPLES, generator).tensors
     hidden = torch.rand(text.shape, generator=generator) < HIDDEN_SHARE
     hidden[:, 0] |= ~hidden.any(1)

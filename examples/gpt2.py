@@ -2,8 +2,8 @@
 
 Run it with ``noetherflow analyze examples/gpt2.py``; it needs ``pip install transformers``, and downloads nothing.
 
-Expected: 12 symmetries, all converged. They are the gains of the norms in front of linear layers, and a group of matrices
-for queries and keys and for values and outputs of each head. GELU leaves none in the hidden layer of the MLP.
+Expected: 12 symmetries, all converged. They are the gains of the norms in front of linear layers, and for each head
+a group of matrices of queries and keys and a group of values and outputs. GELU leaves none inside the MLP.
 """
 
 import torch

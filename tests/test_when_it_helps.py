@@ -1,10 +1,9 @@
-"""The page on when a move helps: its tables are those of the stored measurements, its sentences hold, its tools work."""
+"""The page on when a move helps: its tables are the stored measurements, its sentences hold, its tools work."""
 
 import copy
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from torch.utils.data import TensorDataset
 import noetherflow as nf
 
 ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from moving import experiments, show, subjects
 
@@ -25,10 +25,7 @@ ROWS = {name: part["rows"] for name, part in RESULTS.items()}
 
 
 def tables_of_page(page: str) -> dict[str, str]:
-    return {
-        place["name"]: place[0].split("-->\n", 1)[1].rpartition("<!--")[0].strip()
-        for place in show.PLACE.finditer(page)
-    }
+    return {place["name"]: place["table"].strip() for place in show.PLACE.finditer(page)}
 
 
 def test_the_tables_of_the_page_are_those_of_the_measurements() -> None:
@@ -70,7 +67,7 @@ def test_sharpness_is_the_largest_eigenvalue_of_the_hessian() -> None:
         return (prediction - y).square().sum(1).mean()
 
     flat = torch.cat([p.detach().flatten() for p in model.parameters()])
-    eigenvalues = torch.linalg.eigvalsh(torch.func.hessian(mean_loss)(flat))
+    eigenvalues = torch.linalg.eigvalsh(torch.autograd.functional.hessian(mean_loss, flat))
     assert experiments.sharpness(subject, model) == pytest.approx(float(eigenvalues[-1]), rel=1e-3)
     assert float(eigenvalues[-2]) < 0.9 * float(eigenvalues[-1])
 

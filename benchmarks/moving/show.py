@@ -9,7 +9,7 @@ from typing import Any
 
 Row = dict[str, Any]
 PAGE = Path(__file__).parents[2] / "docs" / "when-does-it-help.md"
-PLACE = re.compile(r"<!-- table: (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTALL)
+PLACE = re.compile(r"<!-- table: (?P<name>\w+) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
 
 
 def write(path: Path) -> str:
