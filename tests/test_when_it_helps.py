@@ -14,12 +14,12 @@ from torch.utils.data import TensorDataset
 
 import noetherflow as nf
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from moving import experiments, show, subjects
 
+ROOT = Path(__file__).parents[1]
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "when_it_helps.json").read_text("utf-8"))
 ROWS = {name: part["rows"] for name, part in RESULTS.items()}
 
