@@ -115,3 +115,83 @@ def test_the_measurements_of_a_model_are_the_stored_ones() -> None:
     equilibrium = subject.equilibrium()
     assert [equilibrium.trace_before, equilibrium.trace_after] == pytest.approx(stored["trace"], rel=0.01)
     assert experiments.sharpness(subject, subject.model) == pytest.approx(stored["sharpness"][0], rel=0.01)
+
+
+def every(rows: list[dict[str, Any]], **values: Any) -> list[dict[str, Any]]:
+    """The rows with certain values, which are there."""
+    chosen = [row for row in rows if all(row[key] == value for key, value in values.items())]
+    assert chosen
+    return chosen
+
+
+def claims(rows: dict[str, list[dict[str, Any]]]) -> dict[str, bool]:
+    """The sentences of the page, and whether they hold for measurements."""
+    course, adapters = rows["course"], [row for row in rows["adapters"] if row["steps"] > 0]
+    late = {decay: every(course, steps=37000, **{"weight decay": decay}) for decay in (0.0, 1e-4, 1e-3)}
+    means = {
+        (model, key): statistics.fmean(show.ratio(row, key) for row in every(rows["at_once"], model=model))
+        for model in subjects.MAKERS
+        for key in ("trace", "sharpness", "largest lr")
+    }
+    lora = {kind: [row[f"{kind}, moves"] > row[f"{kind}, stays"] for row in adapters] for kind in ("SGD", "AdamW")}
+    unused = [row["imbalance, unused"] for row in rows["at_once"]]
+    return {
+        "the sharpness falls on average": all(means[model, "sharpness"] < 1 for model in subjects.MAKERS),
+        "a larger learning rate becomes stable on average": all(
+            means[model, "largest lr"] > 1 for model in subjects.MAKERS
+        ),
+        "but not in every run": any(show.ratio(row, "largest lr") <= 1 for row in rows["at_once"]),
+        "the CNN has a higher loss after 200 steps": all(
+            show.gap(row, "200") > 0 for row in every(rows["continuation"], model="digits CNN")
+        ),
+        "LoRA with SGD is slower in every run": all(lora["SGD"]),
+        "LoRA with AdamW is slower in all but one run": lora["AdamW"].count(False) == 1,
+        "LoRA has no equilibrium at the start": all(
+            row["status"] == "degenerate" for row in every(rows["adapters"], steps=0)
+        ),
+        "on unused data most of the imbalance is gone": all(after < before / 2 for before, after in unused),
+        "but not all of it": all(after > 0.01 for _, after in unused),
+        "nothing is at rest": all(row["at rest"] == 0 for row in [*rows["at_once"], *course]),
+        "everything converges": all(row["converged"] == row["symmetries"] for row in rows["at_once"]),
+        "SGD does not arrive without decay": all(row["imbalance"] > 0.3 for row in late[0.0]),
+        "SGD arrives with decay": all(row["imbalance"] < 0.02 for row in late[1e-3]),
+        "it takes 1 / (2 lr decay) steps": all(
+            row["median steps"] == pytest.approx(1 / (2 * 0.05 * decay), rel=0.01)
+            for decay in (1e-4, 1e-3)
+            for row in late[decay]
+        ),
+        "with less decay a part is removed": all(0.1 < row["imbalance"] < 0.2 for row in late[1e-4]),
+        "Tr Sigma is smaller without decay": all(
+            show.ratio(row, "trace") < 1 for row in every(rows["decays"], **{"weight decay": 0.0})
+        ),
+        "Tr Sigma can be larger with decay": all(
+            show.ratio(row, "trace") > 1 for row in every(rows["decays"], model="digits MLP", **{"weight decay": 0.01})
+        ),
+    }
+
+
+def test_the_sentences_of_the_page_hold() -> None:
+    failed = [sentence for sentence, holds in claims(ROWS).items() if not holds]
+    assert not failed
+
+
+def test_sentences_that_do_not_hold_are_noticed() -> None:
+    """With every pair and every comparison the other way round, most sentences fail."""
+
+    def other(key: str) -> str:
+        return key.replace("moves", "stays") if "moves" in key else key.replace("stays", "moves")
+
+    def reversed_(row: dict[str, Any]) -> dict[str, Any]:
+        pairs = {key: value[::-1] for key, value in row.items() if isinstance(value, list) and len(value) == 2}
+        return row | pairs | {key: row[other(key)] for key in row if other(key) != key}
+
+    others = {name: rows if name == "adamw" else [reversed_(row) for row in rows] for name, rows in ROWS.items()}
+    failed = {sentence for sentence, holds in claims(others).items() if not holds}
+    assert failed >= {
+        "the sharpness falls on average",
+        "a larger learning rate becomes stable on average",
+        "the CNN has a higher loss after 200 steps",
+        "LoRA with SGD is slower in every run",
+        "on unused data most of the imbalance is gone",
+        "Tr Sigma is smaller without decay",
+    }
