@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import noetherflow as nf
-from noetherflow._cli import load_build
+from noetherflow._user_file import load_build
 
 FOLDER = Path(__file__).parents[1] / "examples"
 PROMISE = re.compile(r"Expected: (\d+) symmetr(?:y|ies), (?:all )?converged\.")
