@@ -1,6 +1,6 @@
 """What moving to the equilibrium changes, and what it does not: the experiments of docs/when-does-it-help.md.
 
-    python benchmarks/when_it_helps.py             measures, and writes results/when_it_helps.json (twenty minutes)
+    python benchmarks/when_it_helps.py             measures, and writes results/when_it_helps.json (46 minutes)
     python benchmarks/when_it_helps.py adamw       measures a part
     python benchmarks/when_it_helps.py --show      prints the tables, and writes them into the page
 
