@@ -1,6 +1,8 @@
 """A ReLU network on handwritten digits: what `noetherflow analyze` needs to know of a model, in one function.
 
 Run it with ``noetherflow analyze examples/digits_mlp.py``.
+
+Expected: 3 symmetries, all converged.
 """
 
 from itertools import pairwise
