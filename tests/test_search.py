@@ -14,6 +14,7 @@ import oracles
 from cases import Case, case, make
 from noetherflow._user_file import load_build
 from noetherflow.equilibrium.commuting import CommutingOrbit
+from noetherflow.equilibrium.memory import required_bytes
 from test_equilibrate import attention, layers
 
 SGD = nf.SGD(0.1, 5, 0.02)
@@ -255,6 +256,24 @@ def test_the_standard_error_of_a_scaling_has_a_closed_form(count: int) -> None:
     groups = min(32, count // 2)
     assert found.standard_error[name].item() == pytest.approx(expected, rel=3 / (2 * (groups - 1)) ** 0.5)
     assert found.error[name] == found.standard_error[name].item()
+
+
+def test_a_search_that_does_not_fit_is_refused_with_what_would_fit() -> None:
+    model = net(*(module for _ in range(3) for module in (nn.Linear(40, 40), nn.ReLU())), nn.Linear(40, 3))
+    batches = data(8, 40)
+    symmetries = nf.find_symmetries(model, squares, batches[0])
+    first = dict(list(symmetries.items())[:2])
+    needed = [
+        required_bytes(dict(model.named_parameters()), [*model.state_dict()], chosen, torch.float64)
+        for chosen in (first, symmetries)
+    ]
+    assert needed[0] < needed[1]
+    with pytest.raises(nf.SettingsError, match=r"more than max_bytes = .* MB: the first 2 of the 3 symmetries fit"):
+        nf.equilibrate(model, squares, batches, SGD, symmetries, max_bytes=needed[1] - 1)
+    found = nf.equilibrate(model, squares, batches, SGD, first, max_bytes=needed[0])
+    assert found.status is nf.Status.CONVERGED
+    with pytest.raises(nf.SettingsError, match=r"a single symmetry needs .* MB; freeze"):
+        nf.analyze(model, squares, batches, SGD, max_bytes=1000)
 
 
 def test_at_rest_is_said_relative_to_the_error() -> None:

@@ -37,7 +37,7 @@ def analyze(
     microbatches: bool = False,
     holdout: Iterable[Batch] | None = None,
     dtype: torch.dtype | None = None,
-    max_bytes: int = 2**28,
+    max_bytes: int | None = None,
     progress: bool = True,
 ) -> Analysis:
     r"""Verify the symmetries of a model, measure their gradient noise, and compute their equilibrium under SGD.
@@ -54,7 +54,7 @@ def analyze(
         microbatches: Measure the noise between batches instead of between examples.
         holdout: Batches that are not used, to see how far the equilibrium carries over.
         dtype: Floating-point type of the gradients.
-        max_bytes: Memory that stacked gradients of examples may take.
+        max_bytes: Memory that the search may take; None sets no limit.
         progress: Show a progress bar on a terminal.
 
     Returns:

@@ -24,7 +24,7 @@ def equilibrate(
     microbatches: bool = False,
     holdout: Iterable[Batch] | None = None,
     dtype: torch.dtype | None = None,
-    max_bytes: int = 2**28,
+    max_bytes: int | None = None,
     progress: bool = True,
 ) -> Equilibrium:
     r"""Find the noise equilibrium of a model, whatever its symmetries, by measuring the noise along the way.
@@ -52,7 +52,8 @@ def equilibrate(
         holdout: Batches that are not used; `Equilibrium.holdout` says how far the equilibrium carries over to them.
         dtype: Floating-point type of the gradients; by default float64, or the model's type if the model is very large
             or cannot be computed in float64. Statistics and solver are float64.
-        max_bytes: Memory that stacked gradients of examples may take.
+        max_bytes: Memory that the search may take beyond the model and its activations; None sets no limit. A search
+            that needs more is refused before it starts, with what would fit.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -61,8 +62,8 @@ def equilibrate(
         was left out. Directions without an equilibrium stay where they are.
 
     Raises:
-        SettingsError: If `tolerance` or `max_passes` is out of range, or a parameter on which a symmetry acts has no
-            weight decay.
+        SettingsError: If `tolerance` or `max_passes` is out of range, if the search needs more than `max_bytes`, or if a
+            parameter on which a symmetry acts has no weight decay.
         EmptyDataError: If the loader yields nothing.
         CoupledExamplesError: If the loss couples examples, and `microbatches` is not set.
         NonFiniteError: If the loss overflows, here or at a later point; with the symmetry that moved most.

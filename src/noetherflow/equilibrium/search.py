@@ -21,6 +21,7 @@ from noetherflow._verify import Residual
 from noetherflow.detect.find import explain, warn_of_rejected
 from noetherflow.equilibrium.blocks import Blocks
 from noetherflow.equilibrium.descent import Descent, Point
+from noetherflow.equilibrium.memory import require_memory
 from noetherflow.equilibrium.result import Equilibrium, Imbalance
 from noetherflow.equilibrium.standard_errors import standard_errors
 from noetherflow.noise import NoiseMoments
@@ -30,6 +31,8 @@ from noetherflow.symmetry import Symmetry
 # Relative differences of forces that are rounding, by the type in which gradients are computed.
 _ROUNDING = {torch.float64: 1e-12}
 _COARSE = 1e-5
+# Memory that stacked gradients of examples may take, in bytes.
+_STACKS = 2**28
 
 
 @final
@@ -42,7 +45,7 @@ class Options:
     microbatches: bool
     holdout: Iterable[Batch] | None
     dtype: torch.dtype | None
-    max_bytes: int
+    max_bytes: int | None
     progress: bool
 
     def __post_init__(self) -> None:
@@ -90,6 +93,7 @@ def search(
     if symmetries is None:
         symmetries, residuals, left_out = _detected(model, loss, first, working.dtype, sgd, progress=options.progress)
         notes += left_out
+    require_memory(model, symmetries, working.dtype, options.max_bytes)
     measurement = Measurement(
         model,
         loss,
@@ -97,7 +101,7 @@ def search(
         symmetries,
         dtype=working.dtype,
         microbatches=options.microbatches,
-        max_bytes=options.max_bytes,
+        max_bytes=_STACKS if options.max_bytes is None else min(_STACKS, options.max_bytes),
     )
     initial = snapshot(model)
     rounding = _ROUNDING.get(working.dtype, _COARSE)
