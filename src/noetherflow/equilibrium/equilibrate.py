@@ -62,8 +62,8 @@ def equilibrate(
         was left out. Directions without an equilibrium stay where they are.
 
     Raises:
-        SettingsError: If `tolerance` or `max_passes` is out of range, if the search needs more than `max_bytes`, or if a
-            parameter on which a symmetry acts has no weight decay.
+        SettingsError: If `tolerance` or `max_passes` is out of range, if the search needs more than `max_bytes`, or if
+            a parameter on which a symmetry acts has no weight decay.
         EmptyDataError: If the loader yields nothing.
         CoupledExamplesError: If the loss couples examples, and `microbatches` is not set.
         NonFiniteError: If the loss overflows, here or at a later point; with the symmetry that moved most.
