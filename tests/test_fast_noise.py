@@ -387,6 +387,21 @@ def test_autocast_is_within_the_bounds_of_its_type() -> None:
     torch.testing.assert_close(fast.trace, exact.trace, rtol=0.03, atol=0)
 
 
+def test_autocast_leaves_float64_as_it_is() -> None:
+    model, batch = large().double(), examples(64)
+
+    def narrow(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return functional.cross_entropy(model(batch[0]), batch[1], reduction="none").float()
+
+    symmetries = nf.find_symmetries(model, classify, batch)
+    exact, fast = (
+        nf.estimate_noise(model, loss, [batch], symmetries, exact=loss is classify) for loss in (classify, narrow)
+    )
+    assert not fast.fallback
+    torch.testing.assert_close(fast.trace, exact.trace, rtol=1e-6, atol=0)
+
+
 class TiedTokens(nn.Module):
     """A table too large to be stacked, read and multiplied by; slices of one weight; a convolution."""
 

@@ -212,7 +212,7 @@ def test_dropout_under_a_checkpoint_drops_the_same_units_again() -> None:
 
 def test_batch_statistics_are_refused() -> None:
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
-    with pytest.raises(nf.CoupledExamplesError, match=r"Call model\.eval\(\)"):
+    with pytest.raises(nf.CoupledExamplesError, match=r"After model\.eval\(\)"):
         noise_of(Row(net, squared_error, model_table.row("tied weights").batch), {})
 
 
@@ -238,6 +238,8 @@ def test_a_teacher_outside_the_model_is_refused_where_the_type_is_changed() -> N
 
     row.loss = loss
     with pytest.raises(nf.LossError, match=r"Make it part of the model .*dtype=torch\.float32"):
+        nf.find_symmetries(row.model, loss, row.batch, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"computed in torch\.float32"):
         nf.find_symmetries(row.model, loss, row.batch)
     symmetries = nf.find_symmetries(row.model, loss, row.batch, dtype=torch.float32)
     assert list(symmetries) == ["0 -> 2"]

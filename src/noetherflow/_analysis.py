@@ -41,7 +41,7 @@ class SymmetryReport:
         status: How the search for the equilibrium ended.
         message: The coordinates without an equilibrium, and the reason; empty if there are none.
         error: Standard error of the distance; NaN where nothing is known.
-        at_rest: Whether the distance is below two standard errors.
+        at_rest: Whether the distance is below two standard errors, and every direction has an equilibrium.
         imbalance_before: The relative drift |P - R| / |P + R| where the model is; see `Imbalance`.
         imbalance_after: The relative drift at the equilibrium, measured on the data that was used.
         holdout_before: The relative drift where the model is, on data that was held out; NaN without such data.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from noetherflow._analysis import Analysis, SymmetryReport
 from noetherflow._batch import cast
 from noetherflow._drift import drift
+from noetherflow._dtype import working_dtype
 from noetherflow._errors import NotASymmetryError
 from noetherflow._optimizers import SGD
 from noetherflow._params import copy_of
@@ -107,12 +108,12 @@ def _proved(
 
 
 def rebalanced_copy(model: nn.Module, analysis: Analysis, loss: Loss, batch: Batch) -> nn.Module:
-    """A copy of a model at its equilibrium, moved and checked in float64, and converted back to the model's dtype."""
-    dtype = next(model.parameters()).dtype
-    copied = copy_of(model, torch.float64)
-    device = next(model.parameters()).device
-    rebalance_(copied, analysis.equilibrium, loss, cast(batch, torch.float64, device))
-    return copied.to(dtype)
+    """A copy of a model at its equilibrium, moved in float64 if the loss allows, and converted back to its dtype."""
+    first = next(model.parameters())
+    working = working_dtype(model, loss, batch).dtype
+    copied = copy_of(model, working)
+    rebalance_(copied, analysis.equilibrium, loss, cast(batch, working, first.device))
+    return copied.to(first.dtype)
 
 
 def _report(name: str, residual: Residual, rate: Tensor, result: Search, sgd: SGD) -> SymmetryReport:
@@ -142,7 +143,7 @@ def _report(name: str, residual: Residual, rate: Tensor, result: Search, sgd: SG
         status=outcome.status.name.lower(),
         message=outcome.message,
         error=error,
-        at_rest=distance <= 2 * error,
+        at_rest=equilibrium.at_rest[name],
         imbalance_before=imbalance.before,
         imbalance_after=imbalance.after,
         holdout_before=holdout.before,

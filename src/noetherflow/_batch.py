@@ -126,6 +126,33 @@ def hold_out(batches: Iterable[Batch], share: float, least: int = 1) -> tuple[li
     return kept[:-held], kept[-held:]
 
 
+def read(loader: Iterable[Batch], what: str) -> list[Batch]:
+    """All batches of a loader.
+
+    Args:
+        loader: The loader.
+        what: Subject of the message.
+
+    Returns:
+        The batches, one or more.
+
+    Raises:
+        SettingsError: If the loader is no iterable of batches: a mapping is a single batch, a data set yields examples.
+        EmptyDataError: If the loader yields nothing.
+    """
+    if isinstance(loader, Mapping) or not isinstance(loader, Iterable):
+        raise SettingsError(
+            f"{what} must be an iterable of batches, such as a DataLoader or a list, got {type(loader).__name__}; a "
+            "data set goes into a DataLoader, and a single batch into a list: [batch]"
+        )
+    result = list(loader)
+    if not result:
+        raise EmptyDataError(
+            f"{what} yielded no batch: {loader!r}. Is the data set empty, or smaller than a batch with drop_last=True?"
+        )
+    return result
+
+
 def is_per_example(tensor: Tensor, size: int) -> bool:
     """Whether a tensor of a batch has an entry per example: a leading dimension of the batch size."""
     return tensor.ndim > 0 and tensor.shape[0] == size

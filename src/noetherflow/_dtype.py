@@ -8,7 +8,7 @@ from torch import nn
 
 from noetherflow._batch import cast
 from noetherflow._model_function import ModelFunction
-from noetherflow._per_example import own_randomness
+from noetherflow._per_example import own_randomness, require_losses
 from noetherflow._precision import coarsest
 from noetherflow._types import Batch, Loss
 
@@ -59,7 +59,9 @@ def working_dtype(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype
             _evaluate(model, loss, batch, native)
         except Exception:
             raise error from None
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        # An explanation with advice is made from the error of PyTorch, which says what does not fit.
+        first = str(error.__cause__ or error)
+        reason = next((line.strip() for line in first.splitlines() if line.strip()), type(error).__name__)
         return Working(native, f"computed in {native}, because the loss cannot be computed in float64: {reason[:200]}")
     return Working(torch.float64)
 
@@ -77,4 +79,6 @@ def _evaluate(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype) ->
     function = ModelFunction(model, loss, dtype)
     device = next(model.parameters()).device
     with own_randomness(device):
-        function.gradient(function.trained, cast(batch, dtype, device))
+        given = cast(batch, dtype, device)
+        require_losses(function.losses(function.trained, given), "the first batch")
+        function.gradient(function.trained, given)

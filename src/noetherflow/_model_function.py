@@ -73,7 +73,7 @@ class ModelFunction:
         self._others = {place: id(tensor) for place, tensor in others.items()}
         self._constants = {id(tensor): in_dtype(tensor.detach(), dtype) for tensor in others.values()}
         floats = {parameter.dtype for parameter in named.values() if parameter.is_floating_point()}
-        self._converted = sorted(str(before) for before in floats if dtype not in (None, before))
+        self._converted = ", ".join(sorted(str(before) for before in floats if dtype not in (None, before)))
         self._dtype = dtype
         self._in_a_loop = False
 
@@ -278,13 +278,13 @@ class ModelFunction:
         try:
             yield
         except RuntimeError as error:
-            if not self._converted or not re.search(r"dtype|scalar type", str(error)):
+            if not re.search(r"dtype|scalar type|to be Float", str(error)):
                 raise
             raise LossError(
-                f"the loss cannot be computed in {self._dtype}, to which the parameters were converted: {error}. A "
-                "tensor that is not part of the model, such as class weights or a teacher, stays in its type. Make it "
-                "part of the model or of a loss that is a module, or convert it in the loss to the type of the model's "
-                f"output, or compute in the model's type: dtype={', '.join(self._converted)}"
+                f"the loss cannot be computed in {self._dtype or self.precision}: {error}. A tensor that is no part of "
+                "the model, such as the data, class weights or a teacher, stays in its type. Make it part of the model "
+                "or of a loss that is a module, or convert it in the loss to the type of the model's output"
+                + (f", or compute in the model's type: dtype={self._converted}" if self._converted else "")
             ) from error
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from noetherflow._errors import NonFiniteError, ParameterNameError, SettingsError
 from noetherflow._types import Params
@@ -112,7 +113,10 @@ def require_finite(params: Params, what: str) -> None:
 
 def copy_of(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """An independent copy of a model, converted to a floating-point type."""
-    result = copy.deepcopy(model)
+    # A module may keep a result of its last call, which is part of a graph and cannot be copied as it is.
+    kept = [value for module in model.modules() for value in tree_leaves(vars(module)) if isinstance(value, Tensor)]
+    memo = {id(tensor): tensor.detach().clone() for tensor in kept if not tensor.is_leaf}
+    result = copy.deepcopy(model, memo)
     for tensor in (*result.parameters(), *result.buffers()):
         tensor.data = in_dtype(tensor.data, dtype)
     return result

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow._batch import cast
-from noetherflow._errors import EquilibriumError, FrozenParameterError, FunctionChangedError, SettingsError
+from noetherflow._errors import (
+    EquilibriumError,
+    FrozenParameterError,
+    FunctionChangedError,
+    SettingsError,
+)
 from noetherflow._model_function import ModelFunction
 from noetherflow._optimizer_state import Move, SecondMoments, StateChange, require_supported, transport
 from noetherflow._params import canonical_names
@@ -105,6 +110,13 @@ def rebalance_(
     if optimizer is not None:
         require_supported(optimizer, named)
     function = ModelFunction(model, loss)
+    for name, there in equilibrium.params.items():
+        here = named[names[name]]
+        if here.shape != there.shape:
+            raise EquilibriumError(
+                f"the parameters are no longer those that were measured: {names[name]!r} has the shape "
+                f"{tuple(here.shape)}, at the equilibrium {tuple(there.shape)}; nothing was moved"
+            )
     transformed = _transformed(moves, function.params)
     _require_measured(transformed, equilibrium, names, named)
     moved = {name: transformed[name].to(named[name].dtype) for name in touched}
@@ -165,13 +177,13 @@ def _require_measured(
     def distance(tensors: Mapping[str, Tensor], name: str) -> float:
         """The largest difference from the equilibrium, relative to the largest entry."""
         here, there = tensors[names[name]].detach(), equilibrium.params[name]
-        if here.shape != there.shape:
-            return torch.inf
         if not here.numel():
             return 0.0
-        there = there.to(here.device)
-        size = torch.maximum(here.abs().max().double(), there.abs().max()).clamp_min(torch.finfo(torch.float64).tiny)
-        return float((here.to(there.dtype) - there).abs().max() / size)
+        # Integers and truth values are parameters, too.
+        wide = torch.promote_types(here.dtype, torch.float64)
+        here, there = here.to(wide), there.to(here.device, wide)
+        size = torch.maximum(here.abs().max(), there.abs().max()).clamp_min(torch.finfo(torch.float64).tiny)
+        return float((here - there).abs().max() / size)
 
     distances = {name: distance(transformed, name) for name in names}
     different = [name for name in names if not distances[name] <= _ROUNDING]

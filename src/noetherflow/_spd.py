@@ -17,6 +17,18 @@ def symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
+def norm(tensor: Tensor) -> Tensor:
+    """The Euclidean norm of all entries, shape (), of which no square overflows or underflows."""
+    largest = tensor.abs().max() if tensor.numel() else tensor.new_zeros(())
+    return largest * (tensor / largest).norm() if largest > 0 and torch.isfinite(largest) else largest
+
+
+def unit(matrix: Tensor) -> Tensor:
+    """The matrix divided by its largest entry; a matrix of zeros as it is."""
+    largest = matrix.abs().max()
+    return matrix / largest if largest > 0 else matrix
+
+
 def apply_spectral(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
     """A function of a symmetric matrix, applied to its eigenvalues."""
     values, vectors = torch.linalg.eigh(matrix)

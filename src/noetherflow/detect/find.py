@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import nn
 
+from noetherflow._per_example import own_randomness
 from noetherflow._precision import TOLERANCES
 from noetherflow._types import Batch, Loss
 from noetherflow.detect.explanation import AxisNote, Explanation, Finding
@@ -106,7 +107,8 @@ def explain(
     """
     graph = trace(model, loss, batch)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    equations = walk(graph, trainable, tolerant=approximate)
+    with own_randomness(next((parameter.device for parameter in model.parameters()), torch.device("cpu"))):
+        equations = walk(graph, trainable, tolerant=approximate)
     solution = solve(equations)
     order = _order(graph, trainable)
     allowed = candidates(equations, solution, order)

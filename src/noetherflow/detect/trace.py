@@ -11,6 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+from torch.nn.parallel import DistributedDataParallel
 
 from noetherflow._batch import tensors_of, with_tensors
 from noetherflow._errors import TraceError
@@ -52,7 +53,9 @@ def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
     Raises:
         TraceError: If that is not possible.
     """
-    holder = _Holder(model, loss, batch)
+    # The forward pass of DistributedDataParallel cannot be exported. It is that of the module inside.
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    holder = _Holder(inner, loss, batch)
     try:
         with _quiet(), torch.enable_grad():
             program = torch.export.export(holder, tuple(tensors_of(batch)), strict=False)
@@ -65,13 +68,13 @@ def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
         ) from error
     # What the loss does not depend on, such as an unused head, constrains nothing.
     program.graph_module.graph.eliminate_dead_code()
-    canonical = aliases(model)
+    canonical, prefix = aliases(model), "" if inner is model else "module."
     parameters, values, of_batch = {}, {}, set()
     user = iter(tensors_of(batch))
     for spec in program.graph_signature.input_specs:
         name, target = getattr(spec.arg, "name", ""), spec.target or ""
         if spec.kind is InputKind.PARAMETER:
-            parameters[name] = canonical[target.removeprefix("model.")]
+            parameters[name] = canonical[prefix + target.removeprefix("model.")]
         elif spec.kind is InputKind.USER_INPUT:
             values[name] = next(user)
             of_batch.add(name)

@@ -81,6 +81,8 @@ class CommutingOrbit(Orbit):
             self._variance[name] = _total(variance[name], dims)
         self._squares = squares
         self._unit = {name: torch.ones_like(tensor) for name, tensor in squares.items()}
+        # Every symmetry gets only what it acts on: a deep model has as many symmetries as tensors.
+        self._units = {name: {n: self._unit[n] for n in symmetry.names} for name, symmetry in symmetries.items()}
         self._roles = {name: roles_of(symmetry, self._unit) for name, symmetry in symmetries.items()}
         self._decay = {name: 2 * sgd.gamma_of(name) * tensor for name, tensor in squares.items()}
         self._noise = {name: sgd.temperature * tensor for name, tensor in self._variance.items()}
@@ -167,7 +169,7 @@ class CommutingOrbit(Orbit):
         """The exponents s_p(x), by parameter."""
         total = {name: torch.zeros_like(tensor) for name, tensor in self._unit.items()}
         for name, coordinate in self._unflatten(x).items():
-            for parameter, part in self._symmetries[name].generate(coordinate, self._unit).items():
+            for parameter, part in self._symmetries[name].generate(coordinate, self._units[name]).items():
                 total[parameter] = total[parameter] + part
         return total
 
@@ -221,7 +223,7 @@ class CommutingOrbit(Orbit):
         for _ in range(_SWEEPS):
             for index in self._blocks():
                 push, pull = self._forces(x)
-                moved = x + free.project(torch.where(free.mask & index, 0.25 * torch.log(push / pull), 0.0))
+                moved = x + free.project(torch.where(free.mask & index, 0.25 * (push.log() - pull.log()), 0.0))
                 if (lowered := self._value(moved)) < value:
                     x, value = moved, lowered
         return x

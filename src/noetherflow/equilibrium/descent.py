@@ -67,16 +67,28 @@ class Descent:
         measurement: How the noise is measured.
         origin: The parameters at the start, float64.
         sgd: The settings of the optimizer.
-        rounding: Relative differences of forces and of the potential that are rounding.
+        rounding: Relative differences of forces that are rounding in the type of the parameters.
+        slack: Relative differences of forces and of the potential that are rounding in the coarsest type in which the
+            loss is computed: they neither stop the search nor count as a failure at its end.
 
     Attributes:
         passes: The number of measurements.
         noise: The first measurement. No further one is kept, since the noise has the size of the model.
     """
 
-    def __init__(self, measurement: Measurement, origin: Params, sgd: SGD, rounding: float, progress: bool) -> None:
+    def __init__(
+        self,
+        measurement: Measurement,
+        origin: Params,
+        sgd: SGD,
+        *,
+        rounding: float,
+        slack: float,
+        progress: bool,
+    ) -> None:
         self._measurement, self._origin, self._sgd = measurement, origin, sgd
-        self._symmetries, self._rounding, self._progress = measurement.symmetries, rounding, progress
+        self._symmetries, self._progress = measurement.symmetries, progress
+        self._rounding, self._slack = rounding, max(rounding, slack)
         self._groups = entangled(self._symmetries, origin)
         self.noise: NoiseMoments | None = None
         self.passes = 0
@@ -90,7 +102,9 @@ class Descent:
         for _ in track(range(max_passes - 1), "equilibrium", total=max_passes - 1, shown=self._progress):
             step = acceleration.next(here.coordinates, _image(here)) if identity else {}
             short = all(bool(((step[name] - x).abs() <= _SHORT).all()) for name, x in here.coordinates.items())
-            if (short and all(self._reached(start, here, tolerance).values())) or self.passes >= max_passes:
+            if (
+                short and all(self._reached(start, here, tolerance, self._rounding).values())
+            ) or self.passes >= max_passes:
                 break
             there = self._step(here, step, acceleration, max_passes)
             if there is None:
@@ -119,7 +133,7 @@ class Descent:
 
     def _step(self, here: Point, step: dict[str, Tensor], acceleration: Anderson, max_passes: int) -> Point | None:
         """The next point: accelerated if that lowers the potential, else the step of the blocks, halved if need be."""
-        ceiling = here.potential + self._rounding * abs(here.potential)
+        ceiling = here.potential + self._slack * abs(here.potential)
         there, error = self._attempt(step)
         length = 1.0
         while not (there and there.potential <= ceiling) and self.passes < max_passes and length > 2**-_HALVINGS:
@@ -144,19 +158,19 @@ class Descent:
             return None, error
         return point, None
 
-    def _reached(self, start: Point, here: Point, tolerance: float) -> dict[str, bool]:
+    def _reached(self, start: Point, here: Point, tolerance: float, rounding: float) -> dict[str, bool]:
         """Whether the residual of each symmetry is at most a share of its start, or rounding."""
         reached = {}
         for name, residual in here.residuals.items():
             before = start.residuals[name]
-            limit = torch.maximum(tolerance * before.rate.abs(), self._rounding * residual.size)
+            limit = torch.maximum(tolerance * before.rate.abs(), rounding * residual.size)
             reached[name] = bool((residual.rate.abs() <= limit).all())
         return reached
 
     def _outcomes(self, start: Point, here: Point, tolerance: float, reason: str) -> dict[str, Outcome]:
         """How the search ended for every symmetry."""
         limited = Outcome(Status.NOT_CONVERGED, f"the drift was not reduced to {tolerance:.0e} of its start {reason}")
-        reached = self._reached(start, here, tolerance)
+        reached = self._reached(start, here, tolerance, self._slack)
         return {name: here.minimum.outcomes[name] if reached[name] else limited for name in self._symmetries}
 
 

@@ -41,9 +41,10 @@ class MatrixOrbit(Orbit):
         """The drift where the noise was measured, on the directions that have something on both sides."""
         drift = self._push - self._pull
         if not (torch.isfinite(drift).all() and (self._push.any() or self._pull.any())):
-            return {self._name: Residual(drift, drift.norm(), torch.zeros_like(drift[0, 0]))}
+            return {self._name: Residual(drift, _spd.norm(drift), torch.zeros_like(drift[0, 0]))}
         basis = self._ranges.both
-        return {self._name: Residual(drift, (basis.mT @ drift @ basis).norm(), (self._push + self._pull).norm())}
+        inner, size = basis.mT @ drift @ basis, _spd.norm(self._push + self._pull)
+        return {self._name: Residual(drift, _spd.norm(inner), size)}
 
     def minimise(self) -> OrbitMinimum:
         """Where the drift is zero, on the directions that have something on both sides."""
@@ -53,11 +54,14 @@ class MatrixOrbit(Orbit):
         if not (push.any() or pull.any()):
             return self._result(torch.zeros_like(push), of_directions(len(push), 0, 0))
         split = self._ranges
+        # Factors in front of the forces shift x, and are left out, so that no force is too large or too small.
+        (push, pull), shift = (_spd.unit(push), _spd.unit(pull)), (_log(push) - _log(pull)) / 4
         basis = split.both
         x = torch.zeros_like(push)
         if basis.shape[1]:
             square = _spd.riccati(_spd.symmetric(basis.mT @ pull @ basis), _spd.symmetric(basis.mT @ push @ basis))
-            x = _spd.symmetric(basis @ (_spd.logm(square) / 2) @ basis.mT)
+            inner = _spd.logm(square) / 2 + shift * torch.eye(basis.shape[1]).to(square)
+            x = _spd.symmetric(basis @ inner @ basis.mT)
         held = (split.neither.shape[1], split.only_left.shape[1], split.only_right.shape[1])
         return self._result(x, of_directions(*held))
 
@@ -67,19 +71,24 @@ class MatrixOrbit(Orbit):
         if not (self._push.any() or self._pull.any()):
             return {self._name: torch.zeros_like(force)}
         values, vectors = self._stiffness
+        force = force / (self._push + self._pull).abs().max()
         inner = (vectors.mT @ force @ vectors) / (values.unsqueeze(-1) + values.unsqueeze(-2))
         return {self._name: _spd.symmetric(vectors @ inner @ vectors.mT)}
 
     @functools.cached_property
     def _ranges(self) -> _spd.Ranges:
         """The directions by the sides that have a force."""
-        return _spd.ranges(self._push, self._pull)
+        return _spd.ranges(_spd.unit(self._push), _spd.unit(self._pull))
 
     @functools.cached_property
     def _stiffness(self) -> tuple[Tensor, Tensor]:
-        """P + R on the directions that have an equilibrium: eigenvalues, shape (k,), and eigenvectors, (n, k)."""
+        """P + R over its largest entry, on the directions that have an equilibrium: eigenvalues, and eigenvectors.
+
+        Returns:
+            The eigenvalues, shape (k,), and the eigenvectors, shape (n, k).
+        """
         basis = self._ranges.both
-        values, vectors = torch.linalg.eigh(_spd.symmetric(basis.mT @ (self._push + self._pull) @ basis))
+        values, vectors = torch.linalg.eigh(_spd.symmetric(basis.mT @ _spd.unit(self._push + self._pull) @ basis))
         return values, basis @ vectors
 
     def _result(self, x: Tensor, outcome: Outcome) -> OrbitMinimum:
@@ -91,6 +100,13 @@ class MatrixOrbit(Orbit):
         # the pencil.
         relaxation = torch.tensor(torch.inf, dtype=x.dtype)
         if outcome.status is Status.CONVERGED:
-            relaxation = 1 / _spd.pencil(push + pull, squares)[0]
+            both = push + pull
+            relaxation = squares.abs().max() / both.abs().max() / _spd.pencil(_spd.unit(both), _spd.unit(squares))[0]
         name = self._name
         return OrbitMinimum({name: x}, {name: drift}, {name: relaxation}, {name: outcome}, 0)
+
+
+def _log(matrix: Tensor) -> Tensor:
+    """The logarithm of the largest entry, shape (); 0 for a matrix of zeros."""
+    largest = matrix.abs().max()
+    return largest.log() if largest > 0 else largest

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from noetherflow import _spd
 from noetherflow.equilibrium.result import OrbitMinimum
 
 
@@ -23,8 +24,8 @@ class Residual(NamedTuple):
     @property
     def imbalance(self) -> float:
         """|P - R| / |P + R| over the directions that have an equilibrium; 0 without forces."""
-        size = float(self.size.norm())
-        return float(self.rate.norm()) / size if size else 0.0
+        size = float(_spd.norm(self.size))
+        return float(_spd.norm(self.rate)) / size if size else 0.0
 
 
 class Orbit(ABC):

@@ -167,9 +167,15 @@ class Equilibrium:
 
     @property
     def at_rest(self) -> dict[str, bool]:
-        """Per symmetry, whether the distance is below two standard errors: at rest within the error."""
-        error = self.error
-        return {name: distance <= 2 * error[name] for name, distance in self.distance.items()}
+        """Per symmetry, whether the distance is below two standard errors: at rest within the error.
+
+        Never where the search did not end well, or a direction has no equilibrium.
+        """
+        error, rests = self.error, (Status.CONVERGED, Status.SINGULAR)
+        return {
+            name: self.outcomes[name].status in rests and distance <= 2 * error[name]
+            for name, distance in self.distance.items()
+        }
 
     def save(self, path: str | Path) -> None:
         """Write the equilibrium to a file (safetensors and JSON, no pickle), completely or not at all.

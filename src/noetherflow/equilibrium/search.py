@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from noetherflow._batch import cast, peek
+from noetherflow._batch import cast, read
 from noetherflow._dtype import working_dtype
-from noetherflow._errors import SettingsError
+from noetherflow._errors import NonFiniteError, SettingsError
 from noetherflow._model_function import ModelFunction
 from noetherflow._optimizers import SGD, require_settings
 from noetherflow._params import aliases, snapshot
-from noetherflow._per_example import own_randomness, require_uncoupled
+from noetherflow._per_example import own_randomness, require_losses, require_uncoupled
 from noetherflow._progress import track
 from noetherflow._types import Batch, Loss, Params
 from noetherflow._verify import Residual
@@ -25,12 +25,12 @@ from noetherflow.equilibrium.memory import require_memory
 from noetherflow.equilibrium.result import Equilibrium, Imbalance
 from noetherflow.equilibrium.standard_errors import standard_errors
 from noetherflow.noise import NoiseMoments
+from noetherflow.noise.exact import resolve
 from noetherflow.noise.measurement import Measurement
 from noetherflow.symmetry import Symmetry
 
-# Relative differences of forces that are rounding, by the type in which gradients are computed.
-_ROUNDING = {torch.float64: 1e-12}
-_COARSE = 1e-5
+# Relative differences of forces that are rounding, by floating-point type.
+_ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # Memory that stacked gradients of examples may take, in bytes.
 _STACKS = 2**28
 
@@ -49,11 +49,16 @@ class Options:
     progress: bool
 
     def __post_init__(self) -> None:
-        if not 0 < self.tolerance < 1 or self.max_passes < 2:
+        numbers = isinstance(self.tolerance, float | int) and isinstance(self.max_passes, int)
+        if not numbers or not 0 < self.tolerance < 1 or self.max_passes < 2:
             raise SettingsError(
-                f"tolerance must lie between 0 and 1 and max_passes be 2 or more, got tolerance={self.tolerance}, "
-                f"max_passes={self.max_passes}"
+                "tolerance must be a number between 0 and 1, and max_passes an integer, 2 or more; got "
+                f"tolerance={self.tolerance!r}, max_passes={self.max_passes!r}"
             )
+        if self.max_bytes is not None and (not isinstance(self.max_bytes, int) or self.max_bytes < 1):
+            raise SettingsError(f"max_bytes must be a positive integer or None, got {self.max_bytes!r}")
+        if self.dtype is not None and self.dtype not in _ROUNDING:
+            raise SettingsError(f"dtype must be a floating-point type, {[*_ROUNDING]} or None, got {self.dtype!r}")
 
 
 class Search(NamedTuple):
@@ -83,11 +88,18 @@ def search(
     sgd = require_settings(sgd, model)
     if not options.microbatches:
         require_uncoupled(model)
+    resolve(model, symmetries or {})  # raises for symmetries that do not fit, and if nothing is trained
     # The data is read once: a loader may yield other examples the next time.
-    batches = list(loader)
-    first, _ = peek(batches)
+    with own_randomness(next(model.parameters()).device):
+        batches = read(loader, "loader")
+        unused = [] if options.holdout is None else read(options.holdout, "holdout")
+    first = batches[0]
     working = working_dtype(model, loss, first, options.dtype)
+    precision = _precision(model, loss, first, working.dtype)
     notes = [working.note] if working.note else []
+    rounding, slack = _ROUNDING[working.dtype], _ROUNDING[precision]
+    if precision.itemsize == 2:
+        notes.append(f"the loss is computed in {precision}: a drift below {slack:.0e} of the forces is rounding")
     notes += _running_statistics(model)
     residuals: dict[str, Residual] = {}
     if symmetries is None:
@@ -104,8 +116,7 @@ def search(
         max_bytes=_STACKS if options.max_bytes is None else min(_STACKS, options.max_bytes),
     )
     initial = snapshot(model)
-    rounding = _ROUNDING.get(working.dtype, _COARSE)
-    descent = Descent(measurement, initial, sgd, rounding, options.progress)
+    descent = Descent(measurement, initial, sgd, rounding=rounding, slack=slack, progress=options.progress)
     course = descent.run(options.tolerance, options.max_passes)
     start, end, outcomes, _ = course
     equilibrium = Equilibrium(
@@ -123,11 +134,20 @@ def search(
         passes=descent.passes,
         standard_error=standard_errors(measurement, course, sgd, progress=options.progress),
         imbalance={n: Imbalance(start.residuals[n].imbalance, end.residuals[n].imbalance) for n in outcomes},
-        holdout=_carried_over(measurement, options.holdout, start, end, sgd),
+        holdout=_carried_over(measurement, unused, start, end, sgd),
         notes=tuple(notes),
     )
     assert descent.noise is not None
     return Search(first, equilibrium, descent.noise, initial, residuals, sgd)
+
+
+def _precision(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype) -> torch.dtype:
+    """The coarsest type in which the loss is computed, as under autocast."""
+    device = next(model.parameters()).device
+    function, given = ModelFunction(model, loss, dtype), cast(batch, dtype, device)
+    with own_randomness(device):
+        require_losses(function.losses(function.params, given), "the first batch")
+        return function.observe(given).precision
 
 
 def _running_statistics(model: nn.Module) -> list[str]:
@@ -178,13 +198,16 @@ def _still(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype, sgd: 
 
 
 def _carried_over(
-    measurement: Measurement, batches: Iterable[Batch] | None, start: Point, end: Point, sgd: SGD
+    measurement: Measurement, batches: list[Batch], start: Point, end: Point, sgd: SGD
 ) -> dict[str, Imbalance]:
-    """The relative drift on data that was held out, at both ends of the way."""
-    if batches is None:
+    """The relative drift on data that was held out, at both ends of the way; empty without such data."""
+    if not batches:
         return {}
-    unused = measurement.on(list(batches))
-    before, after = (_imbalances(unused, point.params, sgd) for point in (start, end))
+    unused = measurement.on(batches)
+    try:
+        before, after = (_imbalances(unused, point.params, sgd) for point in (start, end))
+    except NonFiniteError as error:
+        raise NonFiniteError(f"holdout, {error}") from error
     return {name: Imbalance(before[name], after[name]) for name in before}
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from noetherflow._batch import cast, select
-from noetherflow._errors import EmptyDataError, SettingsError
-from noetherflow._params import copy_of
-from noetherflow._per_example import own_randomness
+from noetherflow._errors import EmptyDataError, NonFiniteError, SettingsError
+from noetherflow._params import copy_of, require_finite
+from noetherflow._per_example import own_randomness, require_losses
 from noetherflow._progress import track
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.noise.estimate import Estimate
@@ -152,9 +152,15 @@ class Measurement:
         meter = MicrobatchMeter(self._model, self.symmetries, variances=True)
         device = next(self._model.parameters()).device
         with own_randomness(device, seed=0), torch.enable_grad(), meter.step() as done:
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 losses = self._loss(self._model, cast(batch, self._dtype, device))
+                size = require_losses(losses, f"batch {number}")
                 losses.mean().backward()
-                done(size=len(losses) if losses.ndim else 1)
+                # The meter leaves out a step that overflows, as a training loop does.
+                gradients = {n: p.grad for n, p in self._model.named_parameters() if p.grad is not None}
+                require_finite(gradients, f"batch {number}: gradient of")
+                done(size=size)
         self._model.zero_grad(set_to_none=True)
+        if meter.skipped:
+            raise NonFiniteError("the squares of the gradients overflow between batches; compute with a smaller loss")
         return meter.noise

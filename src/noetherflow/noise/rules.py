@@ -50,6 +50,14 @@ def addmm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return _linear(capture, args[1], args[2], args[0], transposed=True)
 
 
+def _autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the type in which autocast computes products of matrices; it leaves float64 as it is."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
+
+
 def _linear(
     capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
 ) -> Any:
@@ -59,9 +67,8 @@ def _linear(
     layout = capture.layout
     if not layout.fits(x) or not _are_known(capture, weight, bias):
         return NotImplemented
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x, weight = _autocast(x), _autocast(weight)
+    bias = None if bias is None else _autocast(bias)
 
     def note(inputs: Tensor, outputs: Tensor) -> list[Tensor | None]:
         g, found = layout.examples_first(outputs), []
