@@ -150,6 +150,7 @@ def test_the_file_holds_the_numbers_of_the_report(name: str, tmp_path: Path) -> 
         "potential_before": equilibrium.potential_before,
         "potential_after": equilibrium.potential_after,
         "newton_steps": equilibrium.iterations,
+        "passes": 2,
         "status": "converged",
     }
     assert written["examples"] == 24

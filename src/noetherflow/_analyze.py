@@ -19,6 +19,7 @@ from noetherflow._verify import Residual
 from noetherflow.detect.proof import prove
 from noetherflow.equilibrium.result import Imbalance, median_and_slowest, root_mean_square
 from noetherflow.equilibrium.search import Options, Search, search
+from noetherflow.noise import NoiseMoments
 from noetherflow.noise.table import halves, total
 from noetherflow.symmetry import Grams, Symmetry
 
@@ -78,14 +79,16 @@ def analyze(
 
     Source: Ziyin et al. (2024).
     """
-    options = Options(tolerance, max_passes, microbatches, holdout, dtype, max_bytes, progress)
+    options = Options(tolerance, max_passes, microbatches, holdout, dtype, max_bytes, progress, keep_noise=True)
     result = search(model, loss, loader, sgd, symmetries, options)
+    noise = result.noise
+    assert noise is not None  # as asked for
     # The noise is measured before declared symmetries are proved, because its errors name the batch with bad data.
-    declared = result.noise.symmetries if symmetries is not None else {}
+    declared = noise.symmetries if symmetries is not None else {}
     residuals = result.residuals | _proved(model, loss, result.first, declared, dtype)
-    rates = drift(result.noise, result.sgd, result.initial)
-    reports = tuple(_report(name, residuals[name], rates[name], result, result.sgd) for name in result.noise.symmetries)
-    return Analysis(reports, result.equilibrium, result.noise, result.sgd, result.initial)
+    rates = drift(noise, result.sgd, result.initial)
+    reports = tuple(_report(name, residuals[name], rates[name], noise, result) for name in noise.symmetries)
+    return Analysis(reports, result.equilibrium, noise, result.sgd, result.initial)
 
 
 def _proved(
@@ -116,9 +119,9 @@ def rebalanced_copy(model: nn.Module, analysis: Analysis, loss: Loss, batch: Bat
     return copied.to(first.dtype)
 
 
-def _report(name: str, residual: Residual, rate: Tensor, result: Search, sgd: SGD) -> SymmetryReport:
+def _report(name: str, residual: Residual, rate: Tensor, noise: NoiseMoments, result: Search) -> SymmetryReport:
     """The report of a symmetry, from the results for all symmetries."""
-    equilibrium, noise, params = result.equilibrium, result.noise, result.initial
+    equilibrium, params = result.equilibrium, result.initial
     symmetry = equilibrium.symmetries[name]
     noise_plus, noise_minus = halves(symmetry, Grams(*(side / noise.count for side in noise.scatter[name])))
     noise_error = noise.spreads[name].standard_errors(noise.count).net
@@ -136,7 +139,7 @@ def _report(name: str, residual: Residual, rate: Tensor, result: Search, sgd: SG
         noise_plus=float(noise_plus),
         noise_minus=float(noise_minus),
         noise_error=float(noise_error.square().sum().sqrt()),
-        drift=root_mean_square(rate) * sgd.effective_lr,
+        drift=root_mean_square(rate) * result.sgd.effective_lr,
         distance=distance,
         relaxation_steps=median,
         slowest_steps=slowest,

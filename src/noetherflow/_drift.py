@@ -109,10 +109,10 @@ def drift(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str
     sgd = require_settings(sgd, params)
     noise.require_examples()
     theta = snapshot(params)
-    rates = {}
+    rates, grams = {}, noise.grams
     for name, symmetry in noise.symmetries.items():
         symmetry.check(theta)
-        push, pull = forces(symmetry, theta, noise.grams[name], sgd)
+        push, pull = forces(symmetry, theta, grams[name], sgd)
         rates[name] = push - pull
     return rates
 

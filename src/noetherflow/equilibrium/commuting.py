@@ -9,6 +9,7 @@ from torch import Tensor
 
 from noetherflow._optimizers import SGD
 from noetherflow._types import Params
+from noetherflow.equilibrium.free import Free
 from noetherflow.equilibrium.orbit import Orbit, Residual
 from noetherflow.equilibrium.outcomes import of_rows
 from noetherflow.equilibrium.result import OrbitMinimum, Status
@@ -29,36 +30,6 @@ _RESPONSE = 1e-4
 _FAR = 30.0
 # The last Newton step is below e^0.05 wherever there is a minimum.
 _LONG = 0.05
-# A coordinate with a smaller share in a runaway does not take part in it.
-_PART = 1e-3
-
-
-@final
-class _Free:
-    """The directions that have an equilibrium: coordinates with a force on both sides, less joint runaways.
-
-    Args:
-        mask: The coordinates, shape (n,).
-        held: Orthonormal directions along which several coordinates run away together, shape (k, n).
-    """
-
-    def __init__(self, mask: Tensor, held: Tensor) -> None:
-        self.mask, self._held = mask, held
-
-    def project(self, vector: Tensor) -> Tensor:
-        """The part of a vector along these directions."""
-        masked = torch.where(self.mask, vector, 0.0)
-        return masked - self._held.mT @ (self._held @ masked)
-
-    def without(self, direction: Tensor) -> "_Free":
-        """The directions orthogonal to a further one."""
-        rest = self.project(direction)
-        return _Free(self.mask, torch.cat([self._held, (rest / rest.norm())[None]]))
-
-    @property
-    def coordinates(self) -> Tensor:
-        """The coordinates that take part in no runaway, shape (n,)."""
-        return self.mask & (self._held.abs() <= _PART).all(0)
 
 
 @final
@@ -106,14 +77,14 @@ class CommutingOrbit(Orbit):
         return self._result(*self._minimum)
 
     @functools.cached_property
-    def _minimum(self) -> tuple[Tensor, _Free, Status, int]:
+    def _minimum(self) -> tuple[Tensor, Free, Status, int]:
         """The minimum, the directions that have an equilibrium, how the search ended, and the Newton steps."""
         origin = self._origin
         none = origin.new_zeros(0, len(origin))
         if not all(torch.isfinite(t).all() for part in (self._decay, self._noise) for t in part.values()):
-            return origin, _Free(torch.zeros_like(origin, dtype=torch.bool), none), Status.NON_FINITE, 0
+            return origin, Free(torch.zeros_like(origin, dtype=torch.bool), none), Status.NON_FINITE, 0
         push, pull = self._forces(origin)
-        free = _Free((push > 0) & (pull > 0), none)
+        free = Free((push > 0) & (pull > 0), none)
         steps = 0
         for _ in range(len(origin) + 1):
             x, status, taken, last = self._descend(free)
@@ -125,7 +96,7 @@ class CommutingOrbit(Orbit):
             free = free.without(last)
         return x, free, status, steps
 
-    def _descend(self, free: _Free) -> tuple[Tensor, Status, int, Tensor]:
+    def _descend(self, free: Free) -> tuple[Tensor, Status, int, Tensor]:
         """Damped Newton: the last point, how the search ended, the number of steps, and the last step."""
         x = self._sweep(self._origin, free)
         status, last = Status.NOT_CONVERGED, torch.zeros_like(x)
@@ -217,7 +188,7 @@ class CommutingOrbit(Orbit):
 
     # The search.
 
-    def _sweep(self, x: Tensor, free: _Free) -> Tensor:
+    def _sweep(self, x: Tensor, free: Free) -> Tensor:
         """Each symmetry in turn to its closed form, x += log(P / R) / 4, as long as that lowers the potential."""
         value = self._value(x)
         for _ in range(_SWEEPS):
@@ -233,7 +204,7 @@ class CommutingOrbit(Orbit):
         labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self._origin.device)
         return [labels == label for label in range(len(sizes))]
 
-    def _newton_direction(self, gradient: Tensor, weight: Params, size: Tensor, free: _Free, forcing: float) -> Tensor:
+    def _newton_direction(self, gradient: Tensor, weight: Params, size: Tensor, free: Free, forcing: float) -> Tensor:
         """Conjugate gradients on the Newton equation; preconditioned, so that every coordinate counts alike."""
 
         def hessian(direction: Tensor) -> Tensor:
@@ -277,7 +248,7 @@ class CommutingOrbit(Orbit):
 
     # Reporting.
 
-    def _result(self, x: Tensor, free: _Free, status: Status, steps: int) -> OrbitMinimum:
+    def _result(self, x: Tensor, free: Free, status: Status, steps: int) -> OrbitMinimum:
         push, pull = self._forces(x)
         squares = {name: self._squares[name] * torch.exp(2 * s) for name, s in self._scales(x).items()}
         # Both the drift and the charge change with the coordinate; their ratio is the rate at which a departure decays.

@@ -73,7 +73,7 @@ class Descent:
 
     Attributes:
         passes: The number of measurements.
-        noise: The first measurement. No further one is kept, since the noise has the size of the model.
+        noise: The first measurement, if it is to be kept. No further one is, since noise has the size of the model.
     """
 
     def __init__(
@@ -85,11 +85,13 @@ class Descent:
         rounding: float,
         slack: float,
         progress: bool,
+        keep_noise: bool,
     ) -> None:
         self._measurement, self._origin, self._sgd = measurement, origin, sgd
         self._symmetries, self._progress = measurement.symmetries, progress
         self._rounding, self._slack = rounding, max(rounding, slack)
         self._groups = entangled(self._symmetries, origin)
+        self._keep_noise = keep_noise
         self.noise: NoiseMoments | None = None
         self.passes = 0
 
@@ -120,7 +122,8 @@ class Descent:
         noise = self._measurement.at(params, progress=self._progress)
         potential = float(potential_of(params, noise.trace, noise, self._sgd))
         blocks = Blocks.of(params, noise, self._sgd, groups=self._groups)
-        self.noise = self.noise or noise
+        if self._keep_noise and self.noise is None:
+            self.noise = noise
         return Point(
             coordinates,
             params,

@@ -12,10 +12,10 @@ from noetherflow.noise.exact import resolve
 from noetherflow.symmetry import Symmetry
 
 _FLOAT64 = 8
-# Tensors in float64 that the search holds at its peak, measured on GPT-2: mean gradients (of the first point and of the
-# present point); parameters on which symmetries act (here and at the next point); variances of the entries of scaled
-# parameters (first point, batch, sum over batches, centred).
-_MEANS, _POINTS, _VARIANCES = 2, 2, 7
+# Tensors in float64 that the search holds at its peak, compared with GPT-2: mean gradients (of the present point, and
+# of the first where `analyze` keeps these); parameters on which symmetries act (at the first, this and the next point);
+# variances of the entries of scaled parameters (of a batch, their sum, centred, and as for the means).
+_MEANS, _POINTS, _VARIANCES = 2, 3, 6
 # Tensors in the type of the gradients: parameters, gradients of a batch, and of the last batches.
 _GRADIENTS = 3
 

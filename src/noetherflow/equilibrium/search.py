@@ -47,6 +47,7 @@ class Options:
     dtype: torch.dtype | None
     max_bytes: int | None
     progress: bool
+    keep_noise: bool = False
 
     def __post_init__(self) -> None:
         numbers = isinstance(self.tolerance, float | int) and isinstance(self.max_passes, int)
@@ -69,7 +70,7 @@ class Search(NamedTuple):
 
     first: Batch
     equilibrium: Equilibrium
-    noise: NoiseMoments
+    noise: NoiseMoments | None
     initial: dict[str, Tensor]
     residuals: dict[str, Residual]
     sgd: SGD
@@ -116,7 +117,15 @@ def search(
         max_bytes=_STACKS if options.max_bytes is None else min(_STACKS, options.max_bytes),
     )
     initial = snapshot(model)
-    descent = Descent(measurement, initial, sgd, rounding=rounding, slack=slack, progress=options.progress)
+    descent = Descent(
+        measurement,
+        initial,
+        sgd,
+        rounding=rounding,
+        slack=slack,
+        progress=options.progress,
+        keep_noise=options.keep_noise,
+    )
     course = descent.run(options.tolerance, options.max_passes)
     start, end, outcomes, _ = course
     equilibrium = Equilibrium(
@@ -137,7 +146,6 @@ def search(
         holdout=_carried_over(measurement, unused, start, end, sgd),
         notes=tuple(notes),
     )
-    assert descent.noise is not None
     return Search(first, equilibrium, descent.noise, initial, residuals, sgd)
 
 

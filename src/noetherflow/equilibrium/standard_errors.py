@@ -33,13 +33,12 @@ def standard_errors(measurement: Measurement, course: Course, sgd: SGD, *, progr
         return {}
     counts: list[int] = []
     displacements: list[dict[str, Tensor]] = []
-    for noise in measurement.by_group(end.params, progress=progress):
+    for count, grams in measurement.by_group(end.params, progress=progress):
         # The group is centred by its mean, which takes a degree of freedom.
-        factor = 2 * sgd.temperature * noise.count / (noise.count - 1)
-        grams = noise.grams
-        forces = {name: factor * symmetry.charge_of(grams[name]) for name, symmetry in noise.symmetries.items()}
+        factor = 2 * sgd.temperature * count / (count - 1)
+        forces = {name: factor * s.charge_of(grams[name]) for name, s in measurement.symmetries.items()}
         displacements.append(course.acceleration.respond(end.blocks.respond(forces)))
-        counts.append(noise.count)
+        counts.append(count)
     if len(counts) < 2:
         return unknown
     shares = torch.tensor(counts, dtype=torch.float64) / sum(counts)
