@@ -1,6 +1,7 @@
 """The search for an equilibrium: what it leaves out, falls back to, holds, and how far it can be trusted."""
 
 import copy
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from cases import Case, case, make
 from noetherflow._user_file import load_build
 from noetherflow.equilibrium.commuting import CommutingOrbit
 from noetherflow.equilibrium.memory import required_bytes
+from noetherflow.noise.measurement import Measurement
 from test_equilibrate import attention, layers
 
 SGD = nf.SGD(0.1, 5, 0.02)
@@ -310,3 +312,26 @@ def test_intervals_of_resampled_data_cover_the_equilibrium_of_all_data() -> None
             covered.append((sample.coordinates[name] - x).abs() <= 1.96 * sample.standard_error[name])
     share = torch.cat(covered).double().mean().item()
     assert 0.90 <= share <= 0.99
+
+
+def test_a_measurement_leaves_no_tensor_to_the_collector_of_cycles() -> None:
+    """A cycle keeps statistics of the size of the model until Python collects it, which may be passes later."""
+    model, batches = net(nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 3)).float(), data(8, 200)
+    symmetries = nf.find_symmetries(model, squares, batches[0])
+    measurement = Measurement(
+        model, squares, batches, symmetries, dtype=torch.float32, microbatches=False, max_bytes=2**28
+    )
+    params = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    measurement.at(params)
+    gc.collect()
+    gc.disable()
+    try:
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        measurement.at(params)
+        gc.collect()
+        kept = [thing for thing in gc.garbage if isinstance(thing, Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not kept

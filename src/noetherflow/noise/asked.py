@@ -167,14 +167,16 @@ def asked_of(params: Params, symmetries: Mapping[str, AxisSymmetry], *, variance
 
 def grams_of(symmetry: AxisSymmetry, squares: Mapping[str, Squares], like: Params) -> Grams:
     """What one symmetry wanted to know, from the answers for each parameter."""
+    # No function inside this one: a function that refers to itself keeps all squares until cycles are collected.
+    return Grams(*(_side(symmetry, axes, squares, like) for axes in (symmetry.plus, symmetry.minus)))
 
-    def side(axes: tuple[Axis, ...]) -> Tensor:
-        parts = [_along(symmetry, axis, squares[axis.name], like[axis.name]) for axis in axes]
-        if parts:
-            return torch.stack(parts).sum(0)
-        return torch.zeros_like(side(symmetry.plus + symmetry.minus))
 
-    return Grams(side(symmetry.plus), side(symmetry.minus))
+def _side(symmetry: AxisSymmetry, axes: tuple[Axis, ...], squares: Mapping[str, Squares], like: Params) -> Tensor:
+    """The sum over the axes of a side; zeros for a side without axes."""
+    parts = [_along(symmetry, axis, squares[axis.name], like[axis.name]) for axis in axes]
+    if parts:
+        return torch.stack(parts).sum(0)
+    return torch.zeros_like(_side(symmetry, symmetry.plus + symmetry.minus, squares, like))
 
 
 def _along(symmetry: AxisSymmetry, axis: Axis, squares: Squares, tensor: Tensor) -> Tensor:
