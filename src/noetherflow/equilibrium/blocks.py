@@ -137,5 +137,7 @@ def moved(symmetries: Mapping[str, Symmetry], params: Params, coordinates: Mappi
     """The parameters at a point of the orbit."""
     tensors = dict(params)
     for name, x in coordinates.items():
-        tensors = symmetries[name].act(x, tensors)
+        # The identity would copy every tensor on which it acts.
+        if x.any():
+            tensors = symmetries[name].act(x, tensors)
     return tensors
