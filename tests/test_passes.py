@@ -172,12 +172,12 @@ def test_a_ledger_gives_back_what_it_holds() -> None:
     found = ledger.scaled(1.0).combine(ledger, 2.0).scaled(0.5).squares()
     assert found["out"].rows is None
     assert found["in"].columns is None
-    assert not found["out"].grams
+    assert not found["out"].page.grams
     torch.testing.assert_close(found["out"].total, 1.5 * held["out"])
     torch.testing.assert_close(found["out"].columns, 1.5 * held["columns"][None])
     torch.testing.assert_close(found["in"].total, 1.5 * held["in"])
     torch.testing.assert_close(found["in"].rows, 1.5 * held["rows"][:, None])
-    torch.testing.assert_close(found["in"].grams[GRAM], 1.5 * held["gram"])
+    torch.testing.assert_close(found["in"].gram(GRAM), 1.5 * held["gram"])
     torch.testing.assert_close(ledger.trace, held["in"] + held["out"])
 
 
@@ -185,7 +185,7 @@ def test_diagonals_of_a_ledger() -> None:
     ledger, held = ledger_of(0)
     contents, places = ledger.contents.diagonals()
     found = Ledger(contents, ledger.numbers[places], {}).squares()
-    assert torch.equal(found["in"].grams[GRAM], held["gram"].diagonal())
+    assert torch.equal(found["in"].gram(GRAM), held["gram"].diagonal())
     assert torch.equal(found["in"].rows[:, 0], held["rows"])
     assert torch.equal(found["out"].columns[0], held["columns"])
 
