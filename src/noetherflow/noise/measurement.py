@@ -98,9 +98,9 @@ class Measurement:
         with own_randomness(estimate.device):
             for index, batch in enumerate(shown):
                 estimate.add(batch, f"batch {index}")
-        # The checks of the first point hold at all points of its orbit.
-        self._estimate = estimate
         moments = estimate.take()
+        # The checks of the first point hold at all points of its orbit. The parameters of this point are not kept.
+        self._estimate = estimate.at(self._estimate.trained)
         if moments is None:
             raise EmptyDataError("there is no batch to measure")
         return moments
