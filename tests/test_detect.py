@@ -264,7 +264,7 @@ def test_a_model_that_cannot_be_exported_says_so_and_takes_declared_symmetries()
 
 def test_a_candidate_that_the_numbers_refute_is_reported_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that is wrong, planted."""
-    monkeypatch.setitem(RULES, "tanh", RULES["relu"])
+    monkeypatch.setitem(RULES, "aten::tanh", RULES["aten::relu"])
     layers = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)
     model, loss, batch = sequential((3,), (2,), *layers)
     with pytest.warns(UserWarning, match=r"0 -> 2: the graph allows this symmetry, the numbers do not"):

@@ -198,7 +198,7 @@ def test_only_rounding_is_accepted(
     dtype: torch.dtype | None, share: float, accepted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wrong rule, planted, proposes what is a symmetry only up to a share."""
-    monkeypatch.setitem(RULES, "tanh", RULES["relu"])
+    monkeypatch.setitem(RULES, "aten::tanh", RULES["aten::relu"])
     torch.manual_seed(0)
     explanation = nf.explain(*nearly_homogeneous(share), dtype=dtype)
     kept, rejected = ([one.name for one in found] for found in (explanation.found, explanation.rejected))
@@ -218,7 +218,7 @@ def test_what_is_approximate_is_not_far_off(size: float, accepted: bool) -> None
 
 
 def test_an_analysis_warns_of_what_the_numbers_refute(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RULES, "tanh", RULES["relu"])
+    monkeypatch.setitem(RULES, "aten::tanh", RULES["aten::relu"])
     torch.manual_seed(0)
     layers = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)
     model, loss, batch = sequential((3,), (2,), *layers)

@@ -27,7 +27,16 @@ from noetherflow._rebalance import rebalance_
 from noetherflow._types import Batch, Loss, Params
 from noetherflow._undo import Rebalanced
 from noetherflow._verify import Residual, verify_symmetry
-from noetherflow.detect import AxisNote, Explanation, Finding, explain, find_symmetries
+from noetherflow.detect import (
+    AxisNote,
+    Explanation,
+    Finding,
+    Operation,
+    ScalingExponents,
+    explain,
+    exponent_rule,
+    find_symmetries,
+)
 from noetherflow.discover import (
     Blocks,
     Completeness,
@@ -90,6 +99,7 @@ __all__ = [
     "NoiseMoments",
     "NonFiniteError",
     "NotASymmetryError",
+    "Operation",
     "Outcome",
     "ParameterNameError",
     "ParameterShapeError",
@@ -99,6 +109,7 @@ __all__ = [
     "Residual",
     "SGD",
     "ScalarSymmetry",
+    "ScalingExponents",
     "SettingsError",
     "Status",
     "Symmetry",
@@ -116,6 +127,7 @@ __all__ = [
     "estimate_noise",
     "expected_step",
     "explain",
+    "exponent_rule",
     "find_symmetries",
     "linear",
     "potential",

@@ -1,7 +1,7 @@
 """Finding the symmetries of a model: what its graph allows, proved by its numbers."""
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -9,19 +9,18 @@ from torch import nn
 from noetherflow._per_example import own_randomness
 from noetherflow._precision import TOLERANCES
 from noetherflow._types import Batch, Loss
-from noetherflow.detect.explanation import AxisNote, Explanation, Finding
-from noetherflow.detect.exponents import Equations, Role
+from noetherflow.detect.explanation import Explanation, Finding
 from noetherflow.detect.families import candidates
 from noetherflow.detect.names import named
 from noetherflow.detect.proof import prove
-from noetherflow.detect.solve import Solution, solve
+from noetherflow.detect.reasons import axis_notes
+from noetherflow.detect.solve import solve
 from noetherflow.detect.trace import Graph, trace
 from noetherflow.detect.walk import walk
 from noetherflow.symmetry import Symmetry
 
 # How far from exact a symmetry may be that is called approximate.
 APPROXIMATE = 1e-2
-_UNREACHED = "not reached by the loss of this batch"
 
 
 def find_symmetries(
@@ -106,21 +105,22 @@ def explain(
     Source: the search is this package's own.
     """
     graph = trace(model, loss, batch)
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    with own_randomness(next((parameter.device for parameter in model.parameters()), torch.device("cpu"))):
-        equations = walk(graph, trainable, tolerant=approximate)
-    solution = solve(equations)
-    order = _order(graph, trainable)
-    allowed = candidates(equations, solution, order)
+    parameters = dict(model.named_parameters())
+    with own_randomness(next((parameter.device for parameter in parameters.values()), torch.device("cpu"))):
+        demands = walk(graph, parameters, tolerant=approximate)
+    solution = solve(demands)
+    allowed = candidates(demands, solution, _order(graph, parameters))
     names = named(allowed)
-    residuals = prove([one.symmetry for one in allowed], model, loss, batch, dtype=dtype) if allowed else []
-    found = [
-        Finding(name, one.symmetry, residual, one.diagonal, one.small)
-        for name, one, residual in zip(names, allowed, residuals, strict=True)
+    symmetries = [candidate.symmetry for candidate in allowed]
+    residuals = prove(symmetries, model, loss, batch, dtype=dtype) if allowed else []
+    findings = [
+        Finding(name, candidate.symmetry, residual, candidate.diagonal, candidate.small)
+        for name, candidate, residual in zip(names, allowed, residuals, strict=True)
     ]
-    kept = [one for one in found if _is_proved(one)]
-    axes = _axes(model, graph.unreached, equations, solution, kept)
-    return Explanation(tuple(kept), tuple(one for one in found if one not in kept), tuple(axes))
+    proved = tuple(finding for finding in findings if _is_proved(finding))
+    rejected = tuple(finding for finding in findings if not _is_proved(finding))
+    notes = axis_notes(parameters, graph.unreached, demands.unknowns.axes, solution, proved, rejected)
+    return Explanation(proved, rejected, tuple(notes))
 
 
 def _is_proved(finding: Finding) -> bool:
@@ -137,41 +137,3 @@ def _order(graph: Graph, parameters: Iterable[str]) -> dict[str, int]:
         if source.name in graph.parameters
     ]
     return {name: number for number, name in enumerate(dict.fromkeys([*used, *parameters]))}
-
-
-def _axes(
-    model: nn.Module,
-    unreached: Collection[str],
-    equations: Equations,
-    solution: Solution,
-    found: Sequence[Finding],
-) -> list[AxisNote]:
-    """For every axis of every parameter, which symmetries act on it, or why none does."""
-    acting: dict[tuple[str, int], list[str]] = {}
-    for one in found:
-        for axis in one.symmetry.plus + one.symmetry.minus:
-            names = acting.setdefault((axis.name, axis.dim), [])
-            if one.name not in names:
-                names.append(one.name)
-    roles: dict[tuple[str, int], list[Role]] = {}
-    for role in equations.roles:
-        roles.setdefault((role.parameter, role.axis), []).append(role)
-    notes = []
-    for name, parameter in model.named_parameters():
-        for dim in range(parameter.ndim):
-            names = acting.get((name, dim), [])
-            reason = _UNREACHED if name in unreached and parameter.requires_grad else ""
-            if not names and not reason:
-                reason = _reason(parameter, roles.get((name, dim), []), solution)
-            notes.append(AxisNote(name, dim, tuple(names), reason))
-    return notes
-
-
-def _reason(parameter: nn.Parameter, roles: Sequence[Role], solution: Solution) -> str:
-    if not parameter.requires_grad:
-        return "frozen"
-    ids = [int(one) for role in roles for one in role.ids]
-    if not any(solution.used[one] for one in ids):
-        return _UNREACHED
-    said = [reason for one in ids for reason in solution.reasons.get(int(solution.root[one]), ())]
-    return "; ".join(list(dict.fromkeys(said))[:3]) or "moved by other axes"

@@ -1,4 +1,4 @@
-"""What a symmetry is called: where it stands in the model, and between what it acts."""
+"""The names of symmetries: the place in the model, and the layers between which a symmetry acts."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,18 +8,18 @@ from noetherflow.symmetry import Action, Axis
 
 
 def named(candidates: Sequence[Candidate]) -> list[str]:
-    """A name for each, such as `layers.0.attn: V-O head 3` or `0 -> 2`."""
-    bare = [_bare(one) for one in candidates]
-    often = Counter(bare)
-    met: Counter[str] = Counter()
+    """A name for each candidate, such as `layers.0.attn: V-O head 3` or `0 -> 2`."""
+    bare = [_bare(candidate) for candidate in candidates]
+    total = Counter(bare)
+    seen: Counter[str] = Counter()
     names = []
-    for one, name in zip(candidates, bare, strict=True):
-        number = met[name]
-        met[name] += 1
-        if often[name] == 1:
+    for candidate, name in zip(candidates, bare, strict=True):
+        number = seen[name]
+        seen[name] += 1
+        if total[name] == 1:
             names.append(name)
         else:
-            names.append(f"{name} head {number}" if one.words else f"{name} [{number}]")
+            names.append(f"{name} head {number}" if candidate.words else f"{name} [{number}]")
     return names
 
 
@@ -45,8 +45,8 @@ def _labels(axes: Iterable[Axis]) -> list[str]:
     """The modules behind some axes; the parameter itself where its name says more than weight or bias."""
     labels = []
     for axis in axes:
-        module, _, own = axis.name.rpartition(".")
-        labels.append(module if module and own in {"weight", "bias"} else axis.name)
+        module, _, parameter = axis.name.rpartition(".")
+        labels.append(module if module and parameter in {"weight", "bias"} else axis.name)
     return list(dict.fromkeys(labels))
 
 

@@ -1,6 +1,7 @@
 """The solutions of the equations between exponents: integers, found exactly."""
 
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple, final
@@ -10,7 +11,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from noetherflow.detect.exponents import ZERO, Equations
+from noetherflow.detect.demands import Demands
+from noetherflow.detect.exponents import ZERO, Term
 
 _NOTHING = 1e-9
 
@@ -18,15 +20,16 @@ _NOTHING = 1e-9
 @final
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """Every unknown in terms of the free ones.
+    """Every unknown in terms of the free unknowns.
 
     Args:
         root: The representative of each unknown, shape (count,): equal to it up to a sign.
         sign: That sign.
         zero: Whether an unknown has to vanish.
-        bound: Representatives that are sums of free ones.
-        reasons: What made the unknowns of a representative vanish.
-        used: Whether any operation has asked for an unknown.
+        bound: Representatives that are sums of multiples of free unknowns.
+        reasons: For each representative the operations that make its unknowns vanish.
+        ties: For each representative the operations that relate its unknowns to each other.
+        used: Whether an operation demands something of an unknown.
     """
 
     root: np.ndarray
@@ -34,10 +37,11 @@ class Solution:
     zero: np.ndarray
     bound: dict[int, dict[int, Fraction]]
     reasons: dict[int, list[str]]
+    ties: dict[int, list[str]]
     used: np.ndarray
 
     def combination(self, unknown: int) -> dict[int, Fraction]:
-        """An unknown as a sum of multiples of free ones."""
+        """An unknown as a sum of multiples of free unknowns."""
         root, sign = int(self.root[unknown]), int(self.sign[unknown])
         if self.zero[unknown]:
             return {}
@@ -45,58 +49,74 @@ class Solution:
 
 
 class _Rows(NamedTuple):
-    """Equations of one form: the unknowns of each, shape (m, k), their factors, and whose they are."""
+    """Equations of one form: the unknowns of each, shape (m, k), their factors, and the operation that demands them."""
 
     ids: np.ndarray
     factors: np.ndarray
     reason: str
 
 
-def solve(equations: Equations) -> Solution:
-    """Solve them, and choose one of the solutions that move parameters alike.
+def solve(demands: Demands) -> Solution:
+    """Solve the equations, and choose one of the solutions that move parameters alike.
 
     Returns:
         The solution.
     """
-    first = _solve(equations)
+    first = _solve(demands, ())
 
-    def same(ids: Tensor) -> bool:
-        found = ids.numpy()
-        zero = first.zero[found]
-        return bool(zero.all() or (len(np.unique(first.root[found])) == 1 and len(np.unique(first.sign[found])) == 1))
+    def equal(ids: Tensor) -> bool:
+        unknowns = ids.numpy()
+        zero = first.zero[unknowns]
+        roots, signs = np.unique(first.root[unknowns]), np.unique(first.sign[unknowns])
+        return bool(zero.all() or len(roots) == len(signs) == 1)
 
-    return _solve(equations) if equations.settle(same) else first
+    chosen = demands.unknowns.use_remaining_gauges(equal)
+    return _solve(demands, chosen) if chosen else first
 
 
-def _solve(equations: Equations) -> Solution:
-    """First those that make two unknowns equal or one of them zero, which are nearly all, then the rest."""
-    count = equations.count
-    rows = [_spread(equation.terms, equation.reason) for equation in equations.equations]
+def _solve(demands: Demands, chosen: Sequence[Tensor]) -> Solution:
+    """Solve the equations that make two unknowns equal or one of them zero, which are almost all, and then the rest.
+
+    Args:
+        demands: The equations.
+        chosen: Unknowns that are set to zero without loss of generality.
+    """
+    count = demands.unknowns.count
+    every = [_spread(equation.terms, equation.reason) for equation in demands.equations]
     used = np.zeros(count, dtype=bool)
-    for one in rows:
-        used[one.ids] = True
-    for met in [*(ids for ids, _ in equations.marks), *(ids for ids, _ in equations.single)]:
-        used[met.numpy()] = True
+    for rows in every:
+        used[rows.ids] = True
+    for ids in (*(lines.ids for lines in demands.mixing), *(note.ids for note in demands.no_mixing), *chosen):
+        used[ids.numpy()] = True
     root, sign = np.arange(count), np.ones(count, dtype=np.int64)
     zero = np.zeros(count, dtype=bool)
     zero[ZERO] = True
+    for ids in chosen:
+        zero[ids.numpy()] = True
     blamed: list[tuple[np.ndarray, str]] = []
+    left = every
     while True:
-        rows, pairs, vanishing = _simplified(rows, root, sign, zero)
+        left, pairs, vanishing = _simplified(left, root, sign, zero)
         if not pairs and not vanishing:
             break
         blamed += vanishing
         root, sign, zero = _merged(root, sign, zero, pairs, [ids for ids, _ in vanishing])
-    reasons: dict[int, list[str]] = defaultdict(list)
-    for ids, reason in blamed:
-        for one in np.unique(root[ids]).tolist():
-            if reason not in reasons[one]:
-                reasons[one].append(reason)
-    return Solution(root, sign, zero[root], _eliminated(rows), dict(reasons), used)
+    ties = [(rows.ids.reshape(-1), rows.reason) for rows in every]
+    return Solution(root, sign, zero[root], _eliminated(left), _by_root(blamed, root), _by_root(ties, root), used)
 
 
-def _spread(terms: tuple[tuple[float, object], ...], reason: str) -> _Rows:
-    """An equation for every index, each once."""
+def _by_root(notes: Iterable[tuple[np.ndarray, str]], root: np.ndarray) -> dict[int, list[str]]:
+    """Texts about unknowns, by representative, each once."""
+    texts: dict[int, list[str]] = defaultdict(list)
+    for ids, text in notes:
+        for unknown in np.unique(root[ids]).tolist():
+            if text not in texts[unknown]:
+                texts[unknown].append(text)
+    return dict(texts)
+
+
+def _spread(terms: tuple[Term, ...], reason: str) -> _Rows:
+    """An equation at every index, each once."""
     arrays = np.broadcast_arrays(*(np.asarray(ids) for _, ids in terms))
     ids = np.stack([array.reshape(-1) for array in arrays], axis=1)
     factors = np.array([factor for factor, _ in terms])
@@ -107,7 +127,7 @@ def _spread(terms: tuple[tuple[float, object], ...], reason: str) -> _Rows:
 def _simplified(
     rows: list[_Rows], root: np.ndarray, sign: np.ndarray, zero: np.ndarray
 ) -> tuple[list[_Rows], list[tuple[np.ndarray, np.ndarray, np.ndarray]], list[tuple[np.ndarray, str]]]:
-    """Equations in terms of representatives; apart from them those that say a = b, a = -b, and a = 0."""
+    """Equations in terms of representatives; and apart from them those that say a = b, a = -b, and a = 0."""
     rest, pairs, vanishing = [], [], []
     for ids, factors, reason in rows:
         roots = root[ids]
@@ -115,14 +135,14 @@ def _simplified(
         order = np.argsort(roots, axis=1, kind="stable")
         roots, weights = np.take_along_axis(roots, order, 1), np.take_along_axis(weights, order, 1)
         for column in range(1, roots.shape[1]):
-            same = roots[:, column] == roots[:, column - 1]
-            weights[same, column] += weights[same, column - 1]
-            weights[same, column - 1] = 0
+            repeated = roots[:, column] == roots[:, column - 1]
+            weights[repeated, column] += weights[repeated, column - 1]
+            weights[repeated, column - 1] = 0
         weights[np.abs(weights) < _NOTHING] = 0
         size = (weights != 0).sum(axis=1)
-        alone = size == 1
-        if alone.any():
-            vanishing.append((roots[alone][weights[alone] != 0], reason))
+        single = size == 1
+        if single.any():
+            vanishing.append((roots[single][weights[single] != 0], reason))
         two = size == 2
         if two.any():
             first = (weights != 0).argmax(axis=1)
@@ -131,7 +151,7 @@ def _simplified(
             a, b = weights[line, first], weights[line, last]
             two &= np.abs(np.abs(a) - np.abs(b)) < _NOTHING
             pairs.append((roots[line, first][two], roots[line, last][two], -np.sign(a * b)[two].astype(np.int64)))
-        left = (size > 0) & ~alone & ~two
+        left = (size > 0) & ~single & ~two
         if left.any():
             rest.append(_Rows(roots[left], weights[left], reason))
     # What is left is in terms of representatives, whose signs are now in the factors.
@@ -145,7 +165,7 @@ def _merged(
     pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
     vanishing: list[np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Representatives after some were found to be equal up to a sign: connected parts of a graph of +a and -a."""
+    """Representatives after pairs were seen to be equal up to a sign: connected parts of a graph of +a and -a."""
     count = len(root)
     zeros = np.concatenate([*vanishing, np.flatnonzero(zero)])
     first, second = [zeros], [zeros + count]
@@ -165,36 +185,36 @@ def _merged(
 
 
 def _eliminated(rows: list[_Rows]) -> dict[int, dict[int, Fraction]]:
-    """Gauss's elimination for the few equations between three unknowns or more; the last one met gives way."""
+    """Gaussian elimination for the few equations between three unknowns or more; the largest unknown is eliminated."""
     bound: dict[int, dict[int, Fraction]] = {}
     users: dict[int, set[int]] = defaultdict(set)
     seen = set()
     for ids, factors, _ in rows:
         for roots, weights in zip(ids.tolist(), factors.tolist(), strict=True):
             row: dict[int, Fraction] = defaultdict(Fraction)
-            for one, weight in zip(roots, weights, strict=True):
+            for unknown, weight in zip(roots, weights, strict=True):
                 if weight:
                     exact = Fraction(weight).limit_denominator(1000)
-                    for free, factor in bound.get(one, {one: Fraction(1)}).items():
+                    for free, factor in bound.get(unknown, {unknown: Fraction(1)}).items():
                         row[free] += exact * factor
-            row = {one: factor for one, factor in row.items() if factor}
+            row = {free: factor for free, factor in row.items() if factor}
             key = tuple(sorted(row.items()))
             if not row or key in seen:
                 continue
             seen.add(key)
             pivot = max(row)
             scale = -row.pop(pivot)
-            solved = {one: factor / scale for one, factor in row.items()}
+            solved = {free: factor / scale for free, factor in row.items()}
             for user in users.pop(pivot, set()):
                 old = bound[user]
-                share = old.pop(pivot, Fraction(0))  # it may have dropped out since
-                for one, factor in solved.items():
-                    old[one] = old.get(one, Fraction(0)) + share * factor
-                    if not old[one]:
-                        del old[one]
+                share = old.pop(pivot, Fraction(0))  # The pivot may have cancelled since.
+                for free, factor in solved.items():
+                    old[free] = old.get(free, Fraction(0)) + share * factor
+                    if not old[free]:
+                        del old[free]
                     else:
-                        users[one].add(user)
+                        users[free].add(user)
             bound[pivot] = solved
-            for one in solved:
-                users[one].add(pivot)
+            for free in solved:
+                users[free].add(pivot)
     return bound

@@ -1,4 +1,4 @@
-"""The computation of a model's loss as a graph of operations."""
+"""The computation of a model's loss as a graph of operations without side effects."""
 
 import contextlib
 import io
@@ -10,31 +10,38 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind
+from torch.export import ExportedProgram, default_decompositions
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.parallel import DistributedDataParallel
 
 from noetherflow._batch import tensors_of, with_tensors
 from noetherflow._errors import TraceError
 from noetherflow._params import aliases
 from noetherflow._types import Batch, Loss
+from noetherflow.detect.rules import RULES
+
+_BY_HAND = (
+    "so its symmetries cannot be found; they can still be declared by hand with nf.Axis, and nf.verify_symmetry proves "
+    "them"
+)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """Operations in the order in which they run, and what goes into them.
+    """Operations in the order in which they run, and their inputs.
 
     Args:
-        module: Holds the graph, and the graphs inside it.
+        module: The graph, and the graphs inside it.
         parameters: The canonical name of the parameter behind each input, by the name of the input.
         values: Batch, buffers and other constants, by the name of the input.
-        of_batch: The inputs that are the batch.
+        varying: The inputs whose values change: the batch, and floating-point buffers.
     """
 
     module: fx.GraphModule
     parameters: dict[str, str]
     values: dict[str, Tensor]
-    of_batch: frozenset[str]
+    varying: frozenset[str]
 
     @property
     def unreached(self) -> set[str]:
@@ -47,6 +54,9 @@ class Graph:
 def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
     """Export the loss of a batch, in the mode in which the model is, without running it.
 
+    Operations that have no exponent rule are taken apart into simpler operations, as far as PyTorch can. Writes in place
+    are replaced by operations that return new tensors, also writes through views.
+
     Returns:
         The graph.
 
@@ -55,21 +65,20 @@ def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
     """
     # The forward pass of DistributedDataParallel cannot be exported. It is that of the module inside.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    holder = _Holder(inner, loss, batch)
     try:
         with _quiet(), torch.enable_grad():
-            program = torch.export.export(holder, tuple(tensors_of(batch)), strict=False)
+            program = torch.export.export(_Holder(inner, loss, batch), tuple(tensors_of(batch)), strict=False)
+            _mark_regions_without_gradients(program.graph_module)
+            program = program.run_decompositions(_decompositions())
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise TraceError(
             f"the computation of this model cannot be written down as a graph ({type(error).__name__}: "
-            f"{reason[:200]}), so its symmetries cannot be found; they can still be declared by hand with nf.Axis, and "
-            "nf.verify_symmetry proves them"
+            f"{reason[:200]}), {_BY_HAND}"
         ) from error
-    # What the loss does not depend on, such as an unused head, constrains nothing.
-    program.graph_module.graph.eliminate_dead_code()
+    _keep_the_loss(program)
     canonical, prefix = aliases(model), "" if inner is model else "module."
-    parameters, values, of_batch = {}, {}, set()
+    parameters, values, varying = {}, {}, set()
     user = iter(tensors_of(batch))
     for spec in program.graph_signature.input_specs:
         name, target = getattr(spec.arg, "name", ""), spec.target or ""
@@ -77,11 +86,66 @@ def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
             parameters[name] = canonical[prefix + target.removeprefix("model.")]
         elif spec.kind is InputKind.USER_INPUT:
             values[name] = next(user)
-            of_batch.add(name)
+            varying.add(name)
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             known = program.constants if target in program.constants else program.state_dict
             values[name] = known[target]
-    return Graph(program.graph_module, parameters, values, frozenset(of_batch))
+            # Training moves floating-point buffers, such as a running mean that is zero now.
+            if spec.kind is InputKind.BUFFER and not _is_discrete(values[name]):
+                varying.add(name)
+    return Graph(program.graph_module, parameters, values, frozenset(varying))
+
+
+def key_of(target: Any) -> str:
+    """The name of an operation with its namespace and without overload, such as `aten::add`."""
+    namespace = getattr(target, "namespace", "python")
+    # An overload is printed as `aten.add.Tensor`, and other functions have plain names.
+    parts = str(target).split(".")
+    return f"{namespace}::{parts[1] if parts[0] == namespace and len(parts) > 1 else getattr(target, '__name__', target)}"
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """PyTorch's decompositions of all operations that have no exponent rule."""
+    table = default_decompositions()
+    return {target: table[target] for target in list(table) if key_of(target) not in RULES}
+
+
+def _is_discrete(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _mark_regions_without_gradients(module: fx.GraphModule) -> None:
+    """Detach the results of regions under `torch.no_grad`, which lose their borders when they are functionalised."""
+    for graph in [part for part in module.modules() if isinstance(part, fx.GraphModule)]:
+        for node in list(graph.graph.nodes):
+            if node.op != "call_function" or key_of(node.target) != "higher_order::wrap_with_set_grad_enabled":
+                continue
+            if node.args[0]:
+                continue
+            for result in list(node.users):
+                value = result.meta.get("val")
+                if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+                    continue
+                with graph.graph.inserting_after(result):
+                    detached = graph.graph.call_function(torch.ops.aten.detach.default, (result,))
+                detached.meta = dict(result.meta)
+                result.replace_all_uses_with(detached, delete_user_cb=lambda user, kept=detached: user is not kept)
+        graph.recompile()
+
+
+def _keep_the_loss(program: ExportedProgram) -> None:
+    """Remove all that the loss does not depend on: updates of buffers, assertions, heads that are not used."""
+    graph = program.graph_module.graph
+    kinds = [spec.kind for spec in program.graph_signature.output_specs]
+    output = next(node for node in graph.nodes if node.op == "output")
+    losses = [node for node, kind in zip(output.args[0], kinds, strict=True) if kind is OutputKind.USER_OUTPUT]
+    output.args = (tuple(losses),)
+    needed = set(losses)
+    for node in reversed(list(graph.nodes)):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+        elif node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
 
 
 class _Holder(nn.Module):
@@ -100,7 +164,7 @@ class _Holder(nn.Module):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What the exporter says while it works is about itself."""
+    """A block in which the exporter does not write messages about itself."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

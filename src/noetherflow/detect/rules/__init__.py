@@ -1,0 +1,34 @@
+"""The exponent rules, one file per kind of operation. Importing this folder registers them all."""
+
+from noetherflow.detect.rules import (
+    attention,
+    complex_numbers,
+    contraction,
+    convolution,
+    elementwise,
+    indexing,
+    joining,
+    moving,
+    normalisation,
+    padding,
+    pooling,
+    reduction,
+)
+from noetherflow.detect.rules.registry import RULES, exponent_rule
+
+__all__ = [
+    "RULES",
+    "attention",
+    "complex_numbers",
+    "contraction",
+    "convolution",
+    "elementwise",
+    "exponent_rule",
+    "indexing",
+    "joining",
+    "moving",
+    "normalisation",
+    "padding",
+    "pooling",
+    "reduction",
+]

@@ -1,0 +1,54 @@
+"""Numbers around the last axes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noetherflow.detect.exponents import ScalingExponents, Term, compressed, varies_along
+from noetherflow.detect.operation import Operation, exponents_of, opaque
+from noetherflow.detect.rules.registry import exponent_rule
+
+
+@exponent_rule("aten::constant_pad_nd")
+def padded(operation: Operation) -> Any:
+    """A fixed number around a tensor. Zeros have any exponent, so each of them gets an unknown."""
+    x, widths = operation.x, operation.args[1]
+    value = exponents_of(operation.argument(2, "value", 0))
+    if not value.scale_free:
+        return opaque(operation) if any(widths) else ScalingExponents(operation.shape, x.terms)
+    terms = x.terms
+    for index in range(len(widths) // 2):
+        axis, before, after = len(x.shape) - 1 - index, *widths[2 * index : 2 * index + 2]
+        terms = _padded_along(operation, terms, axis, before, after)
+    return ScalingExponents(operation.shape, terms)
+
+
+def _padded_along(
+    operation: Operation, terms: tuple[Term, ...], axis: int, before: int, after: int
+) -> tuple[Term, ...]:
+    """Terms with new unknowns before and after the indices along an axis; negative widths cut indices off."""
+
+    def unknowns(ids: Tensor, width: int) -> Tensor:
+        shape = [max(0, width) if other == axis else size for other, size in enumerate(ids.shape)]
+        return operation.demands.unknowns.new(shape)
+
+    padded = []
+    for factor, ids in terms:
+        if varies_along(ids, axis):
+            low, high = max(0, -before), ids.shape[axis] - max(0, -after)
+            parts = [unknowns(ids, before), ids.narrow(axis, low, high - low), unknowns(ids, after)]
+            ids = compressed(torch.cat(parts, axis))
+        padded.append(Term(factor, ids))
+    return tuple(padded)
+
+
+@exponent_rule(
+    "aten::reflection_pad1d", "aten::reflection_pad2d", "aten::reflection_pad3d",
+    "aten::replication_pad1d", "aten::replication_pad2d", "aten::replication_pad3d",
+)  # fmt: skip
+def repeated(operation: Operation) -> ScalingExponents:
+    """Entries of the border repeated or reflected: entries scale alike along the padded axes."""
+    x, widths = operation.x, operation.args[1]
+    axes = [len(x.shape) - 1 - index for index in range(len(widths) // 2) if any(widths[2 * index : 2 * index + 2])]
+    return ScalingExponents(operation.shape, operation.require_equal_along(x, axes).terms)
