@@ -10,6 +10,7 @@
 | `label` | a word for the name of the symmetry |
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, final
 
@@ -112,13 +113,15 @@ class Demands:
             sizes = torch.broadcast_shapes(*(ids.shape for _, ids in moving))
             shape = tuple(1 if other == axis else size for other, size in enumerate(sizes))
             kept = tuple(term for term in terms if not varies_along(term.ids, axis))
-            if any(self.unknowns.use_gauge(gauge, shape, kept) for gauge in gauges):
+            if any(self.unknowns.use_gauge(gauge, math.prod(shape), kept) for gauge in gauges):
                 self.vanish(moving, reason)
                 terms = kept
-            else:
-                common = Term(1.0, self.unknowns.new(shape))
-                self.equal(moving, [common], reason)
-                terms = (*kept, common)
+                continue
+            common = Term(1.0, self.unknowns.new(shape))
+            if any(self.unknowns.use_gauge(gauge, 1, kept) for gauge in gauges):
+                self.vanish([Term(1.0, common.ids.reshape(-1)[:1])], reason)
+            self.equal(moving, [common], reason)
+            terms = (*kept, common)
         shape = tuple(1 if axis in gone else size for axis, size in enumerate(x.shape))
         return ScalingExponents(shape, terms, scores=x.scores, attention=x.attention)
 

@@ -63,6 +63,11 @@ class ScalingExponents:
         return self.constant and not self.varies
 
     @property
+    def zero(self) -> bool:
+        """Whether every entry is 0, for every batch."""
+        return self.fixed and not bool(torch.as_tensor(self.value).any())
+
+    @property
     def scale_free(self) -> bool:
         """Whether every entry is 0 or infinite, for every batch: numbers that equal any multiple of themselves."""
         if not self.fixed:

@@ -162,7 +162,8 @@ def _runs(family: list[_Member]) -> list[list[_Member]]:
 def _step(before: _Member, after: _Member) -> tuple[int, ...] | None:
     """The distance of the indices of two members along every axis: one, or their number if they are adjacent.
 
-    None if the members do not follow each other.
+    Returns:
+        The distances; None if the members do not follow each other.
     """
     steps = []
     for place, indices in before.indices.items():

@@ -67,9 +67,10 @@ class Operation:
         self.demands.vanish(x.terms, self._because(why))
 
     def require_equal(self, x: ScalingExponents, y: ScalingExponents, why: str = "") -> tuple[Term, ...]:
-        """Demand that two tensors, broadcast to the shape of the result, scale alike; returns their common terms.
+        """Demand that two tensors, broadcast to each other, scale alike. Zeros scale like any other tensor.
 
-        A tensor of zeros scales like any other tensor.
+        Returns:
+            The terms that both have in common.
         """
         ndim = max(len(x.shape), len(y.shape))
         left, right = aligned(x.terms, ndim), aligned(y.terms, ndim)

@@ -30,6 +30,9 @@ def axis_notes(
         solution: What the demands of the operations leave free.
         proved: The symmetries.
         rejected: Candidates that the numbers refute.
+
+    Returns:
+        The notes, parameter by parameter.
     """
     acting, refuted = _by_axis(proved), _by_axis(rejected)
     unknowns: dict[tuple[str, int], list[int]] = {}

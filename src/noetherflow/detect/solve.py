@@ -66,11 +66,13 @@ def solve(demands: Demands) -> Solution:
 
     def equal(ids: Tensor) -> bool:
         unknowns = ids.numpy()
-        zero = first.zero[unknowns]
-        roots, signs = np.unique(first.root[unknowns]), np.unique(first.sign[unknowns])
-        return bool(zero.all() or len(roots) == len(signs) == 1)
+        expected = first.combination(int(unknowns[0]))
+        return all(first.combination(unknown) == expected for unknown in unknowns.tolist())
 
-    chosen = demands.unknowns.use_remaining_gauges(equal)
+    def zero(ids: Tensor) -> bool:
+        return bool(first.zero[ids.numpy()].all())
+
+    chosen = demands.unknowns.use_remaining_gauges(equal, zero)
     return _solve(demands, chosen) if chosen else first
 
 
@@ -80,6 +82,9 @@ def _solve(demands: Demands, chosen: Sequence[Tensor]) -> Solution:
     Args:
         demands: The equations.
         chosen: Unknowns that are set to zero without loss of generality.
+
+    Returns:
+        The solution.
     """
     count = demands.unknowns.count
     every = [_spread(equation.terms, equation.reason) for equation in demands.equations]

@@ -20,7 +20,7 @@ from noetherflow._params import aliases
 from noetherflow._types import Batch, Loss
 from noetherflow.detect.rules import RULES
 
-_BY_HAND = (
+BY_HAND = (
     "so its symmetries cannot be found; they can still be declared by hand with nf.Axis, and nf.verify_symmetry proves "
     "them"
 )
@@ -54,8 +54,8 @@ class Graph:
 def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
     """Export the loss of a batch, in the mode in which the model is, without running it.
 
-    Operations that have no exponent rule are taken apart into simpler operations, as far as PyTorch can. Writes in place
-    are replaced by operations that return new tensors, also writes through views.
+    Operations that have no exponent rule are taken apart into simpler operations, as far as PyTorch can. Writes in
+    place are replaced by operations that return new tensors, also writes through views.
 
     Returns:
         The graph.
@@ -74,7 +74,7 @@ def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise TraceError(
             f"the computation of this model cannot be written down as a graph ({type(error).__name__}: "
-            f"{reason[:200]}), {_BY_HAND}"
+            f"{reason[:200]}), {BY_HAND}"
         ) from error
     _keep_the_loss(program)
     canonical, prefix = aliases(model), "" if inner is model else "module."
@@ -101,7 +101,9 @@ def key_of(target: Any) -> str:
     namespace = getattr(target, "namespace", "python")
     # An overload is printed as `aten.add.Tensor`, and other functions have plain names.
     parts = str(target).split(".")
-    return f"{namespace}::{parts[1] if parts[0] == namespace and len(parts) > 1 else getattr(target, '__name__', target)}"
+    return (
+        f"{namespace}::{parts[1] if parts[0] == namespace and len(parts) > 1 else getattr(target, '__name__', target)}"
+    )
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:

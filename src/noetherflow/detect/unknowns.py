@@ -85,30 +85,30 @@ class Unknowns:
         self._gauges[name] = sizes[: len(terms) - 1]
         return ScalingExponents(tuple(shape), tuple(terms), parameter=name)
 
-    def use_gauge(self, name: str | None, common: Sequence[int], left_over: Iterable[Term]) -> bool:
+    def use_gauge(self, name: str | None, size: int, left_over: Iterable[Term]) -> bool:
         """Use a gauge freedom of a parameter to set a common exponent to zero.
 
         Args:
             name: The parameter, if any.
-            common: The shape of the common exponent.
+            size: The number of entries of the common exponent.
             left_over: The terms that do not enter the common exponent. The freedom moves a number between axes, so a
                 term of the parameter has to be among them.
 
         Returns:
             Whether there was such a freedom.
         """
-        size = math.prod(common)
         sizes = self._gauges.get(name, []) if name is not None else []
         if size not in sizes or not any(self._belongs(ids, name) for _, ids in left_over):
             return False
         sizes.remove(size)
         return True
 
-    def use_remaining_gauges(self, equal: Callable[[Tensor], bool]) -> list[Tensor]:
+    def use_remaining_gauges(self, equal: Callable[[Tensor], bool], zero: Callable[[Tensor], bool]) -> list[Tensor]:
         """Use what gauge freedom is left, on axes along which all exponents are equal if there are any.
 
         Args:
             equal: Whether unknowns are equal, as far as is known.
+            zero: Whether unknowns vanish, because a gauge freedom has been used on them.
 
         Returns:
             Unknowns that can be set to zero without loss of generality.
@@ -124,7 +124,7 @@ class Unknowns:
                     if stack.parameter == name and stack.parts == size and len(axes.get(stack.over, ())) == 1:
                         (ids,) = axes[stack.over]
                         axes[stack.over] = list(ids.reshape(size, -1))
-                fitting = [axis for axis, parts in axes.items() if len(parts) == size]
+                fitting = [axis for axis, ids in axes.items() if len(ids) == size and not all(map(zero, ids))]
                 if fitting:
                     axis = min(fitting, key=lambda axis: (not all(map(equal, axes[axis])), len(axes[axis][0]), -axis))
                     chosen += [ids[:1] for ids in axes.pop(axis)]

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, fx
 
 from noetherflow._errors import TraceError
+from noetherflow.detect.choices import apply_to_choices, choices_in
 from noetherflow.detect.demands import Demands
 from noetherflow.detect.exponents import ScalingExponents
 from noetherflow.detect.operation import Operation, opaque, tensors_in, values_of
 from noetherflow.detect.rules import RULES
-from noetherflow.detect.trace import Graph, key_of
+from noetherflow.detect.rules.experts import grouped_product
+from noetherflow.detect.trace import BY_HAND, Graph, key_of
 from noetherflow.detect.unknowns import Stack, Unknowns
 
 
@@ -79,24 +81,28 @@ class _Walk:
         if node.target is operator.getitem:
             return args[0][args[1]]
         tensors = tensors_in((args, kwargs))
-        if all(x.constant for x in tensors):
+        if not choices_in((args, kwargs)) and all(x.constant for x in tensors):
             return self._constant(node, key, args, kwargs, varies=any(x.varies for x in tensors))
-        values = node.meta.get("val")
-        several = isinstance(values, (list, tuple))
-        results = [value for value in (values if several else [values]) if isinstance(value, Tensor)]
+        value = node.meta.get("val")
+        several = isinstance(value, (list, tuple))
+        values: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value]
+        results = [each for each in values if isinstance(each, Tensor)]
         operation = Operation(
             key=key,
             target=node.target,  # type: ignore[arg-type]
             args=tuple(args),
             kwargs=kwargs,
-            shapes=tuple(tuple(map(_size, value.shape)) for value in results),
-            dtypes=tuple(value.dtype for value in results),
+            shapes=tuple(tuple(map(_size, each.shape)) for each in results),
+            dtypes=tuple(each.dtype for each in results),
             reason=_reason(key, node),
             demands=self._demands,
             summed=[key_of(user.target) for user in node.users] in (["aten::sum"], ["aten::mean"]),
             several=several,
         )
-        return RULES.get(key, opaque)(operation)
+        rule = RULES.get(key, opaque)
+        if choices_in((args, kwargs)) and rule is not grouped_product:
+            return apply_to_choices(operation, rule)
+        return rule(operation)
 
     def _constant(self, node: fx.Node, key: str, args: Any, kwargs: Any, *, varies: bool) -> Any:
         """The value of an operation on constants."""
@@ -129,10 +135,7 @@ def _constants(value: Any, varies: bool) -> Any:
 def _size(size: int | torch.SymInt) -> int:
     if isinstance(size, int):
         return size
-    raise TraceError(
-        "the shape of a tensor in this computation depends on the values of the batch, so the symmetries cannot be found; "
-        "they can still be declared by hand with nf.Axis, and nf.verify_symmetry proves them"
-    )
+    raise TraceError(f"the shape of a tensor in this computation depends on the values of the batch, {BY_HAND}")
 
 
 def _reason(key: str, node: fx.Node) -> str:

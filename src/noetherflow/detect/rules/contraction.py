@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from noetherflow.detect.demands import Demands
@@ -37,6 +38,9 @@ def contract(spec: str, operands: Sequence[ScalingExponents], demands: Demands, 
         label: max(x.shape[axis] for names, x in zip(labels, operands, strict=True) for axis in _axes(names, label))
         for label in order
     }
+    shape = tuple(sizes[label] for label in output)
+    if any(x.zero for x in operands):
+        return ScalingExponents(shape, value=torch.zeros(shape))
     total = ScalingExponents(tuple(1 for _ in order))
     inner: list[Tensor] = []
     attending = [x.attention for x in operands]
@@ -61,7 +65,6 @@ def contract(spec: str, operands: Sequence[ScalingExponents], demands: Demands, 
     result = demands.equal_along(every, range(len(output), len(order)), reason, gauges=gauges)
     terms = tuple(Term(factor, ids.reshape(ids.shape[: len(output)])) for factor, ids in result.terms)
     active = sum(not x.constant and x.parameter is None for x in operands) > 1
-    shape = tuple(sizes[label] for label in output)
     return ScalingExponents(shape, terms, scores=tuple(inner) if active else ())
 
 
@@ -83,7 +86,7 @@ def multiplied(operation: Operation) -> ScalingExponents:
 
 @exponent_rule("aten::linear")
 def linear(operation: Operation) -> ScalingExponents:
-    """x W^T + b."""
+    """X W^T + b."""
     x, weight = operation.x, exponents_of(operation.args[1])
     letters = _LETTERS[: len(x.shape) - 1]
     result = contract(f"{letters}i,oi->{letters}o", [x, weight], operation.demands, operation.reason)
@@ -92,7 +95,7 @@ def linear(operation: Operation) -> ScalingExponents:
 
 @exponent_rule("aten::addmm", "aten::baddbmm")
 def added(operation: Operation) -> ScalingExponents:
-    """beta b + alpha x W."""
+    """Beta b + alpha x W."""
     bias, x, weight = (exponents_of(argument) for argument in operation.args[:3])
     result = matrix_product(operation, x, weight)
     ignored = operation.kwargs.get("beta", 1) == 0
@@ -101,7 +104,7 @@ def added(operation: Operation) -> ScalingExponents:
 
 @exponent_rule("aten::bilinear")
 def bilinear(operation: Operation) -> ScalingExponents:
-    """x W y + b."""
+    """X W y + b."""
     first, second, weight = (exponents_of(argument) for argument in operation.args[:3])
     letters = _LETTERS[: len(first.shape) - 1]
     spec = f"{letters}i,oij,{letters}j->{letters}o"

@@ -68,7 +68,7 @@ def multiplied(operation: Operation) -> Any:
         return opaque(operation)
     if operation.key == "aten::div":
         y = power(y, -1) if not y.constant else y
-    elif _vanishes(x) or _vanishes(y):
+    elif x.zero or y.zero:
         return ScalingExponents(operation.shape, value=torch.zeros(operation.shape))
     elif operation.summed and x.shape == y.shape:
         # A scalar product: the sum that follows treats all indices alike.
@@ -76,10 +76,6 @@ def multiplied(operation: Operation) -> Any:
     operation.forbid_mixing_by(x, y)
     operation.forbid_mixing_by(y, x)
     return replace(product(x, y), shape=operation.shape)
-
-
-def _vanishes(x: ScalingExponents) -> bool:
-    return x.fixed and not bool(torch.as_tensor(x.value).any())
 
 
 def _raised(degree: float) -> Rule:
@@ -138,7 +134,7 @@ def chosen(operation: Operation) -> Any:
 
 @exponent_rule("aten::threshold")
 def threshold(operation: Operation) -> Any:
-    """x where x > t, else v: a ReLU if both numbers are zero."""
+    """X where x > t, else v: a ReLU if both numbers are zero."""
     numbers = operation.argument(1, "threshold"), operation.argument(2, "value")
     return homogeneous(operation) if numbers == (0, 0) else opaque(operation)
 

@@ -1,13 +1,15 @@
 """Entries at positions that a tensor gives: lookups, gathers, embeddings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from noetherflow.detect.choices import Choice
 from noetherflow.detect.exponents import ScalingExponents, Term, compressed, without
 from noetherflow.detect.operation import Operation, exponents_of
+from noetherflow.detect.rules.experts import is_stack, matrices_of
 from noetherflow.detect.rules.moving import moved
 from noetherflow.detect.rules.registry import exponent_rule
 
@@ -27,6 +29,9 @@ def layout_of(positions: Sequence[ScalingExponents | None], ndim: int, result: i
         positions: The indices; None for a complete axis.
         ndim: The number of dimensions of x.
         result: The number of dimensions of the result.
+
+    Returns:
+        The layout.
     """
     axes: list[int] = []
     axis = width = 0
@@ -56,12 +61,22 @@ def indexed(operation: Operation) -> Any:
         if index is not None:
             operation.require_zero(index)
     layout = layout_of(positions, len(x.shape), len(operation.shape))
+    if layout.axes == (0,) and is_stack(x) and len(positions) == 1:
+        matrices = matrices_of(operation, x)
+        variants = tuple(operation.results(_placed(each.terms, layout)) for each in matrices)
+        return Choice(exponents_of(positions[0]), variants, frozenset(range(layout.width)))
     common = operation.require_equal_along(x, layout.axes, gauges=[x.parameter], why="picks entries")
-    terms = []
-    for factor, ids in common.terms:
+    return operation.results(_placed(common.terms, layout))
+
+
+def _placed(terms: Iterable[Term], layout: Layout) -> list[Term]:
+    """Terms of size 1 along the axes that indices replace, with the axes of the indices in their place."""
+    placed = []
+    for factor, ids in terms:
         rest = without(ids, layout.axes)
-        terms.append(Term(factor, rest.reshape(*rest.shape[: layout.first], *(1,) * layout.width, *rest.shape[layout.first :])))
-    return operation.results(terms)
+        before, after = rest.shape[: layout.first], rest.shape[layout.first :]
+        placed.append(Term(factor, rest.reshape(*before, *(1,) * layout.width, *after)))
+    return placed
 
 
 @exponent_rule("aten::index_select", "aten::gather")

@@ -10,9 +10,7 @@ from noetherflow.detect.operation import Operation, exponents_of
 from noetherflow.detect.rules.registry import exponent_rule
 
 
-def normalised(
-    operation: Operation, x: ScalingExponents, axes: Iterable[int], eps: float | None
-) -> ScalingExponents:
+def normalised(operation: Operation, x: ScalingExponents, axes: Iterable[int], eps: float | None) -> ScalingExponents:
     """Entries divided by their norm over some axes, up to the eps that keeps the norm from vanishing."""
     operation.forbid_mixing(x)
     common = operation.require_equal_along(x, axes)
@@ -58,7 +56,9 @@ def _first(operation: Operation, result: ScalingExponents) -> Any:
 def layer_norm(operation: Operation) -> Any:
     """LayerNorm over the last axes."""
     x, shape = operation.x, operation.args[1]
-    result = normalised(operation, x, range(len(x.shape) - len(shape), len(x.shape)), operation.argument(4, "eps", 1e-5))
+    result = normalised(
+        operation, x, range(len(x.shape) - len(shape), len(x.shape)), operation.argument(4, "eps", 1e-5)
+    )
     return _first(
         operation, affine(operation, result, operation.tensor(2, "weight"), operation.tensor(3, "bias"), None)
     )
@@ -139,7 +139,7 @@ def _batch_norm(
 
 @exponent_rule("aten::_weight_norm", "aten::_weight_norm_interface")
 def weight_norm(operation: Operation) -> Any:
-    """g v / |v|: v has no scale."""
+    """G v / |v|: v has no scale."""
     v, g, axis = operation.x, exponents_of(operation.args[1]), operation.argument(2, "dim", 0)
     operation.forbid_mixing(v)
     operation.forbid_mixing(g)

@@ -19,8 +19,8 @@ def padded(operation: Operation) -> Any:
         return opaque(operation) if any(widths) else ScalingExponents(operation.shape, x.terms)
     terms = x.terms
     for index in range(len(widths) // 2):
-        axis, before, after = len(x.shape) - 1 - index, *widths[2 * index : 2 * index + 2]
-        terms = _padded_along(operation, terms, axis, before, after)
+        before, after = widths[2 * index], widths[2 * index + 1]
+        terms = _padded_along(operation, terms, len(x.shape) - 1 - index, before, after)
     return ScalingExponents(operation.shape, terms)
 
 

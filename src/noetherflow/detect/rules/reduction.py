@@ -17,6 +17,9 @@ def reduced(*, degree: float = 1.0, linear: bool = True, position: int = 1) -> R
         degree: The power of a common factor that comes out.
         linear: Whether the reduction is linear, so that matrices may act on other axes.
         position: The position of the argument `dim`.
+
+    Returns:
+        The rule.
     """
 
     def rule(operation: Operation) -> Any:

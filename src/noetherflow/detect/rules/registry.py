@@ -14,10 +14,10 @@ RULES: dict[str, Rule] = {}
 def exponent_rule(*keys: str) -> Callable[[_R], _R]:
     """Register a function as the exponent rule of one operation or more.
 
-    A rule gets an `Operation`, whose tensors are `ScalingExponents`, says what the operation demands of them, and returns
-    the exponents of the result (a list if there are several results). A rule replaces an earlier rule of that key. An
-    operation without a rule is taken apart by PyTorch's own decompositions; what is then still unknown lets nothing
-    through.
+    A rule gets an `Operation`, whose tensors are `ScalingExponents`, says what the operation demands of them, and
+    returns the exponents of the result (a list if there are several results). A rule replaces an earlier rule of that
+    key. An operation without a rule is taken apart by PyTorch's own decompositions; what is then still unknown lets
+    nothing through.
 
     Args:
         keys: Names with their namespace and without overload, such as `aten::glu` or `mylib::relu`.
