@@ -95,6 +95,7 @@ CONTRACT = {
     "analyze": "model, loss, loader, sgd, symmetries=None",
     "find_symmetries": "model, loss, batch",
     "explain": "model, loss, batch",
+    "exponent_rule": "keys",
     "verify_symmetry": "model, loss, batch, symmetry",
     "check_completeness": "model, loss, batch",
     "discover_generators": "model, loss, batch",
