@@ -41,6 +41,15 @@ class ScalingExponents:
         attention: Whether the tensor is the result of a softmax over such scores.
         parameter: The name of the parameter of which the tensor is a view.
         factors: The two tensors whose product this is, if the product is only summed over.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> zeros = nf.ScalingExponents((3,), value=torch.zeros(3))
+        >>> zeros.fixed, zeros.zero
+        (True, True)
+        >>> of_the_batch = nf.ScalingExponents((3,), value=torch.zeros(3), varies=True)
+        >>> of_the_batch.fixed, of_the_batch.zero
+        (False, False)
     """
 
     shape: tuple[int, ...]

@@ -30,6 +30,16 @@ class Operation:
         demands: Where demands on exponents go.
         summed: Whether the result is summed over axes and used nowhere else.
         several: Whether the operation returns a list of tensors, also if the list has only one.
+
+    Examples:
+        >>> import noetherflow as nf
+        >>> @nf.exponent_rule("mylib::ramp")
+        ... def ramp(operation: nf.Operation) -> nf.ScalingExponents:
+        ...     if operation.argument(1, "threshold", 0.0) != 0.0:
+        ...         operation.require_zero(operation.x)
+        ...         return operation.results()
+        ...     operation.forbid_mixing(operation.x)
+        ...     return operation.results(operation.x.terms)
     """
 
     key: str

@@ -90,8 +90,7 @@ def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             known = program.constants if target in program.constants else program.state_dict
             values[name] = known[target]
-            # Training moves floating-point buffers, such as a running mean that is zero now.
-            if spec.kind is InputKind.BUFFER and not _is_discrete(values[name]):
+            if spec.kind is InputKind.BUFFER and _moves(values[name]):
                 varying.add(name)
     return Graph(program.graph_module, parameters, values, frozenset(varying))
 
@@ -112,8 +111,9 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return {target: table[target] for target in list(table) if key_of(target) not in RULES}
 
 
-def _is_discrete(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex())
+def _moves(buffer: Tensor) -> bool:
+    """Whether training moves a buffer, such as a running mean that is zero now, or a counter; not masks and indices."""
+    return buffer.is_floating_point() or buffer.is_complex() or buffer.ndim == 0
 
 
 def _mark_regions_without_gradients(module: fx.GraphModule) -> None:

@@ -57,7 +57,9 @@ class _Walk:
             elif node.op == "call_function":
                 self._results[node] = self._call(node)
             elif node.op == "output":
-                for x in tensors_in(self._resolved(node.args[0])):
+                result = self._resolved(node.args[0])
+                variants = [choice.variants for choice in choices_in(result)]
+                for x in tensors_in((result, variants)):
                     self._demands.vanish(x.terms, "the loss")
 
     def _input(self, node: fx.Node) -> ScalingExponents | None:
