@@ -1,5 +1,7 @@
 """The symmetries of a model with the reasons for those that it lacks, and symmetries that do not act along axes."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -15,23 +17,27 @@ from noetherflow.discover.completeness import _matrices, _span
 from noetherflow.symmetry import DenseSymmetry, Symmetry
 
 # The search for generators of this many parameters takes about a second.
-_MOST_PARAMETERS = 40
+_MOST_PARAMETERS = 30
 # Singular values and entries of orthonormal generators below this are rounding.
 _ZERO = 1e-5
 
 _NONE = "None: nf.discover_generators finds no symmetric generator outside the span of the symmetries above."
 _LISTED = (
-    "nf.discover_generators lists them. Those in off_axis can be declared: nf.analyze and nf.equilibrate take a dictionary "
-    "of symmetries."
+    "nf.discover_generators lists them. Those in explanation.off_axis can be declared: nf.analyze and nf.equilibrate "
+    "take a dictionary of symmetries."
+)
+_BUFFERS = (
+    "Left out, because they hold only for the present values of the buffers, such as a running mean of zero: {count}."
 )
 _LARGE = (
-    f"Not searched for: the model has more than {_MOST_PARAMETERS} trainable parameters. nf.discover_generators (up to 80 "
-    "parameters), nf.discover_blocks and nf.discover_rescalings search further."
+    f"Only symmetries along axes were searched for: the model has more than {_MOST_PARAMETERS} trainable parameters. "
+    "nf.discover_blocks, nf.discover_rescalings and (up to 80 parameters) nf.discover_generators search further."
 )
 _UNDECIDED = (
-    "Undecided: nf.discover_generators cannot separate generators from rounding in this model. A smaller model of the "
-    "architecture, or a batch with more examples, may tell."
+    "Undecided: nf.discover_generators cannot tell generators from rounding in this model. Try a smaller model of the "
+    "same architecture, or a batch with more examples."
 )
+_FAILED = "Only symmetries along axes were searched for, because nf.discover_generators failed: "
 
 
 def explain(
@@ -39,10 +45,10 @@ def explain(
 ) -> Explanation:
     r"""The symmetries of a model, their certificates, and for every axis without a symmetry the reason.
 
-    The symmetries are those of `find_symmetries`. A model of at most 40 trainable parameters is also searched for
+    The symmetries are those of `find_symmetries`. A model of at most 30 trainable parameters is also searched for
     symmetries that do not act along axes: symmetric matrices Q on all parameters $\theta$ with
-    $\nabla\ell \cdot Q\theta = 0$ for every example, which are not in the span of the symmetries. An example is a weight
-    $u^2 - v^2$, which a hyperbolic rotation in the plane of u and v leaves constant.
+    $\nabla\ell \cdot Q\theta = 0$ for every example, which are not in the span of the symmetries. For example, a
+    hyperbolic rotation in the plane of u and v leaves a weight $u^2 - v^2$ constant.
 
     Args:
         model: The model, in train or eval mode; dropout in train mode breaks symmetries. It is not changed.
@@ -93,33 +99,59 @@ def _off_axis(
         return (), _LARGE
     try:
         discovery = discover_generators(model, loss, batch, progress=False)
-        if not discovery.decided:
+        other = _with_other_buffers(model)
+        again = discovery if other is model else discover_generators(other, loss, batch, progress=False)
+        if not (discovery.decided and again.decided):
             return (), _UNDECIDED
         params = {name: tensor for name, tensor in snapshot(model).items() if name in discovery.names}
-        candidates = _generators(_outside(discovery, symmetries, params), params)
-        residuals = [verify_symmetry(model, loss, batch, candidate) for candidate in candidates]
+        lasting = _common(discovery.symmetric, again.symmetric)
+        generators = _generators(_outside(lasting, discovery, symmetries, params), params)
+        if not all(_is_proved(model, loss, batch, generator) for generator in generators):
+            return (), _UNDECIDED
     except (NoetherflowError, RuntimeError) as error:
         # The symmetries along axes are known all the same, for example in a model that cannot be computed in float64.
-        return (), f"Not searched for, because nf.discover_generators failed: {' '.join(str(error).split())}"
-    if any(residual > TOLERANCES[residual.precision].proof for residual in residuals):
-        return (), _UNDECIDED
-    return tuple(candidates), _LISTED if candidates else _NONE
+        return (), _FAILED + " ".join(str(error).split())
+    sentences = [_LISTED if generators else _NONE]
+    if left_out := len(discovery.symmetric) - len(lasting):
+        sentences.append(_BUFFERS.format(count=left_out))
+    return tuple(generators), " ".join(sentences)
 
 
-def _outside(discovery: Discovery, symmetries: list[Symmetry], params: dict[str, Tensor]) -> Tensor:
-    """An orthonormal basis of the symmetric generators orthogonal to those of symmetries, shape (k, n, n)."""
-    discovered = discovery.symmetric.flatten(1)
+def _common(first: Tensor, second: Tensor) -> Tensor:
+    """An orthonormal basis of the intersection of two spaces that orthonormal bases of shape (k, n, n) span."""
+    _, cosines, vectors = torch.linalg.svd(second.flatten(1) @ first.flatten(1).T, full_matrices=False)
+    return torch.einsum("km,mij->kij", vectors[cosines > 1 - _ZERO], first)
+
+
+def _is_proved(model: nn.Module, loss: Loss, batch: Batch, symmetry: Symmetry) -> bool:
+    """Whether the residual of a symmetry is rounding."""
+    residual = verify_symmetry(model, loss, batch, symmetry)
+    return residual <= TOLERANCES[residual.precision].proof
+
+
+def _with_other_buffers(model: nn.Module) -> nn.Module:
+    """The model, or a copy with other values of its floating-point buffers; variances stay positive."""
+    if not any(buffer.is_floating_point() for buffer in model.buffers()):
+        return model
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    for buffer in other.buffers():
+        if buffer.is_floating_point():
+            shift, factor = (0.5 * torch.rand(buffer.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+            buffer.copy_(buffer * (1 + factor.to(buffer)) + shift.to(buffer))
+    return other
+
+
+def _outside(space: Tensor, discovery: Discovery, symmetries: list[Symmetry], params: dict[str, Tensor]) -> Tensor:
+    """An orthonormal basis, shape (k, n, n), of the part of a space that is orthogonal to the symmetries."""
     matrices = [matrix for symmetry in symmetries for matrix in _matrices(symmetry, params)]
-    if not matrices or not len(discovered):
-        return discovery.symmetric
+    if not matrices:
+        return space
     # No gradient has a component along a dead direction, so a generator is known only up to those.
-    size = discovery.symmetric.shape[-1]
+    size = space.shape[-1]
     live = torch.eye(size, dtype=torch.float64) - discovery.dead.T @ discovery.dead
     known = _span(live @ torch.stack(matrices) @ live)
-    # Coefficients of the discovered generators that are orthogonal to those of the known ones.
-    coefficients = known @ discovered.T
-    _, values, right = torch.linalg.svd(coefficients, full_matrices=True)
-    return (right[int((values > _ZERO).sum()) :] @ discovered).reshape(-1, size, size)
+    _, values, vectors = torch.linalg.svd(known @ space.flatten(1).T, full_matrices=True)
+    return torch.einsum("km,mij->kij", vectors[int((values > _ZERO).sum()) :], space)
 
 
 def _generators(basis: Tensor, params: dict[str, Tensor]) -> list[DenseSymmetry]:

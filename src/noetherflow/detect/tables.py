@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from noetherflow._patterns import Cell, cell_of_name, cell_of_sentence, merge
 from noetherflow._table import Column, Table
 from noetherflow.symmetry import Axis, DenseSymmetry
@@ -15,8 +17,8 @@ if TYPE_CHECKING:
 _REJECTED = "REJECTED"
 _REMEDY = (
     f"{_REJECTED}: the operations of the model allow the symmetry, but the numbers do not, so it is left out; resid "
-    "says by how much. A little more than rounding: repeat in float64. Otherwise: the rule of an operation is wrong; please "
-    "report the model."
+    "says by how much. A little more than rounding: repeat in float64. Otherwise: the rule of an operation is wrong; "
+    "please report the model."
 )
 # What stands in a table, and what it means.
 _LEGEND = (
@@ -108,12 +110,19 @@ def _without_common_names(lines: Sequence[str]) -> list[str]:
 
 
 def _off_axis(symmetries: Iterable[DenseSymmetry], note: str) -> Table:
-    """How many generators act on which parameters, and what the search yielded."""
-    counts = Counter(symmetry.names for symmetry in symmetries)
-    shown = bool(counts)
-    columns = Column("count" * shown, right=True), Column("acts on" * shown, folds=True)
-    rows = tuple((str(count), ", ".join(names)) for names, count in counts.items())
+    """How many generators of which kind act on which parameters, and what the search yielded."""
+    kinds = ((symmetry.names, _kind(symmetry.generator)) for symmetry in symmetries)
+    counts = Counter(kinds)
+    headed = bool(counts)
+    columns = (Column("count" * headed, right=True), Column("kind" * headed), Column("acts on" * headed, folds=True))
+    rows = tuple((str(count), kind, ", ".join(names)) for (names, kind), count in counts.items())
     return Table("Symmetries that do not act along axes", columns, rows, (note,))
+
+
+def _kind(generator: Tensor) -> str:
+    """Whether a generator has entries off its diagonal that are more than rounding."""
+    mixed = (generator - generator.diag().diag()).abs().max() > 1e-9 * generator.abs().max()
+    return "mixes entries" if mixed else "scales entries"
 
 
 def _cells_of_finding(finding: "Finding", note: str) -> tuple[Cell, ...]:
