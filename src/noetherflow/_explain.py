@@ -17,7 +17,7 @@ from noetherflow.discover.completeness import _matrices, _span
 from noetherflow.symmetry import DenseSymmetry, Symmetry
 
 # The search for generators of this many parameters takes about a second.
-_MOST_PARAMETERS = 30
+_MOST_PARAMETERS = 32
 # Singular values and entries of orthonormal generators below this are rounding.
 _ZERO = 1e-5
 
@@ -30,8 +30,8 @@ _BUFFERS = (
     "Left out, because they hold only for the present values of the buffers, such as a running mean of zero: {count}."
 )
 _LARGE = (
-    f"Only symmetries along axes were searched for: the model has more than {_MOST_PARAMETERS} trainable parameters. "
-    "nf.discover_blocks, nf.discover_rescalings and (up to 80 parameters) nf.discover_generators search further."
+    "Only symmetries along axes were searched for. nf.discover_blocks, nf.discover_rescalings and, up to 80 "
+    "parameters, nf.discover_generators search further."
 )
 _UNDECIDED = (
     "Undecided: nf.discover_generators cannot tell generators from rounding in this model. Try a smaller model of the "
@@ -45,7 +45,7 @@ def explain(
 ) -> Explanation:
     r"""The symmetries of a model, their certificates, and for every axis without a symmetry the reason.
 
-    The symmetries are those of `find_symmetries`. A model of at most 30 trainable parameters is also searched for
+    The symmetries are those of `find_symmetries`. A model of at most 32 trainable parameters is also searched for
     symmetries that do not act along axes: symmetric matrices Q on all parameters $\theta$ with
     $\nabla\ell \cdot Q\theta = 0$ for every example, which are not in the span of the symmetries. For example, a
     hyperbolic rotation in the plane of u and v leaves a weight $u^2 - v^2$ constant.
@@ -85,7 +85,7 @@ def explain(
     """
     explanation = find.explain(model, loss, batch, approximate=approximate, dtype=dtype)
     generators, note = _off_axis(model, loss, batch, list(explanation.symmetries.values()))
-    return Explanation(explanation.found, explanation.rejected, explanation.axes, generators, note)
+    return Explanation(explanation.findings, explanation.rejected, explanation.axes, generators, note)
 
 
 def _off_axis(
