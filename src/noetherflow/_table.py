@@ -12,6 +12,8 @@ from typing import final
 _GAPS = (2, 1)
 # Columns that fold are narrowed to this width first; only then the columns that do not fold are narrowed.
 _LEAST = 8
+# Rows by which widths are chosen.
+_SAMPLE = 60
 # The dot between two names.
 _DOT = re.compile(r"\.(?=[^\W\d]|\{)")
 
@@ -121,7 +123,8 @@ def _widths(columns: Sequence[Column], cells: Sequence[Sequence[Sequence[str]]],
     gap = next((gap for gap in _GAPS if sum(sizes) + gap * (len(columns) - 1) <= width), _GAPS[-1])
     room = max(width - gap * (len(columns) - 1), len(columns))
     widths = [min(size, room) for size in sizes]
-    heights = _Heights(cells)
+    # A sample of the rows, because every row costs time for every character of width.
+    heights = _Heights(cells[:: len(cells) // _SAMPLE + 1])
     while sum(widths) > room:
         foldable = [k for k, column in enumerate(columns) if column.folds and widths[k] > _LEAST]
         candidates = foldable or [max(range(len(columns)), key=widths.__getitem__)]
