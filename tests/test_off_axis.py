@@ -141,28 +141,38 @@ def test_generators_of_the_present_values_of_buffers_are_left_out() -> None:
     assert norm[1].running_mean.eq(0).all()  # the model is not changed
 
 
-def test_a_large_model_is_not_searched_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("searched")
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The models that were searched."""
+    models: list[nn.Module] = []
 
-    monkeypatch.setattr(_explain, "discover_generators", refuse)
+    def search(model: nn.Module, *arguments: Any, **options: Any) -> nf.Discovery:
+        models.append(model)
+        return nf.discover_generators(model, *arguments, **options)
+
+    monkeypatch.setattr(_explain, "discover_generators", search)
+    return models
+
+
+def test_a_large_model_is_not_searched_and_says_so(searches: list[nn.Module]) -> None:
     large = nf.explain(*regression(linear(17), 1))
     assert large.off_axis == ()
     assert large.off_axis_note.startswith("Only symmetries along axes were searched for. nf.discover_blocks")
-    with pytest.raises(AssertionError, match="searched"):
-        nf.explain(*regression(linear(16), 1))
+    assert not searches
+    model = linear(16)
+    nf.explain(*regression(model, 1))
+    assert searches == [model]
 
 
-def test_the_finder_and_an_analysis_search_along_axes_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("searched")
-
-    monkeypatch.setattr(_explain, "discover_generators", refuse)
+def test_the_finder_and_an_analysis_search_along_axes_only(searches: list[nn.Module]) -> None:
     model, loss, batch = regression(linear(3), 1)
     assert list(nf.find_symmetries(model, loss, batch)) == ["0 -> 1"]
     nf.analyze(model, loss, [batch], nf.SGD(0.1, 8), progress=False)
     assert find.explain(model, loss, batch).off_axis_note == ""
     assert "do not act along axes" not in str(find.explain(model, loss, batch))
+    assert not searches
+    assert nf.explain(model, loss, batch).off_axis_note
+    assert searches == [model]
 
 
 def test_a_search_without_a_decision_lists_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +203,14 @@ def test_a_search_that_fails_leaves_the_symmetries_along_axes(monkeypatch: pytes
     explanation = nf.explain(*regression(linear(3), 1))
     assert [finding.name for finding in explanation.findings] == ["0 -> 1"]
     assert explanation.off_axis_note.endswith("nf.discover_generators failed: no float64")
+
+
+def test_a_model_that_refuses_single_examples_is_explained_along_axes() -> None:
+    norm = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 1))
+    explanation = nf.explain(*regression(norm, 2))
+    assert explanation.findings
+    assert explanation.off_axis == ()
+    assert "failed: Expected more than 1 value per channel" in explanation.off_axis_note
 
 
 def test_generators_can_be_declared_and_are_written_as_json() -> None:

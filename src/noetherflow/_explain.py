@@ -5,8 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from noetherflow._errors import NoetherflowError
-from noetherflow._params import snapshot
+from noetherflow._model_function import ModelFunction
 from noetherflow._precision import TOLERANCES
 from noetherflow._types import Batch, Loss
 from noetherflow._verify import verify_symmetry
@@ -103,13 +102,14 @@ def _off_axis(
         again = discovery if other is model else discover_generators(other, loss, batch, progress=False)
         if not (discovery.decided and again.decided):
             return (), _UNDECIDED
-        params = {name: tensor for name, tensor in snapshot(model).items() if name in discovery.names}
+        params = ModelFunction(model, loss, torch.float64).trained
         lasting = _common(discovery.symmetric, again.symmetric)
         generators = _generators(_outside(lasting, discovery, symmetries, params), params)
         if not all(_is_proved(model, loss, batch, generator) for generator in generators):
             return (), _UNDECIDED
-    except (NoetherflowError, RuntimeError) as error:
-        # The symmetries along axes are known all the same, for example in a model that cannot be computed in float64.
+    except Exception as error:
+        # Code of a model may raise any exception for a single example, such as BatchNorm in train mode. The symmetries
+        # along axes are known all the same.
         return (), _FAILED + " ".join(str(error).split())
     sentences = [_LISTED if generators else _NONE]
     if left_out := len(discovery.symmetric) - len(lasting):
