@@ -1,6 +1,7 @@
 """The symmetries of a model with the reasons for those that it lacks, and symmetries that do not act along axes."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +84,14 @@ def explain(
     Source: the search is this package's own.
     """
     explanation = find.explain(model, loss, batch, approximate=approximate, dtype=dtype)
-    generators, note = _off_axis(model, loss, batch, list(explanation.symmetries.values()))
+    # Approximate symmetries are not generators, so they are in no span of generators.
+    exact = [finding.symmetry for finding in explanation.findings if not finding.small]
+    generators, note = _off_axis(model, loss, batch, exact)
     return Explanation(explanation.findings, explanation.rejected, explanation.axes, generators, note)
 
 
 def _off_axis(
-    model: nn.Module, loss: Loss, batch: Batch, symmetries: list[Symmetry]
+    model: nn.Module, loss: Loss, batch: Batch, symmetries: Sequence[Symmetry]
 ) -> tuple[tuple[DenseSymmetry, ...], str]:
     """Generators outside the span of symmetries, each verified, and a sentence on the search."""
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -141,7 +144,7 @@ def _with_other_buffers(model: nn.Module) -> nn.Module:
     return other
 
 
-def _outside(space: Tensor, discovery: Discovery, symmetries: list[Symmetry], params: dict[str, Tensor]) -> Tensor:
+def _outside(space: Tensor, discovery: Discovery, symmetries: Sequence[Symmetry], params: dict[str, Tensor]) -> Tensor:
     """An orthonormal basis, shape (k, n, n), of the part of a space that is orthogonal to the symmetries."""
     matrices = [matrix for symmetry in symmetries for matrix in _matrices(symmetry, params)]
     if not matrices:
