@@ -10,6 +10,7 @@ PACKAGE = "noetherflow"
 # What lies directly in src/noetherflow, file or folder, from the ground up. docs/design.md says what each floor is for.
 FLOORS = [
     {"_types", "_errors", "_weight_decay", "_spd", "_progress", "_batch", "_files", "_versions", "_table", "_codec"}
+    | {"_patterns"}
     | {"_autograd", "_holder", "_precision", "_extras", "_undo", "_fingerprint"},
     {"_params", "_per_example", "_store", "_optimizers"},
     {"_model_function", "symmetry", "_user_file"},
@@ -17,7 +18,7 @@ FLOORS = [
     {"_verify"},
     {"detect"},
     {"noise", "discover"},
-    {"_drift", "linear"},
+    {"_drift", "linear", "_explain"},
     {"equilibrium"},
     {"_rebalance", "simulation", "_analysis"},
     {"_analyze", "_kept"},

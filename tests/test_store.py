@@ -123,9 +123,21 @@ def test_an_explanation_is_the_same_after_a_file_and_after_a_pickle(
     require_same(pickle.loads(pickle.dumps(explanation)), explanation)
     finding = loaded.rejected[0]
     assert (finding.residual.loss, finding.residual.gradient, finding.residual.example) == (0.5, math.inf, 7)
-    assert finding.symmetry == explanation.found[0].symmetry
+    assert finding.symmetry == explanation.findings[0].symmetry
     assert loaded.axes == explanation.axes
     assert str(loaded) == str(explanation)
+
+
+def test_generators_off_axes_are_the_same_after_a_file(explanation: nf.Explanation, tmp_path: Path) -> None:
+    generator = nf.DenseSymmetry(torch.tensor([[0.0, 1.0], [1.0, 0.5]], dtype=torch.float64), ("u", "v"))
+    kept = dataclasses.replace(explanation, off_axis=(generator,), off_axis_note="a note")
+    kept.save(tmp_path / "e.safetensors")
+    loaded = nf.Explanation.load(tmp_path / "e.safetensors")
+    require_same(loaded, kept)
+    assert loaded.off_axis[0].names == ("u", "v")
+    assert torch.equal(loaded.off_axis[0].generator, generator.generator)
+    assert loaded.off_axis_note == "a note"
+    assert "1  mixes entries  u, v" in str(loaded)
 
 
 def test_what_did_not_end_well_is_the_same_after_a_file(tmp_path: Path) -> None:

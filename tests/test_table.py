@@ -99,6 +99,23 @@ def test_a_fold_prefers_spaces() -> None:
     assert Table("", (Column("", folds=True),), (("abcdefgh ij",),)).text(5).splitlines() == ["abcde", "fgh", "ij"]
 
 
+def test_a_dotted_name_is_cut_before_a_dot() -> None:
+    table = Table("", (Column("", folds=True),), (("model.layers.{i=0..11}.attention.weight",),))
+    assert table.text(16).splitlines() == ["model.layers", ".{i=0..11}", ".attention", ".weight"]
+    assert Table("", (Column("", folds=True),), (("0.123456789",),)).text(6).splitlines() == ["0.1234", "56789"]
+    assert Table("", (Column("", folds=True),), (("model.layers of",),)).text(12).splitlines() == ["model.layers", "of"]
+
+
+def test_the_column_that_costs_the_fewest_lines_is_narrowed() -> None:
+    """A sentence beside a list: the sentence can be folded to the length of the list, and the list stays as it is."""
+    columns = Column("list", folds=True), Column("sentence", folds=True)
+    names = [f"a_module_with_a_long_name_{k}" for k in range(4)]
+    table = Table("", columns, (("\n".join(names), "a sentence of a few words"),))
+    lines = table.text(40).splitlines()
+    assert [line[:27] for line in lines[2:]] == names
+    assert [line[28:] for line in lines[2:]] == ["a sentence", "of a few", "words", ""]
+
+
 def test_wide_characters_and_accents_take_their_width() -> None:
     table = Table("", (Column("n"), Column("k")), (("漢字", "1"), ("e\u0301", "2"), ("abcd", "3")))
     assert table.text(80).splitlines()[2:] == ["漢字  1", "e\u0301     2", "abcd  3"]

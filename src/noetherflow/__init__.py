@@ -22,6 +22,7 @@ from noetherflow._errors import (
     TraceError,
     UserFileError,
 )
+from noetherflow._explain import explain
 from noetherflow._optimizers import SGD
 from noetherflow._rebalance import rebalance_
 from noetherflow._types import Batch, Loss, Params
@@ -33,7 +34,6 @@ from noetherflow.detect import (
     Finding,
     Operation,
     ScalingExponents,
-    explain,
     exponent_rule,
     find_symmetries,
 )

@@ -19,9 +19,9 @@ from noetherflow._analyze import analyze as run_analysis
 from noetherflow._analyze import rebalanced_copy
 from noetherflow._batch import hold_out, peek
 from noetherflow._errors import FileError, MissingExtraError, NoetherflowError, SettingsError
+from noetherflow._explain import explain
 from noetherflow._progress import track
 from noetherflow._user_file import Built, load_build, sources
-from noetherflow.detect import explain
 
 if TYPE_CHECKING:
     from noetherflow.paper.runner import Ending

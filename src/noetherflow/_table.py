@@ -1,6 +1,7 @@
 """Plain tables: as text that fits a terminal, and as HTML for notebooks."""
 
 import html
+import re
 import shutil
 import unicodedata
 from collections.abc import Sequence
@@ -11,6 +12,10 @@ from typing import final
 _GAPS = (2, 1)
 # Columns that fold are narrowed to this width first; only then the columns that do not fold are narrowed.
 _LEAST = 8
+# Rows by which widths are chosen.
+_SAMPLE = 60
+# The dot between two names.
+_DOT = re.compile(r"\.(?=[^\W\d]|\{)")
 
 
 @final
@@ -108,7 +113,8 @@ def steps(count: float) -> str:
 def _widths(columns: Sequence[Column], cells: Sequence[Sequence[Sequence[str]]], width: int) -> tuple[list[int], int]:
     """The width of every column, and the gap between columns.
 
-    A column has the width of its longest line. If the table is too wide, the widest column is narrowed until it fits.
+    A column has the width of its longest line. If the table is too wide, a column is narrowed by a character until it
+    fits: the column for which the table gets the fewest lines, and among those the widest.
 
     Returns:
         The widths and the gap, in characters.
@@ -117,11 +123,36 @@ def _widths(columns: Sequence[Column], cells: Sequence[Sequence[Sequence[str]]],
     gap = next((gap for gap in _GAPS if sum(sizes) + gap * (len(columns) - 1) <= width), _GAPS[-1])
     room = max(width - gap * (len(columns) - 1), len(columns))
     widths = [min(size, room) for size in sizes]
+    # A sample of the rows, because every row costs time for every character of width.
+    heights = _Heights(cells[:: len(cells) // _SAMPLE + 1])
     while sum(widths) > room:
         foldable = [k for k, column in enumerate(columns) if column.folds and widths[k] > _LEAST]
-        widest = max(foldable or range(len(columns)), key=widths.__getitem__)
-        widths[widest] -= 1
+        candidates = foldable or [max(range(len(columns)), key=widths.__getitem__)]
+        lines = {
+            k: heights.total([*widths[:k], widths[k] - 1, *widths[k + 1 :]]) for k in candidates[1:] and candidates
+        }
+        widths[min(candidates, key=lambda k: (lines.get(k, 0), -widths[k]))] -= 1
     return widths, gap
+
+
+@final
+class _Heights:
+    """The number of lines of a table by the widths of its columns."""
+
+    def __init__(self, cells: Sequence[Sequence[Sequence[str]]]) -> None:
+        self._cells = cells
+        # For a column and a width, the number of lines of each cell.
+        self._columns: dict[tuple[int, int], list[int]] = {}
+
+    def total(self, widths: Sequence[int]) -> int:
+        """The number of lines of all rows; a row is as high as its highest cell."""
+        return sum(map(max, zip(*(self._column(k, width) for k, width in enumerate(widths)), strict=True)))
+
+    def _column(self, k: int, width: int) -> list[int]:
+        if (k, width) not in self._columns:
+            lines = [sum(len(_fold(line, width)) for line in row[k]) for row in self._cells]
+            self._columns[k, width] = lines
+        return self._columns[k, width]
 
 
 def _lay_out(row: Sequence[Sequence[str]], columns: Sequence[Column], widths: Sequence[int], gap: int) -> list[str]:
@@ -139,11 +170,12 @@ def _lay_out(row: Sequence[Sequence[str]], columns: Sequence[Column], widths: Se
 
 
 def _fold(line: str, width: int) -> list[str]:
-    """The parts of a line, each of at most `width`; a line is cut at a space, or inside a word that is too long."""
+    """The parts of a line, each of at most `width`: cut at a space, else before a dot of a name, else anywhere."""
     parts = []
     while (fits := _fitting(line, width)) < len(line):
         space = line.rfind(" ", 0, fits + 1)
-        cut = space if line[: max(space, 0)].strip() else fits
+        dots = [match.start() for match in _DOT.finditer(line, 1, fits + 2) if match.start() <= fits]
+        cut = space if line[: max(space, 0)].strip() else dots[-1] if dots else fits
         parts.append(line[:cut].rstrip())
         line = line[cut:].lstrip()
     return [*parts, line]

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, final
 
 from noetherflow import _store
-from noetherflow._table import Column, Table, html_of, text_of
+from noetherflow._table import html_of, text_of
 from noetherflow._verify import Residual
-from noetherflow.symmetry import Axis, Symmetry
+from noetherflow.detect.tables import tables_of
+from noetherflow.symmetry import Axis, DenseSymmetry, Symmetry
 from noetherflow.symmetry.axes import AxisSymmetry
 
 
@@ -31,7 +32,7 @@ class Finding:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
         >>> batch = torch.randn(8, 4), torch.randn(8, 1)
         >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
-        >>> finding = nf.explain(net, loss, batch).found[0]
+        >>> finding = nf.explain(net, loss, batch).findings[0]
         >>> finding.name, finding.diagonal, finding.residual < 1e-12
         ('0 -> 2', 'relu (1)', True)
     """
@@ -71,10 +72,16 @@ class AxisNote:
 class Explanation:
     """The result of `explain`.
 
+    Printed, rows that differ only in the indices of blocks, heads or experts are merged: `h.{i=0..11}.mlp` stands for
+    `h.0.mlp` to `h.11.mlp`. The fields, `to_json` and `save` hold every symmetry and every axis by itself.
+
     Args:
-        found: The symmetries, each with its certificate.
+        findings: The symmetries, each with its certificate.
         rejected: Candidates from the graph whose residual is more than rounding.
         axes: All axes of all parameters.
+        off_axis: Symmetric generators that are not in the span of the symmetries, each a matrix on the parameters on
+            which it acts. They form a basis; every linear combination is a generator, too.
+        off_axis_note: What a search for such generators yielded, or why there was none; empty if nobody searched.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -85,24 +92,30 @@ class Explanation:
         ['0 -> 2']
     """
 
-    found: tuple[Finding, ...]
+    findings: tuple[Finding, ...]
     rejected: tuple[Finding, ...]
     axes: tuple[AxisNote, ...]
+    off_axis: tuple[DenseSymmetry, ...] = ()
+    off_axis_note: str = ""
 
     @property
     def symmetries(self) -> dict[str, Symmetry]:
         """The symmetries by name."""
-        return {finding.name: finding.symmetry for finding in self.found}
+        return {finding.name: finding.symmetry for finding in self.findings}
 
     def to_json(self) -> dict[str, Any]:
-        """All findings and axes as JSON types."""
+        """All findings, axes and generators off axes as JSON types."""
         return {
-            "symmetries": [_finding_to_json(finding) for finding in self.found],
+            "symmetries": [_finding_to_json(finding) for finding in self.findings],
             "rejected": [_finding_to_json(finding) for finding in self.rejected],
             "axes": [
                 {"parameter": note.parameter, "axis": note.axis, "symmetries": note.symmetries, "reason": note.reason}
                 for note in self.axes
             ],
+            "off_axis": [
+                {"parameters": symmetry.names, "generator": symmetry.generator.tolist()} for symmetry in self.off_axis
+            ],
+            "off_axis_note": self.off_axis_note,
         }
 
     def save(self, path: str | Path) -> None:
@@ -132,49 +145,10 @@ class Explanation:
         return _store.load(cls, path)
 
     def __str__(self) -> str:
-        return text_of(_tables(self))
+        return text_of(tables_of(self))
 
     def _repr_html_(self) -> str:
-        return html_of(_tables(self))
-
-
-def _tables(explanation: Explanation) -> tuple[Table, ...]:
-    """The symmetries; and the axes on which no symmetry acts, with the reason."""
-    rows = [
-        *(_row(finding, finding.small or finding.diagonal) for finding in explanation.found),
-        *(_row(finding, "REJECTED") for finding in explanation.rejected),
-    ]
-    columns = (
-        Column("symmetry", folds=True),
-        Column("kind"),
-        Column("plus", folds=True),
-        Column("minus", folds=True),
-        Column("resid", right=True),
-        Column("note", folds=True),
-    )
-    free = [note for note in explanation.axes if not note.symmetries]
-    return (
-        Table("Symmetries", columns, tuple(rows)),
-        Table(
-            "Axes on which no symmetry acts",
-            (Column("parameter", folds=True), Column("axis"), Column("because of", folds=True)),
-            tuple((note.parameter, str(note.axis), note.reason) for note in free),
-        ),
-    )
-
-
-def _row(finding: Finding, note: str) -> tuple[str, ...]:
-    """The cells of a finding."""
-    plus, minus = ("\n".join(map(_shown, axes)) for axes in (finding.symmetry.plus, finding.symmetry.minus))
-    return finding.name, finding.symmetry.label, plus, minus, f"{finding.residual:.0e}", note
-
-
-def _shown(axis: Axis) -> str:
-    """An axis in a cell: name, dimension, range of rows, repetition, and the range in a second axis."""
-    part = f"[{axis.start or 0}:{axis.stop}]" if axis.stop is not None else ""
-    repeat = f" x{axis.repeat}" if axis.repeat > 1 else ""
-    within = f" in {axis.within[0]}[{axis.within[1]}:{axis.within[2]}]" if axis.within else ""
-    return f"{axis.name} {axis.dim}{part}{repeat}{within}"
+        return html_of(tables_of(self))
 
 
 def _finding_to_json(finding: Finding) -> dict[str, Any]:
