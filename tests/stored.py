@@ -22,9 +22,7 @@ def explanation() -> nf.Explanation:
     """With symmetries that were found and, made up, a symmetry that was rejected."""
     one = case("convolution, flatten, linear")
     explained = nf.explain(one.model, one.loss, one.batch)
-    rejected = dataclasses.replace(
-        explained.findings[0], residual=nf.Residual(0.5, math.inf, 7), small="norm adds 1e-5"
-    )
+    rejected = dataclasses.replace(explained.found[0], residual=nf.Residual(0.5, math.inf, 7), small="norm adds 1e-5")
     return dataclasses.replace(explained, rejected=(rejected,))
 
 

@@ -114,9 +114,7 @@ def test_llama_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_residual_stream_of_a_net_with_norms_first_scales_up_to_eps() -> None:
     model, loss, batch = regression(Vision().eval(), (2, 4, 4), (2,))
     exact = nf.find_symmetries(model, loss, batch)
-    nearly = {
-        one.name: one for one in nf.explain(model, loss, batch, approximate=True).findings if one.name not in exact
-    }
+    nearly = {one.name: one for one in nf.explain(model, loss, batch, approximate=True).found if one.name not in exact}
     (stream,) = nearly.values()
     assert isinstance(stream.symmetry, nf.ScalarSymmetry)
     assert {axis.name for axis in stream.symmetry.plus} >= {
@@ -168,7 +166,7 @@ def test_an_approximate_one_is_found_on_request_and_says_how_far_it_is() -> None
     model, loss, batch = sequential((3,), (4,), nn.Linear(3, 4), nn.LayerNorm(4, eps=1e-5), nn.Tanh())
     assert not nf.find_symmetries(model, loss, batch)
     explanation = nf.explain(model, loss, batch, approximate=True)
-    (finding,) = explanation.findings
+    (finding,) = explanation.found
     assert "eps = 1e-05" in finding.small
     assert 1e-8 < finding.residual < 1e-2
     assert isinstance(finding.symmetry, nf.ScalarSymmetry)
@@ -192,7 +190,7 @@ def test_an_explanation_as_json_says_which_axes_grow_and_which_shrink() -> None:
     assert found["name"] == "0 -> 3"
     assert found["plus"] == [{"parameter": f"0.{name}", "dim": 0, "repeat": 1} | plain for name in ("weight", "bias")]
     assert found["minus"] == [{"parameter": "3.weight", "dim": 1, "repeat": 4} | plain]
-    assert found["residual"] == explanation.findings[0].residual < 1e-12
+    assert found["residual"] == explanation.found[0].residual < 1e-12
     assert found["diagonal_because_of"] == "relu (1)"
     assert written["rejected"] == []
     acting = {(axis["parameter"], axis["axis"]): axis["symmetries"] for axis in written["axes"]}
@@ -242,7 +240,7 @@ class Unknown(nn.Module):
 
 def test_an_operation_that_is_not_known_lets_nothing_through_and_is_named() -> None:
     explanation = nf.explain(*regression(Unknown(), (3,), (2,)))
-    assert not explanation.findings
+    assert not explanation.found
     assert any("bessel_j0" in note.reason for note in explanation.axes)
 
 

@@ -180,7 +180,7 @@ def test_merged_rows_lose_no_symmetry_and_no_axis(name: str) -> None:
             *("\n".join(map(shown, axes)) for axes in (finding.symmetry.plus, finding.symmetry.minus)),
             finding.small or finding.diagonal,
         )
-        for finding in explanation.findings
+        for finding in explanation.found
     ]
     axes = [(note.parameter, note.axis, note.reason) for note in explanation.axes if not note.symmetries]
     rows, others = recovered(explanation)
@@ -191,8 +191,8 @@ def test_merged_rows_lose_no_symmetry_and_no_axis(name: str) -> None:
 
 def test_a_lost_symmetry_is_noticed() -> None:
     explanation = explanation_of("gpt2 of 12 layers")
-    fewer = nf.Explanation(explanation.findings[:-1], (), explanation.axes[:-1])
-    assert len(recovered(fewer)[0]) == len(explanation.findings) - 1
+    fewer = nf.Explanation(explanation.found[:-1], (), explanation.axes[:-1])
+    assert len(recovered(fewer)[0]) == len(explanation.found) - 1
     assert sorted(recovered(fewer)[1]) != sorted(recovered(explanation)[1])
 
 
@@ -204,7 +204,7 @@ def test_the_table_of_a_deep_model_is_short_and_fits_the_terminal(width: int, mo
     assert max(map(len, lines)) <= width
     assert len(lines) <= {60: 70, 80: 48, 100: 42}[width]
     # One row a symmetry would be more than 312 lines.
-    assert len(explanation.findings) == 312
+    assert len(explanation.found) == 312
 
 
 def test_the_largest_residual_of_a_row_is_shown() -> None:

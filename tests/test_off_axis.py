@@ -67,7 +67,7 @@ def projected(generators: tuple[nf.DenseSymmetry, ...]) -> Tensor:
 
 def test_a_difference_of_squares_has_a_hyperbolic_rotation_for_each_input() -> None:
     explanation = nf.explain(*regression(Difference(), 3))
-    assert not explanation.findings
+    assert not explanation.found
     assert [generator.names for generator in explanation.off_axis] == [("u", "v")] * 3
     expected = []
     for k in range(3):
@@ -91,7 +91,7 @@ def test_linear_layers_between_numbers_have_generators_that_mix_layers(width: in
     """The product a . b of vectors is constant under O(h, h): h^2 symmetric generators, h (h + 1) / 2 along axes."""
     model, loss, batch = regression(linear(width, inputs), inputs)
     explanation = nf.explain(model, loss, batch)
-    assert [finding.name for finding in explanation.findings] == ["0 -> 1"]
+    assert [finding.name for finding in explanation.found] == ["0 -> 1"]
     assert len(explanation.off_axis) == count
     if inputs == 1:
         assert count == width**2 - width * (width + 1) // 2
@@ -201,14 +201,14 @@ def test_a_search_that_fails_leaves_the_symmetries_along_axes(monkeypatch: pytes
 
     monkeypatch.setattr(_explain, "discover_generators", fail)
     explanation = nf.explain(*regression(linear(3), 1))
-    assert [finding.name for finding in explanation.findings] == ["0 -> 1"]
+    assert [finding.name for finding in explanation.found] == ["0 -> 1"]
     assert explanation.off_axis_note.endswith("nf.discover_generators failed: no float64")
 
 
 def test_a_model_that_refuses_single_examples_is_explained_along_axes() -> None:
     norm = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 1))
     explanation = nf.explain(*regression(norm, 2))
-    assert explanation.findings
+    assert explanation.found
     assert explanation.off_axis == ()
     assert "failed: Expected more than 1 value per channel" in explanation.off_axis_note
 

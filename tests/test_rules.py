@@ -201,7 +201,7 @@ def test_only_rounding_is_accepted(
     monkeypatch.setitem(RULES, "aten::tanh", RULES["aten::relu"])
     torch.manual_seed(0)
     explanation = nf.explain(*nearly_homogeneous(share), dtype=dtype)
-    kept, rejected = ([one.name for one in found] for found in (explanation.findings, explanation.rejected))
+    kept, rejected = ([one.name for one in found] for found in (explanation.found, explanation.rejected))
     assert (kept, rejected) == ((["0 -> 2"], []) if accepted else ([], ["0 -> 2"]))
 
 
@@ -213,8 +213,8 @@ def test_what_is_approximate_is_not_far_off(size: float, accepted: bool) -> None
         model[0].weight *= size
         model[0].bias *= size
     explanation = nf.explain(model, loss, (x, y), approximate=True)
-    assert [len(explanation.findings), len(explanation.rejected)] == ([1, 0] if accepted else [0, 1])
-    assert not nf.explain(model, loss, (x, y)).findings
+    assert [len(explanation.found), len(explanation.rejected)] == ([1, 0] if accepted else [0, 1])
+    assert not nf.explain(model, loss, (x, y)).found
 
 
 def test_an_analysis_warns_of_what_the_numbers_refute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,9 +282,9 @@ because of the operation (module) that fixes the scale of the axes"""
 
 def test_an_explanation_to_the_character() -> None:
     explanation = stored.explanation()
-    assert explanation.findings[0].residual < 1e-12
-    found = dataclasses.replace(explanation.findings[0], residual=nf.Residual(1e-16, 2e-16, 0))
-    assert str(dataclasses.replace(explanation, findings=(found,))) == EXPLAINED
+    assert explanation.found[0].residual < 1e-12
+    found = dataclasses.replace(explanation.found[0], residual=nf.Residual(1e-16, 2e-16, 0))
+    assert str(dataclasses.replace(explanation, found=(found,))) == EXPLAINED
     assert str(dataclasses.replace(explanation, rejected=())) != EXPLAINED
 
 

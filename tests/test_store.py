@@ -123,7 +123,7 @@ def test_an_explanation_is_the_same_after_a_file_and_after_a_pickle(
     require_same(pickle.loads(pickle.dumps(explanation)), explanation)
     finding = loaded.rejected[0]
     assert (finding.residual.loss, finding.residual.gradient, finding.residual.example) == (0.5, math.inf, 7)
-    assert finding.symmetry == explanation.findings[0].symmetry
+    assert finding.symmetry == explanation.found[0].symmetry
     assert loaded.axes == explanation.axes
     assert str(loaded) == str(explanation)
 

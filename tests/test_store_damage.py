@@ -258,7 +258,7 @@ def test_a_file_cut_anywhere_or_with_any_byte_changed_is_refused(noise: nf.Noise
         (nf.Analysis, setting(".", "reports", to=[]), "the reports [] are not those of the symmetries"),
         (nf.Analysis, tensor_edited("initial['0.weight']", shape=[4, 5]), "shapes"),
         (nf.Analysis, setting(".", "noise", "count", to=-1), "number of examples is -1"),
-        (nf.Explanation, setting(".", "findings", to=None), "findings: expected a sequence"),
+        (nf.Explanation, setting(".", "found", to=None), "found: expected a sequence"),
         (nf.Explanation, dropping("result"), "has not the entries"),
     ],
 )

@@ -85,9 +85,9 @@ def explain(
     """
     explanation = find.explain(model, loss, batch, approximate=approximate, dtype=dtype)
     # Approximate symmetries are not generators, so they are in no span of generators.
-    exact = [finding.symmetry for finding in explanation.findings if not finding.small]
+    exact = [finding.symmetry for finding in explanation.found if not finding.small]
     generators, note = _off_axis(model, loss, batch, exact)
-    return Explanation(explanation.findings, explanation.rejected, explanation.axes, generators, note)
+    return Explanation(explanation.found, explanation.rejected, explanation.axes, generators, note)
 
 
 def _off_axis(

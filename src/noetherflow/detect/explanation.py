@@ -32,7 +32,7 @@ class Finding:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
         >>> batch = torch.randn(8, 4), torch.randn(8, 1)
         >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
-        >>> finding = nf.explain(net, loss, batch).findings[0]
+        >>> finding = nf.explain(net, loss, batch).found[0]
         >>> finding.name, finding.diagonal, finding.residual < 1e-12
         ('0 -> 2', 'relu (1)', True)
     """
@@ -76,7 +76,7 @@ class Explanation:
     `h.0.mlp` to `h.11.mlp`. The fields, `to_json` and `save` hold every symmetry and every axis by itself.
 
     Args:
-        findings: The symmetries, each with its certificate.
+        found: The symmetries, each with its certificate.
         rejected: Candidates from the graph whose residual is more than rounding.
         axes: All axes of all parameters.
         off_axis: Symmetric generators that are not in the span of the symmetries, each a matrix on the parameters on
@@ -92,7 +92,7 @@ class Explanation:
         ['0 -> 2']
     """
 
-    findings: tuple[Finding, ...]
+    found: tuple[Finding, ...]
     rejected: tuple[Finding, ...]
     axes: tuple[AxisNote, ...]
     off_axis: tuple[DenseSymmetry, ...] = ()
@@ -101,12 +101,12 @@ class Explanation:
     @property
     def symmetries(self) -> dict[str, Symmetry]:
         """The symmetries by name."""
-        return {finding.name: finding.symmetry for finding in self.findings}
+        return {finding.name: finding.symmetry for finding in self.found}
 
     def to_json(self) -> dict[str, Any]:
         """All findings, axes and generators off axes as JSON types."""
         return {
-            "symmetries": [_finding_to_json(finding) for finding in self.findings],
+            "symmetries": [_finding_to_json(finding) for finding in self.found],
             "rejected": [_finding_to_json(finding) for finding in self.rejected],
             "axes": [
                 {"parameter": note.parameter, "axis": note.axis, "symmetries": note.symmetries, "reason": note.reason}

@@ -34,13 +34,13 @@ _SLICE = re.compile(r"\[\{([^{}=]*)\}:\{([^{}=]*)\}\]")
 
 def tables_of(explanation: "Explanation") -> tuple[Table, ...]:
     """The symmetries, the axes without a symmetry, the symmetries that do not act along axes, and the legend."""
-    tables = [_symmetries(explanation.findings, explanation.rejected), _axes_without(explanation.axes)]
+    tables = [_symmetries(explanation.found, explanation.rejected), _axes_without(explanation.axes)]
     if explanation.off_axis_note:
         tables.append(_off_axis(explanation.off_axis, explanation.off_axis_note))
     cells = [cell for table in tables for row in table.rows for cell in row]
     used = {
-        "resid": bool(explanation.findings or explanation.rejected),
-        "note": any(finding.diagonal and not finding.small for finding in explanation.findings),
+        "resid": bool(explanation.found or explanation.rejected),
+        "note": any(finding.diagonal and not finding.small for finding in explanation.found),
         "because of": bool(tables[1].rows),
         ".name": any(": ." in cell or cell.startswith(".") for cell in cells),
         "{i=0..3}": any("{i=" in cell for cell in cells),

@@ -187,7 +187,7 @@ def _detected(
     kept = {name: s for name, s in explanation.symmetries.items() if excluded.isdisjoint(s.names)}
     if not kept:
         notes.append("no symmetry was detected: nothing has to be brought to rest")
-    residuals = {finding.name: finding.residual for finding in explanation.findings if finding.name in kept}
+    residuals = {finding.name: finding.residual for finding in explanation.found if finding.name in kept}
     return kept, residuals, notes
 
 
