@@ -6,6 +6,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 
+def leaf(tensor: Tensor) -> Tensor:
+    """A detached tensor of the same memory that requires gradients if its type allows."""
+    return tensor.detach().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
+
+
 def nodes_of(root: Node) -> set[Node]:
     """All nodes of the autograd graph below a root, the root included."""
     seen, waiting = {root}, [root]

@@ -71,8 +71,14 @@ def with_tensors(batch: Batch, tensors: list[Tensor]) -> Batch:
 
 
 def cast(batch: Batch, dtype: torch.dtype | None, device: torch.device) -> Batch:
-    """The batch on a device, its floating-point tensors in a dtype (or as they are, for None)."""
-    return map_tensors(lambda t: t.to(device, dtype if t.is_floating_point() else None), batch)
+    """The batch on a device, its floating-point tensors in a dtype (or as they are, for None), complex tensors alike."""
+
+    def converted(tensor: Tensor) -> Tensor:
+        if dtype is not None and tensor.is_complex():
+            return tensor.to(device, dtype.to_complex())
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    return map_tensors(converted, batch)
 
 
 def select(batch: Batch, index: Tensor, size: int) -> Batch:

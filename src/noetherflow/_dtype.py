@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from noetherflow._batch import cast
+from noetherflow._errors import SettingsError
 from noetherflow._model_function import ModelFunction
 from noetherflow._per_example import own_randomness, require_losses
 from noetherflow._precision import coarsest
@@ -44,7 +45,7 @@ def working_dtype(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype
     """
     if dtype is not None:
         return Working(dtype)
-    parameters = [tensor for tensor in model.parameters() if tensor.is_floating_point()]
+    parameters = [tensor for tensor in model.parameters() if tensor.is_floating_point() or tensor.is_complex()]
     native = torch.promote_types(coarsest(tensor.dtype for tensor in parameters), torch.float32)
     if native == torch.float64 or not parameters:
         return Working(torch.float64)
@@ -67,7 +68,12 @@ def working_dtype(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype
 
 
 def announced_dtype(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype | None = None) -> torch.dtype:
-    """As `working_dtype`, with a warning if float64 is not possible."""
+    """As `working_dtype`, with a warning if float64 is not possible, and `SettingsError` for types of 16 bits."""
+    if dtype is not None and dtype not in (torch.float64, torch.float32):
+        raise SettingsError(
+            f"dtype={dtype}: expected torch.float64 or torch.float32, because coarser types do not tell a false "
+            "symmetry from rounding. A model in 16 bits is proved in float64; leave dtype out"
+        )
     working = working_dtype(model, loss, batch, dtype)
     if working.note and not working.by_size:
         warnings.warn(working.note, stacklevel=3)

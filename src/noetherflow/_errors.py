@@ -13,6 +13,10 @@ class ParameterNameError(NoetherflowError, LookupError):
     """A symmetry or a set of tensors names parameters that are not there."""
 
 
+class HiddenParameterError(NoetherflowError, RuntimeError):
+    """The loss reaches a parameter by another road than the attribute of its module."""
+
+
 class ParameterShapeError(NoetherflowError, ValueError):
     """A tensor does not have the shape, size or rank that was promised."""
 

@@ -1,8 +1,11 @@
 """A model and its loss in one module, which `functional_call` evaluates at given parameters and buffers."""
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from noetherflow._types import Batch, Loss
@@ -57,3 +60,10 @@ def places_of(holder: nn.Module, model: nn.Module) -> tuple[dict[str, str], dict
                 else:
                     others[place] = tensor
     return places, others
+
+
+def eager() -> AbstractContextManager[Any, Any]:
+    """A block in which compiled modules run uncompiled, because modes and `torch.func` cannot see compiled code."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()  # nothing is compiled, and to load the compiler takes a second and much memory
+    return torch.compiler.set_stance("force_eager")

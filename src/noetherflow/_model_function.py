@@ -5,21 +5,21 @@ module has at that time. The backward pass therefore has to run while the given 
 backward pass share one `torch.func.functional_call`.
 """
 
+import copy
 import re
-import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar, final
+from contextlib import contextmanager
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from noetherflow._autograd import accumulate, is_reentrant, nodes_of
+from noetherflow._autograd import accumulate, is_reentrant, leaf, nodes_of
 from noetherflow._batch import is_per_example, tensors_of, with_tensors
 from noetherflow._errors import LossError
-from noetherflow._holder import Holder, places_of
+from noetherflow._holder import Holder, eager, places_of
 from noetherflow._params import in_dtype, require_finite, require_names, snapshot
 from noetherflow._precision import TOLERANCES, Tolerance, Watch, coarsest
 from noetherflow._types import Batch, Loss, Params
@@ -92,6 +92,15 @@ class ModelFunction:
         with eager():
             result: _T = functional_call(self._holder, state, (action,), tie_weights=False)
         return result
+
+    def moved(self, change: Callable[[Tensor], Tensor], change_buffer: Callable[[Tensor], Tensor]) -> "ModelFunction":
+        """This function with changed parameters, of the loss too, and changed buffers. Tied tensors remain tied."""
+        other = copy.copy(self)
+        other.params = {name: change(tensor) for name, tensor in self.params.items()}
+        other.trained = {name: other.params[name] for name in self.trained}
+        other._constants = {key: change(tensor) for key, tensor in self._constants.items() if key not in self._buffers}
+        other._buffers = {key: change_buffer(tensor) for key, tensor in self._buffers.items()}
+        return other
 
     def then(self, params: Params, batch: Batch, action: Callable[[Tensor], None]) -> Tensor:
         """The losses, shape (B,), and an action on them, such as a backward pass, while the parameters are in place."""
@@ -181,7 +190,7 @@ class ModelFunction:
 
     def observe(self, batch: Batch) -> "ModelFunction":
         """Set `precision` and `reentrant` from an evaluation of a batch; returns this object."""
-        leaves = {name: _leaf(tensor) for name, tensor in self.params.items()}
+        leaves = {name: leaf(tensor) for name, tensor in self.params.items()}
         with torch.enable_grad(), self._explained(), Watch() as watch:
             losses = self(leaves, batch)
         self.precision = coarsest({*watch.seen, losses.dtype})
@@ -253,7 +262,7 @@ class ModelFunction:
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """As `gradient`, with None for parameters that no gradient reaches."""
         names = list(params) if names is None else list(names)
-        leaves = {name: params[name].detach().requires_grad_() for name in names}
+        leaves = {name: leaf(params[name]) for name in names}
         gradient: dict[str, Tensor | None] = dict.fromkeys(names)
 
         def backward(losses: Tensor) -> None:
@@ -286,15 +295,3 @@ class ModelFunction:
                 "or of a loss that is a module, or convert it in the loss to the type of the model's output"
                 + (f", or compute in the model's type: dtype={self._converted}" if self._converted else "")
             ) from error
-
-
-def eager() -> AbstractContextManager[Any, Any]:
-    """A block in which compiled modules run uncompiled, because modes and `torch.func` cannot see compiled code."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()  # nothing is compiled, and to load the compiler takes a second and much memory
-    return torch.compiler.set_stance("force_eager")
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    """A detached tensor that requires gradients if its type allows."""
-    return tensor.detach().requires_grad_(tensor.is_floating_point())

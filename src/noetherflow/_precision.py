@@ -33,8 +33,9 @@ TOLERANCES = {
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The floating-point type with the largest machine epsilon; float64 if no type has an entry in `TOLERANCES`."""
-    known = [dtype for dtype in dtypes if dtype in TOLERANCES]
+    """The type with the largest machine epsilon, of the parts of complex types; float64 if none is in `TOLERANCES`."""
+    parts = [dtype.to_real() if dtype.is_complex else dtype for dtype in dtypes]
+    known = [dtype for dtype in parts if dtype in TOLERANCES]
     return max(known, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
 
 

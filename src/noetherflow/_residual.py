@@ -13,8 +13,9 @@ from noetherflow.symmetry import Symmetry
 def cosine(gradients: Params, direction: Params, *, batched: bool = False) -> Tensor:
     r"""The cosine $|g \cdot v| / (|g|\,|v|)$ over the parameters of v.
 
-    Vectors are divided by their largest entry first, because squares of entries below 1e-154 underflow and squares of
-    entries above 1e154 overflow. Types of 16 bits are converted to float32.
+    A complex entry counts as two real entries, $g \cdot v = \mathrm{Re}\,\bar g v$: PyTorch's gradient of a real loss
+    is $\partial\ell/\partial\mathrm{Re} + i\,\partial\ell/\partial\mathrm{Im}$. Vectors are divided by their largest
+    entry first, because squares of entries below 1e-154 underflow and squares of entries above 1e154 overflow. Types of 16 bits are converted to float32.
 
     Args:
         gradients: g by name, shape (*parameter), or (B, *parameter) with `batched`.
@@ -25,16 +26,21 @@ def cosine(gradients: Params, direction: Params, *, batched: bool = False) -> Te
         Shape (), or (B,) with `batched`. 0 where g or v vanishes, infinity where g or v is not finite.
     """
     names = list(direction)
-    stacks = [gradients[name] if batched else gradients[name].unsqueeze(0) for name in names]
-    dtypes = [tensor.dtype for tensor in (*stacks, *direction.values())]
-    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    stacks = [_real(gradients[name] if batched else gradients[name].unsqueeze(0)) for name in names]
+    along = [_real(direction[name].unsqueeze(0)) for name in names]
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in (*stacks, *along)], torch.float32)
     g, g_size = _unit(stacks, dtype)
-    v, v_size = _unit([direction[name].unsqueeze(0) for name in names], dtype)
+    v, v_size = _unit(along, dtype)
     products = torch.stack([rows @ vector[0] for rows, vector in zip(g, v, strict=True)]).sum(0)
     norms = [torch.stack([part.square().sum(1) for part in parts]).sum(0).sqrt() for parts in (g, v)]
     result = (products.abs() / (norms[0] * norms[1])).nan_to_num(nan=torch.inf)
     result = torch.where((g_size == 0) | (v_size == 0), 0.0, result)
     return result if batched else result[0]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """A complex tensor as a real tensor with a last axis for both parts; a real tensor as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _unit(stacks: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:

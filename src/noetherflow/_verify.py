@@ -1,5 +1,6 @@
 """The numerical certificate of a declared symmetry."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import final
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from noetherflow import _spd
 from noetherflow._batch import cast, select
 from noetherflow._dtype import announced_dtype
+from noetherflow._given import require_loss, require_model
 from noetherflow._model_function import ModelFunction
 from noetherflow._params import aliases
 from noetherflow._per_example import own_randomness, require_losses
+from noetherflow._perturbed import elsewhere
 from noetherflow._residual import cosine, relative_change
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.symmetry import Symmetry
@@ -32,6 +35,10 @@ class Residual(float):
         example: Index in the batch of the example with the largest deviation.
         precision: The coarsest floating-point type in which the losses were computed. The residual of an exact symmetry
             is rounding in this type.
+        point: Where the deviation is largest: `given` for the parameters of the model, `perturbed` for a generic point.
+        perturbation: The size of the perturbation that leads to the generic point, the standard deviation of the
+            logarithm of an entry's factor. 0 if the symmetry was tested at the given parameters only, because the
+            losses are not finite elsewhere: the symmetry may then hold at special parameters only.
 
     Examples:
         >>> import noetherflow as nf
@@ -44,16 +51,27 @@ class Residual(float):
     gradient: float
     example: int
     precision: torch.dtype
+    point: str
+    perturbation: float
 
-    def __new__(cls, loss: float, gradient: float, example: int, precision: torch.dtype = torch.float64) -> "Residual":
+    def __new__(
+        cls,
+        loss: float,
+        gradient: float,
+        example: int,
+        precision: torch.dtype = torch.float64,
+        point: str = "given",
+        perturbation: float = 0.0,
+    ) -> "Residual":
         """A float whose value is the larger part."""
         self = super().__new__(cls, max(loss, gradient))
         self.loss, self.gradient, self.example, self.precision = loss, gradient, example, precision
+        self.point, self.perturbation = point, perturbation
         return self
 
-    def __getnewargs__(self) -> tuple[float, float, int, torch.dtype]:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple[float, float, int, torch.dtype, str, float]:  # type: ignore[override]
         """The arguments with which pickle and copy make the residual again; the default for a float is its value."""
-        return self.loss, self.gradient, self.example, self.precision
+        return self.loss, self.gradient, self.example, self.precision, self.point, self.perturbation
 
 
 def verify_symmetry(
@@ -70,15 +88,22 @@ def verify_symmetry(
 
     A symmetry satisfies $\ell(e^{Q_x}\theta, z) = \ell(\theta, z)$ for every example z, and therefore
     $\nabla\ell \cdot Q_x\theta = 0$. Both equations are tested at random coordinates x, on a copy of the model in
-    float64. The residual of an exact symmetry is rounding, about 1e-14. If a layer always computes in a coarser type,
-    such as a normalisation in float32, the residual is rounding in that type: see `Residual.precision`.
+    float64, at two points: at the parameters of the model, and at perturbed parameters and buffers. At a special point,
+    such as weights or running means that are zero at the start of training, transformations leave the loss unchanged
+    that are no symmetries. The perturbation multiplies every entry by a random factor, adds random numbers of the size
+    of the tensor, and replaces zeros; integers, booleans and infinite entries of masks keep their value, and positive
+    tensors stay positive. The residual is the larger of the residuals at both points.
+
+    The residual of an exact symmetry is rounding, about 1e-14. If a layer always computes in a coarser type, such as a
+    normalisation in float32, the residual is rounding in that type: see `Residual.precision`. Complex parameters are
+    multiplied by real factors.
 
     Args:
         model: The model, in the mode (train or eval) in which the symmetry is declared. It is not changed.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
         batch: The examples on which the symmetry is tested.
         symmetry: The declared symmetry.
-        draws: Number of finite transformations.
+        draws: Number of finite transformations at each point.
         dtype: Floating-point type of the copy of the model; by default float64, or the model's type if the model is
             very large or cannot be computed in float64.
         generator: Source of the random coordinates; by default a generator with seed 0.
@@ -90,8 +115,10 @@ def verify_symmetry(
         ParameterNameError: If the symmetry names parameters that the model does not have.
         ParameterShapeError: If the axes of the symmetry do not fit the parameters.
         NonFiniteError: If a parameter or a loss is not finite at the parameters of the model.
-        LossError: If the loss does not return one number per example.
-        SettingsError: If the model is not a module, such as a symmetry in its place.
+        LossError: If the loss raises an error, or does not return one number per example.
+        HiddenParameterError: If the loss reaches a parameter without the attribute of its module.
+        SettingsError: If the model is not a module, such as a symmetry in its place, if it has no parameters or no
+            numbers (on the meta device), if the batch is a loader, or if no proof is possible in the dtype.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -110,18 +137,53 @@ def verify_symmetry(
     """
     names = aliases(model)
     symmetry = symmetry.rename(names)
+    device = require_model(model)
+    symmetry.check(dict(model.named_parameters()))
+    require_loss(model, loss, batch, "verify_symmetry", convert=True)
     dtype = announced_dtype(model, loss, batch, dtype)
     function = ModelFunction(model, loss, dtype)
-    params = function.params
-    symmetry.check(params)
-    device = next(iter(params.values())).device
     batch = cast(batch, dtype, device)
     generator = generator or torch.Generator().manual_seed(0)
-    # One seed for all evaluations, so that dropout drops equal units before and after the transformation.
+    with own_randomness(device, seed=0):
+        size = require_losses(function.losses(function.params, batch), "verify_symmetry")
+        function.observe(select(batch, torch.zeros(1, dtype=torch.long, device=device), size))
+    given = _residual_at(symmetry, function, batch, size, draws, generator)
+    generic, perturbation, note = elsewhere(function, batch)
+    if note and given <= function.tolerance.proof:
+        warnings.warn(note, stacklevel=2)
+    if generic is None:
+        return given
+    return worst_of(given, _residual_at(symmetry, generic, batch, size, draws, generator), perturbation)
+
+
+def worst_of(given: Residual, perturbed: Residual, perturbation: float) -> Residual:
+    """The larger of the residuals of a symmetry at the given parameters and at perturbed parameters."""
+    point, worst = max(("given", given), ("perturbed", perturbed), key=lambda pair: float(pair[1]))
+    return Residual(worst.loss, worst.gradient, worst.example, worst.precision, point, perturbation)
+
+
+def random_coordinates(symmetry: Symmetry, params: Params, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Random elements x of the Lie algebra, `draws` of them; e^{Q_x} changes tensors by factors of about e^{+-1/2}."""
+    identity = symmetry.identity(params)
+    identity = identity.real if identity.is_complex() else identity
+    # After powers of activations, a tensor may be multiplied by e^(64 x); float64 overflows at e^709.
+    power = max(Counter(symmetry.regions(params)).values())
+    for _ in range(draws):
+        x = _SIZE / power * torch.randn(identity.shape, generator=generator, dtype=torch.float64)
+        if x.ndim == 2:
+            x = _spd.symmetric(x) / len(x) ** 0.5
+        yield x.to(identity)
+
+
+def _residual_at(
+    symmetry: Symmetry, function: ModelFunction, batch: Batch, size: int, draws: int, generator: torch.Generator
+) -> Residual:
+    """The residual at the parameters of a function."""
+    params = function.params
+    device = next(iter(params.values())).device
+    # The seed of all evaluations, so that dropout drops equal units before and after the transformation.
     with own_randomness(device, seed=0):
         before = function.losses(params, batch)
-        size = require_losses(before, "verify_symmetry")
-        function.observe(select(batch, torch.zeros(1, dtype=torch.long, device=device), size))
     change = torch.zeros_like(before)
     for x in random_coordinates(symmetry, params, draws, generator):
         with own_randomness(device, seed=0):
@@ -130,18 +192,6 @@ def verify_symmetry(
     cosines = _worst_cosines(symmetry, function, batch, size, generator)
     worst = torch.maximum(change, cosines)
     return Residual(change.max().item(), cosines.max().item(), int(worst.argmax()), function.precision)
-
-
-def random_coordinates(symmetry: Symmetry, params: Params, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Random elements x of the Lie algebra, `draws` of them; e^{Q_x} changes tensors by factors of about e^{+-1/2}."""
-    identity = symmetry.identity(params)
-    # After powers of activations, a tensor may be multiplied by e^(64 x); float64 overflows at e^709.
-    power = max(Counter(symmetry.regions(params)).values())
-    for _ in range(draws):
-        x = _SIZE / power * torch.randn(identity.shape, generator=generator, dtype=torch.float64)
-        if x.ndim == 2:
-            x = _spd.symmetric(x) / len(x) ** 0.5
-        yield x.to(identity)
 
 
 def _worst_cosines(

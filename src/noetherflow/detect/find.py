@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from noetherflow._given import require_loss
 from noetherflow._per_example import own_randomness
 from noetherflow._precision import TOLERANCES
 from noetherflow._types import Batch, Loss
@@ -104,6 +105,7 @@ def explain(
 
     Source: the search is this package's own.
     """
+    require_loss(model, loss, batch, "find_symmetries")
     graph = trace(model, loss, batch)
     parameters = dict(model.named_parameters())
     with own_randomness(next((parameter.device for parameter in parameters.values()), torch.device("cpu"))):

@@ -1,5 +1,6 @@
 """The numerical proof of many symmetries at once."""
 
+import warnings
 from collections.abc import Sequence
 from typing import final
 
@@ -11,13 +12,14 @@ from noetherflow._dtype import announced_dtype
 from noetherflow._errors import CoupledExamplesError
 from noetherflow._model_function import ModelFunction
 from noetherflow._per_example import own_randomness, require_losses, require_uncoupled
+from noetherflow._perturbed import elsewhere
 from noetherflow._residual import cosine, relative_change
 from noetherflow._types import Batch, Loss
-from noetherflow._verify import Residual, random_coordinates
+from noetherflow._verify import Residual, random_coordinates, worst_of
 from noetherflow.symmetry import Symmetry
 
-# Together they are as good a test as one by one, as long as the rounding of so many transformations stays small.
-_TOGETHER = 64
+# A group of this many transformations is as good a test as the transformations one by one: their rounding stays small.
+_GROUP = 64
 
 
 def prove(
@@ -32,59 +34,95 @@ def prove(
     """The residual of each symmetry: as `verify_symmetry`, in the time of a few evaluations for all of them.
 
     Random finite elements of many symmetries are applied one after the other, and the loss is compared once; only where
-    it has changed, halves of them are tried on their own. The gradients of the examples are taken once, and compared
-    with the direction of every symmetry.
+    it has changed, halves of the symmetries are tried. The gradients of the examples are computed once, and compared
+    with the direction of every symmetry. All this is done at the parameters of the model and at perturbed parameters
+    and buffers, because a proof at a special point, such as a factor that is zero at the start, proves nothing.
+
+    Args:
+        symmetries: Symmetries with canonical names.
+        model: The model.
+        loss: `loss(model, batch)`, shape (B,).
+        batch: The examples.
+        dtype: The type of the computation; None chooses it.
+        draws: The number of finite transformations at each point. Every second is the inverse of the one before.
 
     Returns:
-        Residuals, in the same order.
+        Residuals, in the order of the symmetries.
     """
-    return _Proof(model, loss, batch, dtype, draws).of(list(symmetries))
+    symmetries = list(symmetries)
+    dtype = announced_dtype(model, loss, batch, dtype)
+    function = ModelFunction(model, loss, dtype)
+    device = next(iter(function.params.values())).device
+    batch = cast(batch, dtype, device)
+    try:
+        require_uncoupled(model)
+        coupled = False
+    except CoupledExamplesError:
+        coupled = True
+    given = _Point(function, batch, coupled=coupled, draws=draws)
+    with own_randomness(device, seed=0):
+        function.observe(given.examples[0])
+    residuals = given.residuals(symmetries)
+    generic, size, note = elsewhere(function, batch)
+    if note and any(residual <= function.tolerance.proof for residual in residuals):
+        warnings.warn(note, stacklevel=3)
+    if generic is None:
+        return residuals
+    # The copy of the given parameters is not kept in memory beside the perturbed parameters.
+    del function, given
+    perturbed = _Point(generic, batch, coupled=coupled, draws=draws).residuals(symmetries)
+    return [worst_of(*pair, size) for pair in zip(residuals, perturbed, strict=True)]
 
 
 @final
-class _Proof:
-    """What all symmetries of one model have in common."""
+class _Point:
+    """Parameters and buffers at which symmetries are tested.
 
-    def __init__(self, model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype | None, draws: int) -> None:
-        dtype = announced_dtype(model, loss, batch, dtype)
-        self._function = ModelFunction(model, loss, dtype)
-        self._params = self._function.params
+    Args:
+        function: The model at these parameters and buffers.
+        batch: The batch, in the type of the function.
+        coupled: Whether a layer normalises over the batch, so that only the batch as a unit has a gradient.
+        draws: The number of finite transformations.
+
+    Attributes:
+        examples: The batches whose gradients are compared with directions.
+    """
+
+    def __init__(self, function: ModelFunction, batch: Batch, *, coupled: bool, draws: int) -> None:
+        self._function = function
+        self._params = function.params
         self._device = next(iter(self._params.values())).device
-        self._batch = cast(batch, dtype, self._device)
+        self._batch = batch
         self._draws = draws
         self._generator = torch.Generator().manual_seed(0)
         self._before = self._evaluate(self._params)
-        self._size = require_losses(self._before, "find_symmetries")
-        try:
-            require_uncoupled(model)
-            self._coupled = False
-        except CoupledExamplesError:
-            self._coupled = True
-        with own_randomness(self._device, seed=0):
-            self._function.observe(self._batch if self._coupled else self._example(0))
+        size = require_losses(self._before, "find_symmetries")
+        indices = torch.arange(size, device=self._device)
+        self.examples = [batch] if coupled else [select(batch, index.reshape(1), size) for index in indices]
 
-    def of(self, symmetries: list[Symmetry]) -> list[Residual]:
+    def residuals(self, symmetries: list[Symmetry]) -> list[Residual]:
+        """The residual of each symmetry at this point."""
         cosines = self._cosines(symmetries)
         changes: list[float] = []
-        for first in range(0, len(symmetries), _TOGETHER):
-            changes += self._changes(symmetries[first : first + _TOGETHER])
+        for first in range(0, len(symmetries), _GROUP):
+            changes += self._changes(symmetries[first : first + _GROUP])
         return [
             Residual(change, float(each.max()), int(each.argmax()), self._function.precision)
             for change, each in zip(changes, cosines, strict=True)
         ]
 
     def _changes(self, symmetries: list[Symmetry]) -> list[float]:
-        """The change of loss by each, as far as it has to be told apart."""
+        """The change of loss by each symmetry; symmetries are tested in groups, and groups that fail in halves."""
         worst = 0.0
         drawn: list[Tensor] = []
         for draw in range(self._draws):
             if draw % 2 == 0:
-                drawn = [next(random_coordinates(one, self._params, 1, self._generator)) for one in symmetries]
+                drawn = [next(random_coordinates(each, self._params, 1, self._generator)) for each in symmetries]
             moved = self._params
-            for one, x in zip(symmetries, drawn, strict=True):
-                own = {name: moved[name] for name in one.names}
+            for each, x in zip(symmetries, drawn, strict=True):
+                acted_on = {name: moved[name] for name in each.names}
                 # Every element and then its inverse: a loss may jump when a weight grows, and not when it shrinks.
-                moved = moved | one.act(x if draw % 2 == 0 else -x, own)
+                moved = moved | each.act(x if draw % 2 == 0 else -x, acted_on)
             after = self._evaluate(moved)
             worst = max(worst, float(relative_change(self._before, after).max()))
         if worst <= self._function.tolerance.proof or len(symmetries) == 1:
@@ -95,22 +133,19 @@ class _Proof:
     def _cosines(self, symmetries: list[Symmetry]) -> list[Tensor]:
         """|g . Q theta| / (|g| |Q theta|) of each symmetry and every example."""
         directions = []
-        for one in symmetries:
-            own = {name: self._params[name] for name in one.names}
-            (x,) = random_coordinates(one, own, 1, self._generator)
-            directions.append(one.generate(x, own))
-        moved = {name: self._params[name] for one in symmetries for name in one.names}
-        found = []
-        for index in range(1 if self._coupled else self._size):
+        for symmetry in symmetries:
+            acted_on = {name: self._params[name] for name in symmetry.names}
+            (x,) = random_coordinates(symmetry, acted_on, 1, self._generator)
+            directions.append(symmetry.generate(x, acted_on))
+        moved = {name: self._params[name] for symmetry in symmetries for name in symmetry.names}
+        columns = []
+        for example in self.examples:
             with own_randomness(self._device, seed=0):
-                gradients = self._function.gradient(moved, self._batch if self._coupled else self._example(index))[1]
-            found.append(torch.stack([cosine(gradients, direction) for direction in directions]))
-        return list(torch.stack(found, 1))
-
-    def _example(self, index: int) -> Batch:
-        return select(self._batch, torch.tensor([index], device=self._device), self._size)
+                gradients = self._function.gradient(moved, example)[1]
+            columns.append(torch.stack([cosine(gradients, direction) for direction in directions]))
+        return list(torch.stack(columns, 1))
 
     def _evaluate(self, params: dict[str, Tensor]) -> Tensor:
-        # The same seed every time, so that dropout drops the same units before and after.
+        # One seed for all evaluations, so that dropout drops equal units before and after.
         with own_randomness(self._device, seed=0):
             return self._function.losses(params, self._batch)

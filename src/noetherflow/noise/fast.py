@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from noetherflow._batch import is_per_example, select, tensors_of
-from noetherflow._model_function import eager
+from noetherflow._holder import eager
 from noetherflow._per_example import require_independent, require_losses
 from noetherflow._residual import cosine
 from noetherflow._types import Batch

@@ -8,7 +8,7 @@ from torch import nn
 
 from noetherflow._batch import is_per_example, tensors_of
 from noetherflow._errors import EmptyDataError, SettingsError
-from noetherflow._model_function import eager
+from noetherflow._holder import eager
 from noetherflow._per_example import require_uncoupled
 from noetherflow._types import Batch
 from noetherflow.noise.asked import asked_of

@@ -202,7 +202,9 @@ class AxisSymmetry(Symmetry):
         return [axis.rows(v[axis.name], batch_dims=batch_dims) for axis in axes]
 
     def _coordinates(self, x: Tensor, like: Tensor) -> Tensor:
-        return torch.as_tensor(x, dtype=like.dtype, device=like.device)
+        # Coordinates are real, also those of complex tensors.
+        dtype = like.dtype.to_real() if like.is_complex() else like.dtype
+        return torch.as_tensor(x, dtype=dtype, device=like.device)
 
     def _empty_gram(self, v: Params, batched: bool) -> Tensor:
         rows = self._rows(v, (self.plus + self.minus)[:1], int(batched))[0]

@@ -161,4 +161,6 @@ class DenseSymmetry(Symmetry):
     def _multiply(self, matrix: Tensor, v: Params) -> dict[str, Tensor]:
         flat = self._flatten(v, 0)
         parts = (matrix.to(flat) @ flat).split([v[name].numel() for name in self._names])
-        return {name: part.reshape(v[name].shape) for name, part in zip(self._names, parts, strict=True)}
+        # A real parameter beside a complex parameter remains real.
+        kept = [part if v[name].is_complex() else part.real for name, part in zip(self._names, parts, strict=True)]
+        return {name: part.reshape(v[name].shape) for name, part in zip(self._names, kept, strict=True)}

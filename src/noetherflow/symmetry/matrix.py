@@ -66,7 +66,7 @@ class MatrixSymmetry(AxisSymmetry):
 
     def multiply(self, x: Tensor, rows: Tensor) -> Tensor:
         """A matrix product."""
-        return x @ rows
+        return x.to(rows.dtype) @ rows
 
     def exponential(self, x: Tensor) -> Tensor:
         """Of a symmetric matrix."""

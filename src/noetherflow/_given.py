@@ -1,0 +1,138 @@
+"""What callers give: checks of the model, of the batch and of the loss, before any work begins."""
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils.data import DataLoader, Dataset
+
+from noetherflow._autograd import leaf
+from noetherflow._batch import cast
+from noetherflow._errors import HiddenParameterError, LossError, NoetherflowError, SettingsError
+from noetherflow._model_function import ModelFunction
+from noetherflow._other_roads import OtherRoads, Roads
+from noetherflow._params import aliases
+from noetherflow._per_example import own_randomness, require_losses
+from noetherflow._types import Batch, Loss
+
+
+def require_model(model: nn.Module) -> torch.device:
+    """Raise `SettingsError` unless the model is a module with parameters that hold numbers.
+
+    Args:
+        model: What the user gives.
+
+    Returns:
+        The device of the first parameter.
+
+    Raises:
+        SettingsError: See above.
+    """
+    if not aliases(model):
+        raise SettingsError(
+            f"the model ({type(model).__name__}) has no parameters, so it has no symmetries: expected a model with "
+            "parameters. Layers in a Python list are not registered; use nn.ModuleList"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            raise SettingsError(f"{name!r} of a lazy layer has no shape yet: call the model on a batch first")
+        if tensor.is_meta:
+            raise SettingsError(
+                f"{name!r} is on the meta device and holds no numbers: load the weights, for example with "
+                'model.to_empty(device="cpu") and model.load_state_dict(...)'
+            )
+    return next(model.parameters()).device
+
+
+def require_batch(batch: Batch) -> None:
+    """Raise `SettingsError` if a loader, a data set or an iterator is in the place of a batch."""
+    kind = type(batch).__name__
+    if isinstance(batch, DataLoader):
+        raise SettingsError(f"got a {kind}, expected one batch: next(iter(loader))")
+    if isinstance(batch, Dataset):
+        raise SettingsError(
+            f"got a {kind}, expected one batch: next(iter(DataLoader(dataset, batch_size=32))), with DataLoader from "
+            "torch.utils.data"
+        )
+    if isinstance(batch, Iterator):
+        raise SettingsError(f"got an iterator ({kind}), expected one batch: next(batches)")
+
+
+def require_loss(model: nn.Module, loss: Loss, batch: Batch, where: str, *, convert: bool = False) -> None:
+    """Compute the losses of a batch once, in the types of the model, before anything else uses them.
+
+    Args:
+        model: The model.
+        loss: `loss(model, batch)`, shape (B,).
+        batch: The batch.
+        where: Subject of error messages about the losses.
+        convert: Whether a loss that raises an error is computed again in float64, and the batch on the device of the
+            model.
+
+    Raises:
+        SettingsError: If the model has no parameters or no numbers, or if the batch is a loader.
+        NoetherflowError: If the loss raises it.
+        LossError: If the loss raises another error, or does not return one number per example.
+        NonFiniteError: If a loss is NaN or infinite.
+        HiddenParameterError: If the loss reaches a parameter by another road than the attribute of its module.
+    """
+    device = require_model(model)
+    require_batch(batch)
+    try:
+        losses, roads = _evaluate(model, loss, cast(batch, None, device) if convert else batch, None)
+    except NoetherflowError:
+        raise
+    except Exception as error:
+        if not convert or not _is_computable(model, loss, batch, device):
+            raise LossError(f"loss(model, batch) raised {type(error).__name__}: {error}") from error
+        return
+    require_losses(losses, where)
+    _require_attributes(roads)
+
+
+def _evaluate(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype | None) -> tuple[Tensor, Roads]:
+    """The losses at a copy of the parameters, and what the loss reaches by other roads."""
+    function = ModelFunction(model, loss, dtype)
+    leaves = {name: leaf(tensor) for name, tensor in function.params.items()}
+    device = next(iter(leaves.values())).device
+    with own_randomness(device, seed=0), torch.enable_grad(), OtherRoads(model, batch, leaves.values()) as roads:
+        losses = function(leaves, batch)
+    return losses, roads.of(losses) if isinstance(losses, Tensor) else Roads([], [], [])
+
+
+def _is_computable(model: nn.Module, loss: Loss, batch: Batch, device: torch.device) -> bool:
+    """Whether the losses can be computed in float64."""
+    try:
+        _evaluate(model, loss, cast(batch, torch.float64, device), torch.float64)
+    except Exception:
+        return False
+    return True
+
+
+def _require_attributes(roads: Roads) -> None:
+    """Raise for parameters, and warn of further tensors, that the loss reaches by another road."""
+    if roads.parameters:
+        first, more = roads.parameters[0], len(roads.parameters) - 1
+        raise HiddenParameterError(
+            f"the loss reaches parameter {first!r}{f' and {more} more' if more else ''} by another road than the "
+            "attribute of its module, such as a Python list, a closure or functools.partial: no other values can be "
+            f"put in its place, so nothing can be proved about it. Use the attribute in forward (self.{first}), and keep "
+            "parameters in nn.ParameterList and modules in nn.ModuleList"
+        )
+    if roads.detached:
+        warnings.warn(
+            f"the memory of {roads.detached} is read by another road than the attribute of the module and without a "
+            "gradient, such as by a kept .data: symmetries are proved as if these numbers were constants",
+            stacklevel=4,
+        )
+    if roads.unregistered:
+        shapes = [tuple(tensor.shape) for tensor in roads.unregistered[:4]]
+        more = len(roads.unregistered) - len(shapes)
+        warnings.warn(
+            f"tensors of shapes {shapes}{f' and {more} more' if more else ''} that require gradients enter the loss "
+            "and are no parameters of the model: their symmetries are not looked for. Register them (nn.Parameter, "
+            "nn.ParameterList, nn.ModuleList), or call requires_grad_(False) if they are constants",
+            stacklevel=4,
+        )
