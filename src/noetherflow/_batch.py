@@ -71,7 +71,7 @@ def with_tensors(batch: Batch, tensors: list[Tensor]) -> Batch:
 
 
 def cast(batch: Batch, dtype: torch.dtype | None, device: torch.device) -> Batch:
-    """The batch on a device, its floating-point tensors in a dtype (or as they are, for None), complex tensors alike."""
+    """The batch on a device, its floating-point tensors in a dtype (or as they are, for None), complex alike."""
 
     def converted(tensor: Tensor) -> Tensor:
         if dtype is not None and tensor.is_complex():

@@ -92,6 +92,35 @@ def require_loss(model: nn.Module, loss: Loss, batch: Batch, where: str, *, conv
     _require_attributes(roads)
 
 
+def require_loader(model: nn.Module, loss: Loss, loader: object, first: Batch) -> None:
+    """Compute the losses of the first batch of a loader once, before anything else uses them.
+
+    Args:
+        model: The model.
+        loss: `loss(model, batch)`, shape (B,).
+        loader: What the user gives in the place of a loader.
+        first: The first batch.
+
+    Raises:
+        SettingsError: If the model has no parameters or no numbers, or if the loader is a batch.
+        LossError: If the loss raises an error.
+        HiddenParameterError: If the loss reaches a parameter by another road than the attribute of its module.
+    """
+    device = require_model(model)
+    try:
+        _require_attributes(_evaluate(model, loss, cast(first, None, device), None)[1])
+    except NoetherflowError:
+        raise
+    except Exception as error:
+        if isinstance(loader, tuple | list) and _is_computable(model, loss, loader, device):
+            raise SettingsError(
+                f"got a batch ({type(loader).__name__} of {len(loader)}) in the place of a loader, expected an iterable "
+                "of batches: a DataLoader, or a list with this batch, [batch]"
+            ) from error
+        if not _is_computable(model, loss, first, device):
+            raise LossError(f"loss(model, batch) raised {type(error).__name__}: {error}") from error
+
+
 def _evaluate(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype | None) -> tuple[Tensor, Roads]:
     """The losses at a copy of the parameters, and what the loss reaches by other roads."""
     function = ModelFunction(model, loss, dtype)
@@ -118,8 +147,8 @@ def _require_attributes(roads: Roads) -> None:
         raise HiddenParameterError(
             f"the loss reaches parameter {first!r}{f' and {more} more' if more else ''} by another road than the "
             "attribute of its module, such as a Python list, a closure or functools.partial: no other values can be "
-            f"put in its place, so nothing can be proved about it. Use the attribute in forward (self.{first}), and keep "
-            "parameters in nn.ParameterList and modules in nn.ModuleList"
+            f"put in its place, so nothing can be proved about it. Use the attribute in forward (self.{first}), "
+            "and keep parameters in nn.ParameterList and modules in nn.ModuleList"
         )
     if roads.detached:
         warnings.warn(

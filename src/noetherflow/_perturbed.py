@@ -7,7 +7,7 @@ generic point.
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, final
 
 import torch
@@ -20,6 +20,9 @@ from noetherflow._types import Batch
 # The standard deviation of the logarithm of an entry's factor. In a deep network without normalisation 0.3 makes the
 # variance of activations grow by about 1.3 in each layer. Smaller sizes are for losses that are not finite there.
 SIZES = (0.3, 0.1, 0.02)
+GIVEN_ONLY = "the losses are not finite at other parameters: symmetries are proved at the given parameters only"
+# Points at most, and the size of the perturbation of further points where units were dead.
+_POINTS, _FAR = 5, 1.0
 # Entries of masks, such as -1e9 in front of a softmax: more than this is infinity, and stays.
 _INFINITE = 1e4
 
@@ -88,47 +91,52 @@ class Perturbation:
         return torch.randn(like.shape, generator=self._generator, dtype=dtype).to(like)
 
 
-class Elsewhere(NamedTuple):
-    """A model function at a generic point, the size of the perturbation, and a sentence about what did not move.
+class Point(NamedTuple):
+    """A model function at a generic point, the size of the perturbation, and a sentence about what did not move."""
 
-    The function is None, and the size 0, if the losses are not finite at any perturbed point.
-    """
-
-    function: ModelFunction | None
+    function: ModelFunction
     size: float
     note: str = ""
 
 
-def elsewhere(function: ModelFunction, batch: Batch) -> Elsewhere:
-    """A model function at perturbed parameters and buffers.
+def generic_points(function: ModelFunction, batch: Batch) -> Iterator[Point]:
+    """A model function at perturbed parameters and buffers: a point, and further points if the caller needs them.
 
-    The largest size at which losses and gradients are finite is taken. If there is none, the buffers keep their values,
-    because a model may compute with them what no other numbers allow.
+    At a point at which the units of a layer are dead, no gradient reaches the layer, and nothing is tested. Further
+    points are further away where rounding allows, because dead units stay dead nearby. For each point the largest size
+    is taken at which losses and gradients are finite. If there is none, the buffers keep their values: a model may
+    compute with its buffers what no other numbers allow.
 
     Args:
         function: The function, which is not changed.
         batch: The examples whose losses and gradients have to be finite.
 
-    Returns:
-        The function and what it is.
+    Yields:
+        Five points at most; no point if the losses are finite at the given parameters only.
     """
-    for size in SIZES:
-        candidate = _perturbed(function, size, buffers=True)
-        if _is_finite(candidate, batch):
-            return Elsewhere(candidate, size)
-    for size in SIZES:
-        candidate = _perturbed(function, size, buffers=False)
-        if _is_finite(candidate, batch):
-            note = "the losses are not finite at other buffers: symmetries are proved at the given buffers only"
-            return Elsewhere(candidate, size, note)
-    note = "the losses are not finite at other parameters: symmetries are proved at the given parameters only"
-    return Elsewhere(None, 0.0, note)
+    is_exact = function.precision == torch.float64
+    for seed in range(_POINTS):
+        sizes = (_FAR, *SIZES) if seed and is_exact else SIZES
+        point = _finite_point(function, batch, sizes, seed)
+        if point is None:
+            return
+        yield point
 
 
-def _perturbed(function: ModelFunction, size: float, *, buffers: bool) -> ModelFunction:
-    """The function at perturbed parameters, and buffers if they move."""
-    perturbation = Perturbation(size)
-    return function.moved(perturbation, perturbation.buffer if buffers else lambda tensor: tensor)
+def _finite_point(function: ModelFunction, batch: Batch, sizes: Sequence[float], seed: int) -> Point | None:
+    """The point of the largest size at which losses and gradients are finite; buffers move if possible."""
+    for note in ("", "the losses are not finite at other buffers: symmetries are proved at the given buffers only"):
+        for size in sizes:
+            perturbation = Perturbation(size, seed)
+            change_buffer = _unchanged if note else perturbation.buffer
+            candidate = function.moved(perturbation, change_buffer)
+            if _is_finite(candidate, batch):
+                return Point(candidate, size, note)
+    return None
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _is_finite(function: ModelFunction, batch: Batch) -> bool:

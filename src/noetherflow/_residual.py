@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from noetherflow._types import Params
-from noetherflow.symmetry import Symmetry
+from noetherflow.symmetry import AxisSymmetry, Symmetry
 
 
 def cosine(gradients: Params, direction: Params, *, batched: bool = False) -> Tensor:
@@ -15,7 +15,8 @@ def cosine(gradients: Params, direction: Params, *, batched: bool = False) -> Te
 
     A complex entry counts as two real entries, $g \cdot v = \mathrm{Re}\,\bar g v$: PyTorch's gradient of a real loss
     is $\partial\ell/\partial\mathrm{Re} + i\,\partial\ell/\partial\mathrm{Im}$. Vectors are divided by their largest
-    entry first, because squares of entries below 1e-154 underflow and squares of entries above 1e154 overflow. Types of 16 bits are converted to float32.
+    entry first, because squares of entries below 1e-154 underflow and squares of entries above 1e154 overflow. Types of
+    16 bits are converted to float32.
 
     Args:
         gradients: g by name, shape (*parameter), or (B, *parameter) with `batched`.
@@ -48,6 +49,27 @@ def _unit(stacks: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tenso
     flat = [stack.flatten(1).to(dtype) for stack in stacks]
     largest = torch.stack([rows.abs().amax(1) for rows in flat if rows.numel()]).amax(0)
     return [rows / largest[:, None] for rows in flat], largest
+
+
+def tested_rows(symmetry: Symmetry, gradients: Params, params: Params) -> Tensor:
+    r"""The rows of a symmetry in which an entry of the parameters and of the gradient is not zero.
+
+    Elsewhere both sides of $g \cdot Q\theta = 0$ vanish entry by entry, for example at dead units or at factors that
+    are zero, and the equation tests nothing.
+
+    Args:
+        symmetry: The symmetry.
+        gradients: The gradient of an example by name.
+        params: The parameters by name.
+
+    Returns:
+        Booleans, shape (n,) for a symmetry with n rows, and (1,) for a symmetry whose rows have a coordinate in common.
+    """
+    axes = symmetry.regions(params)
+    rows = [(axis.rows(gradients[axis.name]) != 0) & (axis.rows(params[axis.name]) != 0) for axis in axes]
+    if isinstance(symmetry, AxisSymmetry) and symmetry.per_row:
+        return torch.stack([entries.any(1) for entries in rows]).any(0)
+    return torch.stack([entries.any() for entries in rows]).any().reshape(1)
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:

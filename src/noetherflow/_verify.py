@@ -2,8 +2,8 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from typing import final
+from collections.abc import Iterator, Sequence
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from noetherflow._given import require_loss, require_model
 from noetherflow._model_function import ModelFunction
 from noetherflow._params import aliases
 from noetherflow._per_example import own_randomness, require_losses
-from noetherflow._perturbed import elsewhere
-from noetherflow._residual import cosine, relative_change
+from noetherflow._perturbed import GIVEN_ONLY, generic_points
+from noetherflow._residual import cosine, relative_change, tested_rows
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.symmetry import Symmetry
 
@@ -39,6 +39,8 @@ class Residual(float):
         perturbation: The size of the perturbation that leads to the generic point, the standard deviation of the
             logarithm of an entry's factor. 0 if the symmetry was tested at the given parameters only, because the
             losses are not finite elsewhere: the symmetry may then hold at special parameters only.
+        untested: The number of rows of the symmetry that no gradient reaches at any perturbed point, such as units that
+            are dead for all examples: nothing is known about these rows.
 
     Examples:
         >>> import noetherflow as nf
@@ -53,6 +55,7 @@ class Residual(float):
     precision: torch.dtype
     point: str
     perturbation: float
+    untested: int
 
     def __new__(
         cls,
@@ -62,16 +65,17 @@ class Residual(float):
         precision: torch.dtype = torch.float64,
         point: str = "given",
         perturbation: float = 0.0,
+        untested: int = 0,
     ) -> "Residual":
         """A float whose value is the larger part."""
         self = super().__new__(cls, max(loss, gradient))
         self.loss, self.gradient, self.example, self.precision = loss, gradient, example, precision
-        self.point, self.perturbation = point, perturbation
+        self.point, self.perturbation, self.untested = point, perturbation, untested
         return self
 
-    def __getnewargs__(self) -> tuple[float, float, int, torch.dtype, str, float]:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple[Any, ...]:
         """The arguments with which pickle and copy make the residual again; the default for a float is its value."""
-        return self.loss, self.gradient, self.example, self.precision, self.point, self.perturbation
+        return tuple(getattr(self, name) for name in self.__annotations__)
 
 
 def verify_symmetry(
@@ -88,11 +92,12 @@ def verify_symmetry(
 
     A symmetry satisfies $\ell(e^{Q_x}\theta, z) = \ell(\theta, z)$ for every example z, and therefore
     $\nabla\ell \cdot Q_x\theta = 0$. Both equations are tested at random coordinates x, on a copy of the model in
-    float64, at two points: at the parameters of the model, and at perturbed parameters and buffers. At a special point,
-    such as weights or running means that are zero at the start of training, transformations leave the loss unchanged
-    that are no symmetries. The perturbation multiplies every entry by a random factor, adds random numbers of the size
-    of the tensor, and replaces zeros; integers, booleans and infinite entries of masks keep their value, and positive
-    tensors stay positive. The residual is the larger of the residuals at both points.
+    float64, at the parameters of the model and at perturbed parameters and buffers. At a special point, such as weights
+    or running means that are zero at the start of training, transformations leave the loss unchanged that are no
+    symmetries. The perturbation multiplies every entry by a random factor, adds random numbers of the size of the
+    tensor, and replaces zeros; integers, booleans and infinite entries of masks keep their value, and positive tensors
+    stay positive. Rows without a gradient at the perturbed point, such as dead units, are tested at further points,
+    five at most. The residual is the largest of all points.
 
     The residual of an exact symmetry is rounding, about 1e-14. If a layer always computes in a coarser type, such as a
     normalisation in float32, the residual is rounding in that type: see `Residual.precision`. Complex parameters are
@@ -147,19 +152,37 @@ def verify_symmetry(
     with own_randomness(device, seed=0):
         size = require_losses(function.losses(function.params, batch), "verify_symmetry")
         function.observe(select(batch, torch.zeros(1, dtype=torch.long, device=device), size))
-    given = _residual_at(symmetry, function, batch, size, draws, generator)
-    generic, perturbation, note = elsewhere(function, batch)
-    if note and given <= function.tolerance.proof:
+    tests = _Tests(symmetry, batch, size, draws, generator)
+    residuals = [tests.at(function)[0]]
+    tested = torch.zeros((), dtype=torch.bool)
+    note = GIVEN_ONLY
+    for point in generic_points(function, batch):
+        note = point.note
+        residual, rows = tests.at(point.function, point.size)
+        tested = tested | rows
+        residuals.append(residual)
+        if tested.all():
+            break
+    result = worst_of(residuals, int((~tested).sum()))
+    if note and result <= function.tolerance.proof:
         warnings.warn(note, stacklevel=2)
-    if generic is None:
-        return given
-    return worst_of(given, _residual_at(symmetry, generic, batch, size, draws, generator), perturbation)
+    return result
 
 
-def worst_of(given: Residual, perturbed: Residual, perturbation: float) -> Residual:
-    """The larger of the residuals of a symmetry at the given parameters and at perturbed parameters."""
-    point, worst = max(("given", given), ("perturbed", perturbed), key=lambda pair: float(pair[1]))
-    return Residual(worst.loss, worst.gradient, worst.example, worst.precision, point, perturbation)
+def worst_of(residuals: Sequence[Residual], untested: int) -> Residual:
+    """The largest residual of a symmetry over all points.
+
+    Args:
+        residuals: The residual at the given parameters, and those at perturbed points.
+        untested: The number of rows without a gradient at all perturbed points.
+
+    Returns:
+        The largest residual, with the largest perturbation.
+    """
+    worst = max(residuals, key=float)
+    size = max(residual.perturbation for residual in residuals)
+    untested = untested if size else 0
+    return Residual(worst.loss, worst.gradient, worst.example, worst.precision, worst.point, size, untested)
 
 
 def random_coordinates(symmetry: Symmetry, params: Params, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -175,36 +198,59 @@ def random_coordinates(symmetry: Symmetry, params: Params, draws: int, generator
         yield x.to(identity)
 
 
-def _residual_at(
-    symmetry: Symmetry, function: ModelFunction, batch: Batch, size: int, draws: int, generator: torch.Generator
-) -> Residual:
-    """The residual at the parameters of a function."""
-    params = function.params
-    device = next(iter(params.values())).device
-    # The seed of all evaluations, so that dropout drops equal units before and after the transformation.
-    with own_randomness(device, seed=0):
-        before = function.losses(params, batch)
-    change = torch.zeros_like(before)
-    for x in random_coordinates(symmetry, params, draws, generator):
+@final
+class _Tests:
+    """The tests of a declared symmetry at any parameters.
+
+    Args:
+        symmetry: The symmetry, with canonical names.
+        batch: The batch, in the type of the model function.
+        size: The batch size B.
+        draws: The number of finite transformations.
+        generator: Source of the random coordinates.
+    """
+
+    def __init__(self, symmetry: Symmetry, batch: Batch, size: int, draws: int, generator: torch.Generator) -> None:
+        self._symmetry = symmetry
+        self._batch = batch
+        self._size = size
+        self._draws = draws
+        self._generator = generator
+
+    def at(self, function: ModelFunction, perturbation: float = 0.0) -> tuple[Residual, Tensor]:
+        """The residual at the parameters of a function, and the rows that are tested, shape (n,) or (1,)."""
+        change = self._changes(function)
+        cosines, rows = self._cosines(function)
+        worst = torch.maximum(change, cosines)
+        point = "perturbed" if perturbation else "given"
+        numbers = change.max().item(), cosines.max().item(), int(worst.argmax())
+        return Residual(*numbers, function.precision, point, perturbation), rows
+
+    def _changes(self, function: ModelFunction) -> Tensor:
+        """The largest relative change of the loss of every example under finite transformations, shape (B,)."""
+        params = function.params
+        device = next(iter(params.values())).device
+        # One seed for all evaluations, so that dropout drops equal units before and after the transformation.
         with own_randomness(device, seed=0):
-            after = function.losses(symmetry.act(x, params), batch)
-        change = torch.maximum(change, relative_change(before, after))
-    cosines = _worst_cosines(symmetry, function, batch, size, generator)
-    worst = torch.maximum(change, cosines)
-    return Residual(change.max().item(), cosines.max().item(), int(worst.argmax()), function.precision)
+            before = function.losses(params, self._batch)
+        change = torch.zeros_like(before)
+        for x in random_coordinates(self._symmetry, params, self._draws, self._generator):
+            with own_randomness(device, seed=0):
+                after = function.losses(self._symmetry.act(x, params), self._batch)
+            change = torch.maximum(change, relative_change(before, after))
+        return change
 
-
-def _worst_cosines(
-    symmetry: Symmetry, function: ModelFunction, batch: Batch, size: int, generator: torch.Generator
-) -> Tensor:
-    """|g . Q theta| / (|g| |Q theta|) for the gradient g of every example, shape (B,)."""
-    params = {name: function.params[name] for name in symmetry.names}
-    (x,) = random_coordinates(symmetry, params, 1, generator)
-    direction = symmetry.generate(x, params)
-    cosines = []
-    # One example at a time, because a large model leaves no memory for B gradients.
-    for index in range(size):
-        single = select(batch, torch.tensor([index], device=x.device), size)
-        with own_randomness(x.device, seed=0):
-            cosines.append(cosine(function.gradient(params, single)[1], direction))
-    return torch.stack(cosines)
+    def _cosines(self, function: ModelFunction) -> tuple[Tensor, Tensor]:
+        """|g . Q theta| / (|g| |Q theta|) for the gradient g of every example, shape (B,), and the rows tested."""
+        params = {name: function.params[name] for name in self._symmetry.names}
+        (x,) = random_coordinates(self._symmetry, params, 1, self._generator)
+        direction = self._symmetry.generate(x, params)
+        cosines, tested = [], []
+        # One example at a time, because a large model leaves no memory for B gradients.
+        for index in range(self._size):
+            single = select(self._batch, torch.tensor([index], device=x.device), self._size)
+            with own_randomness(x.device, seed=0):
+                gradients = function.gradient(params, single)[1]
+            cosines.append(cosine(gradients, direction))
+            tested.append(tested_rows(self._symmetry, gradients, params).cpu())
+        return torch.stack(cosines), torch.stack(tested).any(0)

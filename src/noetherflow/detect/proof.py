@@ -12,8 +12,8 @@ from noetherflow._dtype import announced_dtype
 from noetherflow._errors import CoupledExamplesError
 from noetherflow._model_function import ModelFunction
 from noetherflow._per_example import own_randomness, require_losses, require_uncoupled
-from noetherflow._perturbed import elsewhere
-from noetherflow._residual import cosine, relative_change
+from noetherflow._perturbed import GIVEN_ONLY, generic_points
+from noetherflow._residual import cosine, relative_change, tested_rows
 from noetherflow._types import Batch, Loss
 from noetherflow._verify import Residual, random_coordinates, worst_of
 from noetherflow.symmetry import Symmetry
@@ -62,16 +62,23 @@ def prove(
     given = _Point(function, batch, coupled=coupled, draws=draws)
     with own_randomness(device, seed=0):
         function.observe(given.examples[0])
-    residuals = given.residuals(symmetries)
-    generic, size, note = elsewhere(function, batch)
-    if note and any(residual <= function.tolerance.proof for residual in residuals):
+    residuals = [[residual] for residual in given.residuals(symmetries)[0]]
+    del given
+    tested = [torch.zeros((), dtype=torch.bool)] * len(symmetries)
+    note = GIVEN_ONLY
+    for generic in generic_points(function, batch):
+        note = generic.note
+        missing = [index for index, rows in enumerate(tested) if not rows.all()]
+        point = _Point(generic.function, batch, coupled=coupled, draws=draws, perturbation=generic.size)
+        for index, residual, rows in zip(missing, *point.residuals([symmetries[i] for i in missing]), strict=True):
+            residuals[index].append(residual)
+            tested[index] = tested[index] | rows
+        if all(rows.all() for rows in tested):
+            break
+    worst = [worst_of(each, int((~rows).sum())) for each, rows in zip(residuals, tested, strict=True)]
+    if note and any(residual <= function.tolerance.proof for residual in worst):
         warnings.warn(note, stacklevel=3)
-    if generic is None:
-        return residuals
-    # The copy of the given parameters is not kept in memory beside the perturbed parameters.
-    del function, given
-    perturbed = _Point(generic, batch, coupled=coupled, draws=draws).residuals(symmetries)
-    return [worst_of(*pair, size) for pair in zip(residuals, perturbed, strict=True)]
+    return worst
 
 
 @final
@@ -83,33 +90,39 @@ class _Point:
         batch: The batch, in the type of the function.
         coupled: Whether a layer normalises over the batch, so that only the batch as a unit has a gradient.
         draws: The number of finite transformations.
+        perturbation: The size of the perturbation that leads to this point; 0 for the given parameters.
 
     Attributes:
         examples: The batches whose gradients are compared with directions.
     """
 
-    def __init__(self, function: ModelFunction, batch: Batch, *, coupled: bool, draws: int) -> None:
+    def __init__(
+        self, function: ModelFunction, batch: Batch, *, coupled: bool, draws: int, perturbation: float = 0.0
+    ) -> None:
         self._function = function
         self._params = function.params
         self._device = next(iter(self._params.values())).device
         self._batch = batch
         self._draws = draws
+        self._perturbation = perturbation
         self._generator = torch.Generator().manual_seed(0)
         self._before = self._evaluate(self._params)
         size = require_losses(self._before, "find_symmetries")
         indices = torch.arange(size, device=self._device)
         self.examples = [batch] if coupled else [select(batch, index.reshape(1), size) for index in indices]
 
-    def residuals(self, symmetries: list[Symmetry]) -> list[Residual]:
-        """The residual of each symmetry at this point."""
-        cosines = self._cosines(symmetries)
+    def residuals(self, symmetries: list[Symmetry]) -> tuple[list[Residual], list[Tensor]]:
+        """The residual of each symmetry at this point, and the rows of each symmetry that are tested."""
+        cosines, tested = self._cosines(symmetries)
         changes: list[float] = []
         for first in range(0, len(symmetries), _GROUP):
             changes += self._changes(symmetries[first : first + _GROUP])
-        return [
-            Residual(change, float(each.max()), int(each.argmax()), self._function.precision)
+        kind = self._function.precision, "perturbed" if self._perturbation else "given", self._perturbation
+        residuals = [
+            Residual(change, float(each.max()), int(each.argmax()), *kind)
             for change, each in zip(changes, cosines, strict=True)
         ]
+        return residuals, tested
 
     def _changes(self, symmetries: list[Symmetry]) -> list[float]:
         """The change of loss by each symmetry; symmetries are tested in groups, and groups that fail in halves."""
@@ -130,8 +143,8 @@ class _Point:
         half = len(symmetries) // 2
         return self._changes(symmetries[:half]) + self._changes(symmetries[half:])
 
-    def _cosines(self, symmetries: list[Symmetry]) -> list[Tensor]:
-        """|g . Q theta| / (|g| |Q theta|) of each symmetry and every example."""
+    def _cosines(self, symmetries: list[Symmetry]) -> tuple[list[Tensor], list[Tensor]]:
+        """|g . Q theta| / (|g| |Q theta|) of each symmetry and every example, and the rows that are tested."""
         directions = []
         for symmetry in symmetries:
             acted_on = {name: self._params[name] for name in symmetry.names}
@@ -139,11 +152,15 @@ class _Point:
             directions.append(symmetry.generate(x, acted_on))
         moved = {name: self._params[name] for symmetry in symmetries for name in symmetry.names}
         columns = []
+        tested = [torch.zeros((), dtype=torch.bool)] * len(symmetries)
         for example in self.examples:
             with own_randomness(self._device, seed=0):
                 gradients = self._function.gradient(moved, example)[1]
             columns.append(torch.stack([cosine(gradients, direction) for direction in directions]))
-        return list(torch.stack(columns, 1))
+            for index, symmetry in enumerate(symmetries):
+                if not tested[index].all():
+                    tested[index] = tested[index] | tested_rows(symmetry, gradients, self._params).cpu()
+        return list(torch.stack(columns, 1)), tested
 
     def _evaluate(self, params: dict[str, Tensor]) -> Tensor:
         # One seed for all evaluations, so that dropout drops equal units before and after.

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from noetherflow._batch import cast, read
 from noetherflow._dtype import working_dtype
 from noetherflow._errors import NonFiniteError, SettingsError
+from noetherflow._given import require_loader
 from noetherflow._model_function import ModelFunction
 from noetherflow._optimizers import SGD, require_settings
 from noetherflow._params import aliases, snapshot
@@ -95,6 +96,7 @@ def search(
         batches = read(loader, "loader")
         unused = [] if options.holdout is None else read(options.holdout, "holdout")
     first = batches[0]
+    require_loader(model, loss, loader, first)
     working = working_dtype(model, loss, first, options.dtype)
     precision = _precision(model, loss, first, working.dtype)
     notes = [working.note] if working.note else []
