@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,10 @@ from noetherflow._model_function import ModelFunction
 from noetherflow._other_roads import OtherRoads, Roads
 from noetherflow._params import aliases
 from noetherflow._per_example import own_randomness, require_losses
+from noetherflow._precision import coarsest
 from noetherflow._types import Batch, Loss
+
+_RAISED = "loss(model, batch) raised {}: {}"
 
 
 def require_model(model: nn.Module) -> torch.device:
@@ -60,16 +64,14 @@ def require_batch(batch: Batch) -> None:
         raise SettingsError(f"got an iterator ({kind}), expected one batch: next(batches)")
 
 
-def require_loss(model: nn.Module, loss: Loss, batch: Batch, where: str, *, convert: bool = False) -> None:
-    """Compute the losses of a batch once, in the types of the model, before anything else uses them.
+def require_loss(model: nn.Module, loss: Loss, batch: Batch, where: str) -> None:
+    """Compute the losses of a batch once, before anything else uses them.
 
     Args:
         model: The model.
         loss: `loss(model, batch)`, shape (B,).
         batch: The batch.
         where: Subject of error messages about the losses.
-        convert: Whether a loss that raises an error is computed again in float64, and the batch on the device of the
-            model.
 
     Raises:
         SettingsError: If the model has no parameters or no numbers, or if the batch is a loader.
@@ -81,13 +83,11 @@ def require_loss(model: nn.Module, loss: Loss, batch: Batch, where: str, *, conv
     device = require_model(model)
     require_batch(batch)
     try:
-        losses, roads = _evaluate(model, loss, cast(batch, None, device) if convert else batch, None)
+        losses, roads = _evaluate(model, loss, batch, device)
     except NoetherflowError:
         raise
     except Exception as error:
-        if not convert or not _is_computable(model, loss, batch, device):
-            raise LossError(f"loss(model, batch) raised {type(error).__name__}: {error}") from error
-        return
+        raise LossError(_RAISED.format(type(error).__name__, error)) from error
     require_losses(losses, where)
     _require_attributes(roads)
 
@@ -103,41 +103,55 @@ def require_loader(model: nn.Module, loss: Loss, loader: object, first: Batch) -
 
     Raises:
         SettingsError: If the model has no parameters or no numbers, or if the loader is a batch.
-        LossError: If the loss raises an error.
+        NoetherflowError: If the loss raises it.
+        LossError: If the loss raises another error.
         HiddenParameterError: If the loss reaches a parameter by another road than the attribute of its module.
     """
     device = require_model(model)
     try:
-        _require_attributes(_evaluate(model, loss, cast(first, None, device), None)[1])
+        roads = _evaluate(model, loss, first, device)[1]
     except NoetherflowError:
         raise
     except Exception as error:
-        if isinstance(loader, tuple | list) and _is_computable(model, loss, loader, device):
+        if isinstance(loader, tuple | list) and _is_batch(model, loss, loader, device):
             raise SettingsError(
-                f"got a batch ({type(loader).__name__} of {len(loader)}) in the place of a loader, expected an iterable "
-                "of batches: a DataLoader, or a list with this batch, [batch]"
+                f"got a batch ({type(loader).__name__} of {len(loader)}) in the place of a loader, expected an "
+                "iterable of batches: a DataLoader, or a list with this batch, [batch]"
             ) from error
-        if not _is_computable(model, loss, first, device):
-            raise LossError(f"loss(model, batch) raised {type(error).__name__}: {error}") from error
+        raise LossError(_RAISED.format(type(error).__name__, error)) from error
+    _require_attributes(roads)
 
 
-def _evaluate(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype | None) -> tuple[Tensor, Roads]:
-    """The losses at a copy of the parameters, and what the loss reaches by other roads."""
-    function = ModelFunction(model, loss, dtype)
-    leaves = {name: leaf(tensor) for name, tensor in function.params.items()}
-    device = next(iter(leaves.values())).device
-    with own_randomness(device, seed=0), torch.enable_grad(), OtherRoads(model, batch, leaves.values()) as roads:
-        losses = function(leaves, batch)
-    return losses, roads.of(losses) if isinstance(losses, Tensor) else Roads([], [], [])
-
-
-def _is_computable(model: nn.Module, loss: Loss, batch: Batch, device: torch.device) -> bool:
-    """Whether the losses can be computed in float64."""
+def _is_batch(model: nn.Module, loss: Loss, value: object, device: torch.device) -> bool:
+    """Whether a loss can be computed of a value."""
     try:
-        _evaluate(model, loss, cast(batch, torch.float64, device), torch.float64)
+        losses, _ = _evaluate(model, loss, value, device)
     except Exception:
         return False
-    return True
+    return isinstance(losses, Tensor)
+
+
+def _evaluate(model: nn.Module, loss: Loss, batch: Batch, device: torch.device) -> tuple[Tensor, Roads]:
+    """The losses, and what the loss reaches by other roads; or the error of the loss."""
+    native = coarsest(tensor.dtype for tensor in model.parameters())
+    errors = []
+    # The types of the model and of the data; the data in the type of the model; and float64 for both, as in a proof.
+    for of_batch, of_model in ((None, None), (native, None), (torch.float64, torch.float64)):
+        function = ModelFunction(model, loss, of_model)
+        given = cast(batch, of_batch, device)
+        leaves = {name: leaf(tensor) for name, tensor in function.params.items()}
+        with own_randomness(device, seed=0), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                with torch.enable_grad(), OtherRoads(model, given, leaves.values()) as roads:
+                    losses = function(leaves, given)
+                return losses, roads.of(losses) if isinstance(losses, Tensor) else Roads([], [], [])
+            except Exception as error:
+                errors.append(error)
+            # torch.cond fails where functions are watched and where tensors in the place of parameters have gradients.
+            with suppress(Exception):
+                return function.losses(function.params, given), Roads([], [], [])
+    raise errors[0]
 
 
 def _require_attributes(roads: Roads) -> None:

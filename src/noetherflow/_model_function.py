@@ -278,7 +278,9 @@ class ModelFunction:
                 gradient.update(zip(names, parts, strict=True))
 
         with torch.enable_grad(), self._explained():
-            losses = self.then({**params, **leaves}, batch, backward)
+            # A reentrant checkpoint gives no gradients unless one of its inputs requires gradients.
+            inputs = {name: leaf(params.get(name, tensor)) for name, tensor in self.trained.items() if self.reentrant}
+            losses = self.then({**params, **inputs, **leaves}, batch, backward)
         return losses.detach(), gradient
 
     @contextmanager

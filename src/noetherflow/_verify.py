@@ -144,7 +144,7 @@ def verify_symmetry(
     symmetry = symmetry.rename(names)
     device = require_model(model)
     symmetry.check(dict(model.named_parameters()))
-    require_loss(model, loss, batch, "verify_symmetry", convert=True)
+    require_loss(model, loss, batch, "verify_symmetry")
     dtype = announced_dtype(model, loss, batch, dtype)
     function = ModelFunction(model, loss, dtype)
     batch = cast(batch, dtype, device)
