@@ -143,7 +143,7 @@ def _evaluate(model: nn.Module, loss: Loss, batch: Batch, device: torch.device) 
         with own_randomness(device, seed=0), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                with torch.enable_grad(), OtherRoads(model, given, leaves.values()) as roads:
+                with torch.enable_grad(), OtherRoads(model, (batch, given), leaves.values()) as roads:
                     losses = function(leaves, given)
                 return losses, roads.of(losses) if isinstance(losses, Tensor) else Roads([], [], [])
             except Exception as error:

@@ -33,7 +33,7 @@ class Perturbation:
 
     An entry $t$ becomes $t e^{s n} + s r n'$ with standard normal numbers n and n' and the root mean square r of the
     tensor. Integers, booleans, infinite entries, and entries beyond 1e4 of a buffer keep their value. A tensor whose
-    entries have one sign (a variance, a scale) keeps the sign. A tensor of zeros gets numbers of standard deviation
+    entries have one sign (a variance, a scale) keeps the sign, except parameters at $s = 1$. A tensor of zeros gets numbers of standard deviation
     $s/\sqrt{m}$, where m is the number of entries of an output (a row), as at an initialisation.
 
     Args:
@@ -54,19 +54,19 @@ class Perturbation:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The perturbed copy of a parameter; a tensor that is no floating-point or complex number as it is."""
-        return self._moved(tensor, torch.isfinite)
+        return self._moved(tensor, torch.isfinite, keep_sign=self._size < _FAR)
 
     def buffer(self, tensor: Tensor) -> Tensor:
         """The perturbed copy of a buffer, which may be a mask with very large entries."""
-        return self._moved(tensor, lambda numbers: numbers.abs() <= _INFINITE)
+        return self._moved(tensor, lambda numbers: numbers.abs() <= _INFINITE, keep_sign=True)
 
-    def _moved(self, tensor: Tensor, is_ordinary: Callable[[Tensor], Tensor]) -> Tensor:
+    def _moved(self, tensor: Tensor, is_ordinary: Callable[[Tensor], Tensor], *, keep_sign: bool) -> Tensor:
         if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor
         if tensor.is_complex():
             # Both parts move on their own, so that no direction in the complex plane is special.
             parts = torch.view_as_real(tensor.resolve_conj())
-            return torch.view_as_complex(self._moved(parts, is_ordinary).contiguous())
+            return torch.view_as_complex(self._moved(parts, is_ordinary, keep_sign=keep_sign).contiguous())
         ordinary = is_ordinary(tensor)
         count = int(ordinary.sum())
         if count == 0:
@@ -76,7 +76,7 @@ class Perturbation:
         moved = numbers * self._normal(tensor).mul_(self._size).exp_()
         if rms == 0.0:
             moved = self._normal(tensor).mul_(self._size / math.sqrt(tensor[0].numel() if tensor.ndim > 1 else 1))
-        elif bool((numbers >= 0).all()) or bool((numbers <= 0).all()):
+        elif keep_sign and bool((numbers >= 0).all() | (numbers <= 0).all()):
             # Zeros among numbers of one sign, such as a mask or a count, become numbers of that sign.
             sign = 1.0 if bool((numbers > 0).any()) else -1.0
             zeros = self._normal(tensor).abs_().mul_(sign * self._size * rms)
@@ -103,7 +103,7 @@ def generic_points(function: ModelFunction, batch: Batch) -> Iterator[Point]:
     """A model function at perturbed parameters and buffers: a point, and further points if the caller needs them.
 
     At a point at which the units of a layer are dead, no gradient reaches the layer, and nothing is tested. Further
-    points are further away where rounding allows, because dead units stay dead nearby. For each point the largest size
+    points are further away where rounding allows, because dead units stay dead nearby; biases may change their sign. For each point the largest size
     is taken at which losses and gradients are finite. If there is none, the buffers keep their values: a model may
     compute with its buffers what no other numbers allow.
 
