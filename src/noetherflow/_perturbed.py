@@ -33,8 +33,9 @@ class Perturbation:
 
     An entry $t$ becomes $t e^{s n} + s r n'$ with standard normal numbers n and n' and the root mean square r of the
     tensor. Integers, booleans, infinite entries, and entries beyond 1e4 of a buffer keep their value. A tensor whose
-    entries have one sign (a variance, a scale) keeps the sign, except parameters at $s = 1$. A tensor of zeros gets numbers of standard deviation
-    $s/\sqrt{m}$, where m is the number of entries of an output (a row), as at an initialisation.
+    entries have one sign (a variance, a scale) keeps the sign, except parameters at $s = 1$. A tensor of zeros gets
+    numbers of standard deviation $s/\sqrt{m}$, where m is the number of entries of an output (a row), as at an
+    initialisation.
 
     Args:
         size: s.
@@ -103,9 +104,9 @@ def generic_points(function: ModelFunction, batch: Batch) -> Iterator[Point]:
     """A model function at perturbed parameters and buffers: a point, and further points if the caller needs them.
 
     At a point at which the units of a layer are dead, no gradient reaches the layer, and nothing is tested. Further
-    points are further away where rounding allows, because dead units stay dead nearby; biases may change their sign. For each point the largest size
-    is taken at which losses and gradients are finite. If there is none, the buffers keep their values: a model may
-    compute with its buffers what no other numbers allow.
+    points are further away where rounding allows, because dead units stay dead nearby; biases may change their sign.
+    For each point the largest size is taken at which losses and gradients are finite. If there is none, the buffers
+    keep their values: a model may compute with its buffers what no other numbers allow.
 
     Args:
         function: The function, which is not changed.
