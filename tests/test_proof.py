@@ -15,7 +15,7 @@ from cases import mlp, squared_error
 from noetherflow import _perturbed, _verify
 from noetherflow._model_function import ModelFunction
 from noetherflow._perturbed import SIZES, Perturbation, generic_points
-from noetherflow._residual import cosine
+from noetherflow._residual import active_rows, cosine
 from noetherflow.detect import proof
 from noetherflow.detect.proof import prove
 
@@ -463,3 +463,35 @@ def test_no_more_points_than_needed_are_visited(monkeypatch: pytest.MonkeyPatch)
     assert visited == [0]
     nf.verify_symmetry(Dead(1), squared_error, BATCH, SPECIAL["a buffer of zero"][1])
     assert visited == [0, 0, 1, 2, 3, 4]
+
+
+def test_rows_of_zeros_are_not_tested() -> None:
+    symmetry = nf.DiagonalSymmetry([nf.Axis("a", 0)], [nf.Axis("b", 1)])
+    params = {"a": torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 0.0]]), "b": torch.zeros(2, 3)}
+    gradients = {"a": torch.tensor([[0.0, 1e-300], [5.0, 5.0], [0.0, 7.0]], dtype=torch.float64), "b": torch.ones(2, 3)}
+    assert active_rows(symmetry, gradients, params).tolist() == [True, False, False]
+    params["b"][0, 1] = 1.0
+    assert active_rows(symmetry, gradients, params).tolist() == [True, True, False]
+    scalar = nf.ScalarSymmetry([nf.Axis("a", 0)], [])
+    assert active_rows(scalar, gradients, params).tolist() == [True]
+    assert active_rows(scalar, {"a": 0 * params["a"]}, params).tolist() == [False]
+
+
+def test_noise_of_complex_parameters_is_refused_and_that_of_pairs_is_not() -> None:
+    class Pairs(Imaginary):
+        def __init__(self) -> None:
+            super().__init__()
+            self.u = None
+            self.w = nn.Parameter(torch.view_as_real(self.w.detach()).clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            w = torch.view_as_complex(self.w)
+            return self.c(torch.relu((x.to(w.dtype) @ w.T).imag))
+
+    with pytest.raises(nf.SettingsError, match=r"complex parameters is not measured: \['w', 'u'\].*view_as_complex"):
+        nf.estimate_noise(Imaginary(), squared_error, [BATCH], {}, progress=False)
+    assert nf.estimate_noise(Pairs(), squared_error, [BATCH], {}, progress=False).trace > 0
+    frozen = Imaginary()
+    frozen.w.requires_grad_(False)
+    frozen.u.requires_grad_(False)
+    assert nf.estimate_noise(frozen, squared_error, [BATCH], {}, progress=False).trace > 0

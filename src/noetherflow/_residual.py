@@ -51,7 +51,7 @@ def _unit(stacks: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tenso
     return [rows / largest[:, None] for rows in flat], largest
 
 
-def tested_rows(symmetry: Symmetry, gradients: Params, params: Params) -> Tensor:
+def active_rows(symmetry: Symmetry, gradients: Params, params: Params) -> Tensor:
     r"""The rows of a symmetry in which an entry of the parameters and of the gradient is not zero.
 
     Elsewhere both sides of $g \cdot Q\theta = 0$ vanish entry by entry, for example at dead units or at factors that

@@ -16,7 +16,7 @@ from noetherflow._model_function import ModelFunction
 from noetherflow._params import aliases
 from noetherflow._per_example import own_randomness, require_losses
 from noetherflow._perturbed import GIVEN_ONLY, generic_points
-from noetherflow._residual import cosine, relative_change, tested_rows
+from noetherflow._residual import active_rows, cosine, relative_change
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.symmetry import Symmetry
 
@@ -252,5 +252,5 @@ class _Tests:
             with own_randomness(x.device, seed=0):
                 gradients = function.gradient(params, single)[1]
             cosines.append(cosine(gradients, direction))
-            tested.append(tested_rows(self._symmetry, gradients, params).cpu())
+            tested.append(active_rows(self._symmetry, gradients, params).cpu())
         return torch.stack(cosines), torch.stack(tested).any(0)

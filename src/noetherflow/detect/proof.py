@@ -13,7 +13,7 @@ from noetherflow._errors import CoupledExamplesError
 from noetherflow._model_function import ModelFunction
 from noetherflow._per_example import own_randomness, require_losses, require_uncoupled
 from noetherflow._perturbed import GIVEN_ONLY, generic_points
-from noetherflow._residual import cosine, relative_change, tested_rows
+from noetherflow._residual import active_rows, cosine, relative_change
 from noetherflow._types import Batch, Loss
 from noetherflow._verify import Residual, random_coordinates, worst_of
 from noetherflow.symmetry import Symmetry
@@ -159,7 +159,7 @@ class _Point:
             columns.append(torch.stack([cosine(gradients, direction) for direction in directions]))
             for index, symmetry in enumerate(symmetries):
                 if not tested[index].all():
-                    tested[index] = tested[index] | tested_rows(symmetry, gradients, self._params).cpu()
+                    tested[index] = tested[index] | active_rows(symmetry, gradients, self._params).cpu()
         return list(torch.stack(columns, 1)), tested
 
     def _evaluate(self, params: dict[str, Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from noetherflow._errors import FrozenParameterError, NotASymmetryError
+from noetherflow._errors import FrozenParameterError, NotASymmetryError, SettingsError
 from noetherflow._model_function import ModelFunction
 from noetherflow._params import aliases, require_finite, require_names
 from noetherflow._residual import cosine
@@ -27,6 +27,7 @@ def resolve(model: nn.Module, symmetries: Mapping[str, Symmetry]) -> dict[str, S
 
     Raises:
         TypeError: If there are no names.
+        SettingsError: If a complex parameter is trained.
         FrozenParameterError: If nothing is trained, or a symmetry would move what is not.
     """
     if not isinstance(symmetries, Mapping):
@@ -36,6 +37,11 @@ def resolve(model: nn.Module, symmetries: Mapping[str, Symmetry]) -> dict[str, S
     if len(frozen) == len(params):
         raise FrozenParameterError(
             "the model has no parameter that requires gradients: nothing is trained, so there is no noise"
+        )
+    if pairs := [name for name, parameter in params.items() if parameter.is_complex() and name not in frozen]:
+        raise SettingsError(
+            f"the gradient noise of complex parameters is not measured: {pairs}. Store them as real tensors with a "
+            "last dimension of 2, and call torch.view_as_complex in forward"
         )
     canonical = aliases(model)
     resolved = {name: symmetry.rename(canonical) for name, symmetry in symmetries.items()}
