@@ -289,13 +289,21 @@ def test_data_in_another_type_than_the_model_is_converted() -> None:
         _given.require_loss(Net(by_list), squared_error, batch, "the loss")
 
 
-def test_a_conditional_of_pytorch_is_computed_without_gradients() -> None:
-    class Branching(Net):
+@pytest.mark.parametrize("call", TAKES_A_BATCH)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_conditional_of_pytorch_is_refused_in_a_sentence(inside: bool, call: str) -> None:
+    class Branching(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            hidden = self.a(x)
-            return self.b(torch.cond(x.sum() > 0, lambda h: h.relu(), lambda h: h.abs(), (hidden,)))
+            hidden = super().forward(x)
+            layer = self[2] if inside else torch.sin
+            return torch.cond(x.sum() > 0, lambda h: layer(h), lambda h: h.cos(), (hidden,))
 
-    _given.require_loss(Branching(lambda layer: layer), squared_error, BATCH, "the loss")
+    with pytest.raises(nf.TraceError, match=r"not with gradients at other values of the parameters .*torch\.cond"):
+        TAKES_A_BATCH[call](Branching(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)), branching_loss, BATCH)
+
+
+def branching_loss(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch[0]).square().sum(1)
 
 
 def test_a_batch_that_requires_gradients_is_no_weight() -> None:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from noetherflow._autograd import leaf
 from noetherflow._batch import cast
-from noetherflow._errors import HiddenParameterError, LossError, NoetherflowError, SettingsError
+from noetherflow._errors import HiddenParameterError, LossError, NoetherflowError, SettingsError, TraceError
 from noetherflow._model_function import ModelFunction
 from noetherflow._other_roads import OtherRoads, Roads
 from noetherflow._params import aliases
@@ -19,6 +18,10 @@ from noetherflow._per_example import own_randomness, require_losses
 from noetherflow._precision import coarsest
 from noetherflow._types import Batch, Loss
 
+_NO_GRADIENTS = (
+    "the loss can be computed, but not with gradients at other values of the parameters ({}: {}), as with torch.cond. "
+    "Nothing can be proved about it: write torch.where, or declare symmetries by hand with nf.Axis"
+)
 _RAISED = "loss(model, batch) raised {}: {}"
 
 
@@ -79,6 +82,7 @@ def require_loss(model: nn.Module, loss: Loss, batch: Batch, where: str) -> None
         LossError: If the loss raises another error, or does not return one number per example.
         NonFiniteError: If a loss is NaN or infinite.
         HiddenParameterError: If the loss reaches a parameter by another road than the attribute of its module.
+        TraceError: If the loss has no gradients at other values of the parameters.
     """
     device = require_model(model)
     require_batch(batch)
@@ -106,6 +110,7 @@ def require_loader(model: nn.Module, loss: Loss, loader: object, first: Batch) -
         NoetherflowError: If the loss raises it.
         LossError: If the loss raises another error.
         HiddenParameterError: If the loss reaches a parameter by another road than the attribute of its module.
+        TraceError: If the loss has no gradients at other values of the parameters.
     """
     device = require_model(model)
     try:
@@ -145,13 +150,23 @@ def _evaluate(model: nn.Module, loss: Loss, batch: Batch, device: torch.device) 
             try:
                 with torch.enable_grad(), OtherRoads(model, (batch, given), leaves.values()) as roads:
                     losses = function(leaves, given)
+                if roads.has_cond:
+                    function.gradient(function.trained, given)
                 return losses, roads.of(losses) if isinstance(losses, Tensor) else Roads([], [], [])
             except Exception as error:
                 errors.append(error)
-            # torch.cond fails where functions are watched and where tensors in the place of parameters have gradients.
-            with suppress(Exception):
-                return function.losses(function.params, given), Roads([], [], [])
+            if _is_computable(function, given):
+                raise TraceError(_NO_GRADIENTS.format(type(errors[0]).__name__, errors[0])) from errors[0]
     raise errors[0]
+
+
+def _is_computable(function: ModelFunction, batch: Batch) -> bool:
+    """Whether the losses can be computed without gradients."""
+    try:
+        function.losses(function.params, batch)
+    except Exception:
+        return False
+    return True
 
 
 def _require_attributes(roads: Roads) -> None:

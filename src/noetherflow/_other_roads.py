@@ -28,6 +28,9 @@ class OtherRoads(TorchFunctionMode):
         model: The model.
         batch: The batch; a tensor of the batch that requires gradients is no weight.
         leaves: The tensors in the places of the parameters.
+
+    Attributes:
+        has_cond: Whether torch.cond is called.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, leaves: Iterable[Tensor]) -> None:
@@ -37,6 +40,7 @@ class OtherRoads(TorchFunctionMode):
         # What is given, and what the block computes. Weights of other roads exist before the block begins.
         self._known = {_memory(tensor) for tensor in (*tensors_of(batch), *leaves)}
         self._read: dict[int, Tensor] = {}
+        self.has_cond = False
 
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -45,6 +49,7 @@ class OtherRoads(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         results = _tensors(result)
+        self.has_cond |= getattr(func, "__name__", "") == "cond"
         if results:
             self._collect(_tensors(_whose_numbers_count(func, args, kwargs)))
             self._known |= {_memory(tensor) for tensor in results}
