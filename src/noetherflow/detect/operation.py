@@ -179,7 +179,11 @@ def tensors_in(value: Any) -> list[ScalingExponents]:
 
 def exponents_of(value: Any) -> ScalingExponents:
     """The exponents of an argument: a number is a tensor that does not scale."""
-    return value if isinstance(value, ScalingExponents) else ScalingExponents((), value=torch.tensor(value))
+    if isinstance(value, ScalingExponents):
+        return value
+    # A number such as 1e-150 is zero in float32, and would then be taken for nothing.
+    dtype = torch.float64 if isinstance(value, float) else None
+    return ScalingExponents((), value=torch.tensor(value, dtype=dtype))
 
 
 def values_of(value: Any) -> Any:
