@@ -31,16 +31,16 @@ MIDDLE = [animal for animal in ZOO if 80 < SIZES[animal.name] <= 1500]
 @pytest.mark.parametrize("animal", SMALL)
 def test_the_finder_misses_none_and_invents_none(animal: Animal) -> None:
     result = nf.check_completeness(*animal.build())
-    assert result.complete, (result.found, result.discovered, result.missing, result.false, result.discovery.gap)
-    assert result.found == animal.dimension
+    assert result.complete, (result.detected, result.discovered, result.missing, result.false, result.discovery.gap)
+    assert result.detected == animal.dimension
 
 
 @pytest.mark.parametrize("animal", MIDDLE, ids=lambda animal: animal.name)
 def test_the_finder_misses_no_rescaling_and_invents_none(animal: Animal) -> None:
     result = nf.check_completeness(*with_large_eps(animal))
-    assert result.complete, (result.found, result.discovered, result.missing, result.false, result.discovery.gap)
+    assert result.complete, (result.detected, result.discovered, result.missing, result.false, result.discovery.gap)
     # Symmetric matrices count by their diagonals here.
-    assert result.found == sum(
+    assert result.detected == sum(
         count * (math.isqrt(2 * size) if kind == "matrix" else size) for (kind, size), count in animal.expected.items()
     )
 
@@ -61,7 +61,7 @@ def test_an_eps_that_rounding_hides_is_none() -> None:
     # The gradient of a padding row leaves out what is read of it, so that no symmetry moves it rightly.
     model.get_input_embeddings().padding_idx = None
     result = nf.check_completeness(model, loss, batch)
-    assert (result.found, result.missing, result.false) == (40, 5, 0)
+    assert (result.detected, result.missing, result.false) == (40, 5, 0)
     exact, approximate = (nf.find_symmetries(model, loss, batch, approximate=one) for one in (False, True))
     assert len(approximate) - len(exact) == 5
 

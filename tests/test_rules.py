@@ -156,7 +156,7 @@ def test_the_finder_agrees_with_null_spaces(name: str) -> None:
         warnings.simplefilter("error")  # a candidate that the numbers refute is a rule that lets too much through
         result = nf.check_completeness(model, loss, batch)
     assert result.discovery.decided, result.discovery.gap
-    assert (result.discovered, result.found, result.missing, result.false) == (expected, expected, 0, 0)
+    assert (result.discovered, result.detected, result.missing, result.false) == (expected, expected, 0, 0)
 
 
 # The loss jumps, or some units do not count, which the null space of gradients knows nothing of.

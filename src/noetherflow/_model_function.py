@@ -5,6 +5,7 @@ module has at that time. The backward pass therefore has to run while the given 
 backward pass share one `torch.func.functional_call`.
 """
 
+import copy
 import re
 import sys
 import warnings
@@ -76,6 +77,9 @@ class ModelFunction:
         self._converted = ", ".join(sorted(str(before) for before in floats if dtype not in (None, before)))
         self._dtype = dtype
         self._in_a_loop = False
+        # A state dict leaves out what a module computes from its configuration, such as angles of rotary embeddings.
+        saved = {id(tensor) for tensor in self._holder.state_dict(keep_vars=True).values() if torch.is_tensor(tensor)}
+        self._state = {key for key, buffer in self._buffers.items() if key in saved and buffer.is_floating_point()}
 
     def __call__(self, params: Params, batch: Batch) -> Tensor:
         """The losses, shape (B,), as a function that `torch.func` can transform."""
@@ -91,6 +95,19 @@ class ModelFunction:
         state |= {place: further[key] for place, key in self._others.items()}
         with eager():
             result: _T = functional_call(self._holder, state, (action,), tie_weights=False)
+        return result
+
+    def with_state(self, change: Callable[[Tensor], Tensor]) -> "ModelFunction":
+        """A function whose floating-point buffers are changed, apart from buffers that a state dict leaves out.
+
+        Args:
+            change: The new values of a buffer, of its shape.
+
+        Returns:
+            A function of this model; this object stays as it is.
+        """
+        result = copy.copy(self)
+        result._buffers = {key: change(old) if key in self._state else old for key, old in self._buffers.items()}
         return result
 
     def then(self, params: Params, batch: Batch, action: Callable[[Tensor], None]) -> Tensor:

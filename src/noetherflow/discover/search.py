@@ -1,0 +1,232 @@
+r"""Null spaces of gradients at random points, with the evidence for each.
+
+Every generator A of a symmetry solves $\nabla\ell(\theta, z) \cdot A\theta = 0$ at all points and examples. Rows of
+coefficients at finitely many points have a null space that is too large if the points say too little, for instance if a
+ReLU network is dead at most of them. Therefore:
+
+1. Rows without a gradient do not count, and rows far below the typical length are rounding and are left out.
+2. Solutions are tested at fresh points, which were not used to find them, with parameters of several sizes. A row that
+   a solution fails becomes a further equation, and the test starts again.
+3. The test ends when every unknown that a gradient reached has a coefficient in `FRESH` fresh rows in succession. The
+   examples that reached an unknown are repeated, so that the rows of an embedding get theirs.
+4. If the stated number of points is used up first, the search is undecided, and says why.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from noetherflow._progress import track
+from noetherflow.discover.equations import NullSpace, Thresholds, enough, null_space, refine
+from noetherflow.discover.points import Points, Sample, Tensors
+
+# Fresh rows in which every unknown has a coefficient, all of them solved, before a solution is accepted.
+FRESH = 100
+# Points of a search: this many, or this many times the number of equations that are needed, whichever is more.
+LEAST_BUDGET = 20_000
+BUDGET_FACTOR = 20
+# Rows shorter than this, relative to the longest, are rounding of longer terms that cancel.
+ROUNDING = 1e-9
+# Rows shorter than this, relative to the median, keep their ratio to it, because they carry more rounding.
+_SHORT = 1e-3
+# Gradients shorter than this, relative to the losses, are rounding.
+_OF_LOSS = 1e-13
+# Sizes of parameters at fresh points: some nonlinearities are linear near zero, and some are constant far away.
+_SCALES = (1.0, 0.3, 3.0)
+_FRESH_CHUNK = 128
+
+Features = Callable[[Tensors, Tensors], Tensor]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The null space of a search.
+
+    Args:
+        vectors: An orthonormal basis of the solutions, shape (k, unknowns).
+        gap: (largest singular value taken for zero, smallest taken for more).
+        note: Why the search is undecided; empty if it is decided.
+    """
+
+    vectors: Tensor
+    gap: tuple[float, float]
+    note: str = ""
+
+
+@final
+@dataclass
+class RowScale:
+    """The typical length of rows, for parameters of one size."""
+
+    longest: float
+    typical: float = 0.0
+
+    @staticmethod
+    def of(points: Points) -> "RowScale":
+        """No row is known yet, but the size of the losses is."""
+        return RowScale(_OF_LOSS / ROUNDING * points.scale)
+
+    def select(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows that are more than rounding, at length 1 or (short rows) less, and a mask of them."""
+        lengths = rows.norm(dim=1)
+        self.longest = max(self.longest, float(lengths.max()) if len(lengths) else 0.0)
+        kept = lengths > ROUNDING * self.longest
+        if not kept.any():
+            return rows[kept], kept
+        self.typical = self.typical or float(lengths[kept].median())
+        return rows[kept] / lengths[kept].clamp_min(_SHORT * self.typical)[:, None], kept
+
+
+@final
+@dataclass
+class Search:
+    """A search for the vectors that are orthogonal to rows of coefficients at random points.
+
+    Args:
+        points: The source of points.
+        features: The rows at given parameters and gradients, shape (m, unknowns).
+        unknowns: The number of unknowns.
+        what: A description for the progress bar.
+        progress: Whether a progress bar is shown.
+    """
+
+    points: Points
+    features: Features
+    unknowns: int
+    what: str
+    progress: bool
+    drawn: int = 0
+    _scales: dict[float, RowScale] = field(default_factory=dict)
+
+    @property
+    def budget(self) -> int:
+        """The largest number of points that are drawn."""
+        return max(LEAST_BUDGET, BUDGET_FACTOR * enough(self.unknowns), 4 * self.points.count)
+
+    def run(self) -> Solution:
+        """Solve the equations, and test the solutions at fresh points."""
+        thresholds = Thresholds.of(self.points.precision)
+        rows = self._first_rows()
+        if rows is None:
+            return self._dead()
+        null = null_space(rows, thresholds)
+        if not null.is_clear(thresholds):
+            return Solution(null.vectors, null.gap, _unclear(null))
+        return self._confirm(null, thresholds)
+
+    def _first_rows(self) -> Tensor | None:
+        """As many rows as the unknowns need; None if the budget does not suffice."""
+        needed, collected = enough(self.unknowns), []
+        count = 0
+        chunk = min(self.points.at_once, needed)
+        bar = iter(track(range(-(-needed // chunk)), self.what, total=-(-needed // chunk), shown=self.progress))
+        while count < needed:
+            if self.drawn >= self.budget:
+                return None
+            rows, _ = self._rows(min(chunk, needed - count) if not self.drawn else chunk, 1.0)
+            collected.append(rows[: needed - count])
+            count += len(collected[-1])
+            next(bar, None)
+        for _ in bar:
+            pass
+        return torch.cat(collected)
+
+    def _confirm(self, null: NullSpace, thresholds: Thresholds) -> Solution:
+        """Test solutions at fresh points until none fails, or until the budget is used up."""
+        evidence = _Evidence(self.unknowns, self.points.count)
+        vectors, gap = null.vectors, null.gap
+        end = self.drawn + self.budget
+        chunk = min(_FRESH_CHUNK, self.points.at_once)
+        scales = 0
+        while len(vectors) and not (evidence.suffices(self.points.needs_every_example) and scales >= len(_SCALES)):
+            if self.drawn >= end:
+                return Solution(vectors, gap, evidence.shortage(self.drawn))
+            examples = evidence.informative_examples(chunk // 2)
+            rows, sample = self._rows(chunk, _SCALES[scales % len(_SCALES)], examples)
+            scales += 1
+            residuals = rows @ vectors.T
+            further = refine(vectors, residuals, thresholds)
+            gap = (max(gap[0], further.gap[0]), min(gap[1], further.gap[1]))
+            if not further.is_clear(thresholds):
+                return Solution(vectors, gap, _unclear(further))
+            if len(further.vectors) < len(vectors):
+                vectors, scales = further.vectors, 0
+                evidence.restart()
+            evidence.add(rows, sample, thresholds.clear)
+        return Solution(vectors, gap)
+
+    def _rows(self, count: int, scale: float, examples: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Informative rows of new points, and the indices of their examples."""
+        sample: Sample = self.points.sample(count, scale, examples)
+        self.drawn += sample.drawn
+        rows = self.features(sample.params, sample.gradients).to("cpu", torch.float64)
+        known = self._scales.setdefault(scale, RowScale.of(self.points))
+        chosen, kept = known.select(rows)
+        return chosen, sample.examples[kept]
+
+    def _dead(self) -> Solution:
+        none = torch.zeros(0, self.unknowns, dtype=torch.float64)
+        return Solution(
+            none,
+            (0.0, 0.0),
+            f"{enough(self.unknowns)} points with a gradient are needed, and {self.drawn} random points had fewer: the "
+            "loss does not depend on the parameters almost everywhere",
+        )
+
+
+@final
+class _Evidence:
+    """How many fresh rows in succession had a coefficient of each unknown, and in which example."""
+
+    def __init__(self, unknowns: int, examples: int) -> None:
+        self._rows = torch.zeros(unknowns, dtype=torch.long)
+        self._reached = torch.zeros(unknowns, dtype=torch.bool)
+        # An example in whose row each unknown had a coefficient.
+        self._source = torch.zeros(unknowns, dtype=torch.long)
+        self._seen = torch.zeros(examples, dtype=torch.bool)
+
+    def add(self, rows: Tensor, examples: Tensor, least: float) -> None:
+        """Count rows of length 1 or less, whose coefficients above `least` are more than rounding."""
+        present = rows.abs() > least
+        self._rows += present.sum(0)
+        self._reached |= present.any(0)
+        self._seen[examples] = True
+        if len(rows):
+            last = present.to(torch.int8).argmax(0)
+            self._source = torch.where(present.any(0), examples[last], self._source)
+
+    def restart(self) -> None:
+        """Count from zero, because the solutions have changed."""
+        self._rows.zero_()
+        self._seen.zero_()
+
+    def suffices(self, every_example: bool) -> bool:
+        """Whether every unknown that a gradient reached has enough rows."""
+        return bool((self._rows[self._reached] >= FRESH).all()) and (not every_example or bool(self._seen.all()))
+
+    def informative_examples(self, count: int) -> Tensor | None:
+        """Up to `count` examples that reached unknowns with too few rows."""
+        lacking = self._reached & (self._rows < FRESH)
+        if not lacking.any():
+            return None
+        sources = self._source[lacking].unique()
+        return sources.repeat(-(-count // len(sources)))[:count]
+
+    def shortage(self, drawn: int) -> str:
+        """Why the evidence does not suffice."""
+        lacking = self._reached & (self._rows < FRESH)
+        return (
+            f"after {drawn} points, {int(lacking.sum())} of {len(lacking)} unknowns have a gradient at fewer than "
+            f"{FRESH} points since the last change of the solutions"
+        )
+
+
+def _unclear(null: NullSpace) -> str:
+    return (
+        f"singular values of {null.gap[0]:.1e} (taken for zero) and {null.gap[1]:.1e} (taken for more) are too close "
+        "to rounding to tell symmetries from almost-symmetries"
+    )
