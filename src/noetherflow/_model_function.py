@@ -196,6 +196,10 @@ class ModelFunction:
         """
         return self._each(params, tensors, rebuild, [True] * (1 + len(tensors)), "same")[1]
 
+    def losses_at(self, params: Params, tensors: Sequence[Tensor], rebuild: Callable[[list[Tensor]], Batch]) -> Tensor:
+        """Sums of the losses of b batches, each at different parameters, shape (b,); arguments as `gradients_at`."""
+        return self._each(params, tensors, rebuild, [True] * (1 + len(tensors)), "same")[0]
+
     def observe(self, batch: Batch) -> "ModelFunction":
         """Set `precision` and `reentrant` from an evaluation of a batch; returns this object."""
         leaves = {name: _leaf(tensor) for name, tensor in self.params.items()}

@@ -16,7 +16,7 @@ from noetherflow._params import require_names
 from noetherflow._types import Batch, Loss
 from noetherflow.discover.equations import MOST_UNKNOWNS, Thresholds, enough, null_space, with_parity, without
 from noetherflow.discover.points import Points, Tensors
-from noetherflow.discover.search import RowScale, Search
+from noetherflow.discover.search import RowScale, Search, jump
 from noetherflow.symmetry import Axis
 
 # Squared lengths of directions below this share of the largest are rounding.
@@ -130,15 +130,27 @@ def discover_blocks(
         for part, size in zip(vectors.split([size**2 for size in sizes], 1), sizes, strict=True)
     ]
     symmetric, antisymmetric = (tuple(with_parity(null, sign)) for sign in (1.0, -1.0))
+    both = [torch.cat(matrices) for matrices in zip(symmetric, antisymmetric, strict=True)]
+    undecided = solution.note or jump(points, len(both[0]), lambda x, params: _move(axes, both, x, params))
     return Blocks(
         axes=tuple(axes),
         symmetric=symmetric,
         antisymmetric=antisymmetric,
         others=len(null[0]) - len(symmetric[0]) - len(antisymmetric[0]),
         gap=solution.gap,
-        decided=not solution.note,
-        note="; ".join(filter(None, [solution.note, points.note])),
+        decided=not undecided,
+        note="; ".join(filter(None, [undecided, points.note])),
     )
+
+
+def _move(axes: Sequence[Axis], generators: Sequence[Tensor], coordinates: Tensor, params: Tensors) -> Tensors:
+    """Parameters of shape (m, *parameter) after the transformation exp(sum_k x_k X_k) along every axis."""
+    moved = dict(params)
+    for axis, matrices in zip(axes, generators, strict=True):
+        matrix = torch.linalg.matrix_exp(torch.tensordot(coordinates, matrices, 1)).to(params[axis.name])
+        stack = moved[axis.name]
+        moved[axis.name] = torch.stack([axis.replace(tensor, matrix @ axis.rows(tensor)) for tensor in stack])
+    return moved
 
 
 @final

@@ -57,9 +57,9 @@ class Completeness:
 
 
 def check_completeness(model: nn.Module, loss: Loss, batch: Batch) -> Completeness:
-    """Compare the finder with a numerical search: for all generators of a small model, for rescalings of a larger model.
+    """Compare the finder with a numerical search: for all generators, in a larger model for rescalings.
 
-    A scale invariance that is exact up to an eps of 1e-12 is exact for the numerical search and not for the finder: it
+    A scale invariance that is exact up to an eps of 1e-12 is exact for the numerical search, and not for the finder: it
     counts as missing.
 
     Args:

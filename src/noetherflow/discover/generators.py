@@ -14,7 +14,7 @@ from noetherflow._errors import SettingsError
 from noetherflow._types import Batch, Loss
 from noetherflow.discover.equations import MOST_UNKNOWNS, Thresholds, refine, with_parity
 from noetherflow.discover.points import Points, Tensors
-from noetherflow.discover.search import RowScale, Search, Solution
+from noetherflow.discover.search import RowScale, Search, Solution, jump
 from noetherflow.symmetry import DenseSymmetry
 
 MOST_PARAMETERS = int(MOST_UNKNOWNS**0.5)
@@ -79,8 +79,8 @@ def discover_generators(
     null space of the equations is split into symmetric and antisymmetric generators.
 
     The result is right or undecided. Points without a gradient do not count, every generator is tested at fresh points,
-    and each parameter that a gradient ever reaches has to have one at 100 of them. The search draws at most 20,000
-    points, or 20 times the number of equations, before each of its two steps ends without a decision.
+    and each parameter that a gradient ever reaches has to have one at 100 of them. Both steps, directions and
+    equations, draw at most 50,000 points, or 20 times the number of equations, and then end without a decision.
 
     Args:
         model: A small model: at most 80 trainable parameters. It is not changed.
@@ -142,6 +142,8 @@ def _discovery(points: Points, solution: Solution, live: Tensor, dead: Tensor) -
     null = vectors.reshape(len(vectors), rank, rank)
     symmetric, antisymmetric = (with_parity([null], sign)[0] for sign in (1.0, -1.0))
     embedded, rotations = (live.T @ generators @ live for generators in (symmetric, antisymmetric))
+    both = torch.cat([embedded, rotations])
+    undecided = solution.note or jump(points, len(both), lambda x, params: _move(both, x, params))
     theta = torch.randn(rank, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return Discovery(
         names=points.names,
@@ -151,10 +153,17 @@ def _discovery(points: Points, solution: Solution, live: Tensor, dead: Tensor) -
         dead=dead,
         charges=int(torch.linalg.matrix_rank(symmetric @ theta)) if len(symmetric) else 0,
         gap=solution.gap,
-        decided=not solution.note,
+        decided=not undecided,
         symmetries=tuple(DenseSymmetry(generator, points.names) for generator in embedded),
-        note="; ".join(filter(None, [solution.note, points.note])),
+        note="; ".join(filter(None, [undecided, points.note])),
     )
+
+
+def _move(generators: Tensor, coordinates: Tensor, params: Tensors) -> Tensors:
+    """Parameters of shape (m, *parameter) after the transformation exp(sum_k x_k A_k)."""
+    transformation = torch.linalg.matrix_exp(torch.einsum("k,kij->ij", coordinates, generators))
+    parts = (flat(params) @ transformation.T).split([tensor[0].numel() for tensor in params.values()], 1)
+    return {name: part.reshape(params[name].shape).to(params[name]) for name, part in zip(params, parts, strict=True)}
 
 
 @final
@@ -186,6 +195,9 @@ def _complement(dead: Tensor) -> Tensor:
     """An orthonormal basis of the orthogonal complement, shape (n - k, n) for k dead directions, shape (k, n).
 
     Unit vectors stay unit vectors as far as possible, so that a row shows which parameters have a gradient.
+
+    Returns:
+        The basis.
     """
     size = dead.shape[1]
     units = torch.eye(size, dtype=dead.dtype)

@@ -1,6 +1,6 @@
 """Parameters, buffers and examples that are drawn at random, and the gradients of single examples there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, final
 
@@ -13,6 +13,7 @@ from noetherflow._errors import FrozenParameterError, LossError, NoetherflowErro
 from noetherflow._model_function import ModelFunction
 from noetherflow._params import aliases, in_dtype
 from noetherflow._per_example import own_randomness, require_losses
+from noetherflow._residual import relative_change
 from noetherflow._types import Batch, Loss
 
 # Points per evaluation, and numbers in their gradients.
@@ -52,9 +53,7 @@ class _Kind(NamedTuple):
 _KINDS = (
     _Kind(True, True, False, ""),
     _Kind(False, True, False, "buffers were not drawn anew: losses at random buffers are not finite"),
-    _Kind(
-        False, False, False, "inputs and buffers were not drawn anew: losses at random inputs are not finite"
-    ),
+    _Kind(False, False, False, "inputs and buffers were not drawn anew: losses at random inputs are not finite"),
     _Kind(False, False, True, "parameters keep the signs that they have in the model: losses elsewhere are not finite"),
 )
 
@@ -137,19 +136,41 @@ class Points:
         Returns:
             The points with finite gradients.
         """
-        params = {name: self._draw_parameter(name, count, scale) for name in self.names}
         first = torch.zeros(0, dtype=torch.long) if examples is None else examples
         rest = torch.tensor([next(self._order) for _ in range(count - len(first))], dtype=torch.long)
         chosen = torch.cat([first, rest])
+        params = {name: self._draw_parameter(name, count, scale) for name in self.names}
         leaves = [self._draw_leaf(leaf, chosen) for leaf in tensors_of(self._batch)]
-        function = self._function.with_state(self._draw_buffer) if self._kind.buffers else self._function
         with _explained(), own_randomness(self._device, seed=0):
-            gradients = function.gradients_at(params, leaves, lambda tensors: with_tensors(self._batch, tensors))
+            gradients = self._draw_function().gradients_at(params, leaves, self._rebuild)
         finite = torch.ones(count, dtype=torch.bool, device=self._device)
         for gradient in gradients.values():
             finite &= gradient.isfinite().flatten(1).all(1)
         params, gradients = ({name: t[finite] for name, t in tensors.items()} for tensors in (params, gradients))
         return Sample(params, gradients, chosen[finite.cpu()], count)
+
+    def changes(self, count: int, move: Callable[[Tensors], Tensors]) -> Tensor:
+        """Relative changes of losses under a transformation of the parameters.
+
+        Args:
+            count: Number of points.
+            move: The transformation of stacked parameters, shape (m, *parameter) by name.
+
+        Returns:
+            The changes, of the points where both losses are finite, shape (m,).
+        """
+        chosen = torch.tensor([next(self._order) for _ in range(count)], dtype=torch.long)
+        params = {name: self._draw_parameter(name, count, 1.0) for name in self.names}
+        leaves = [self._draw_leaf(leaf, chosen) for leaf in tensors_of(self._batch)]
+        function = self._draw_function()
+        with _explained():
+            losses = []
+            for given in (params, params | move(params)):
+                with own_randomness(self._device, seed=0):
+                    losses.append(function.losses_at(given, leaves, self._rebuild))
+        before, after = losses
+        finite = before.isfinite() & after.isfinite()
+        return relative_change(before[finite], after[finite]).cpu() if finite.any() else torch.zeros(0)
 
     def pretend(self, count: int) -> tuple[Tensors, Tensors]:
         """Parameters, and random tensors in place of gradients: equations that hold for these hold for any loss."""
@@ -157,6 +178,13 @@ class Points:
             {name: self._normal(count, *shape) for name, shape in self.shapes.items()} for _ in range(2)
         )
         return params, gradients
+
+    def _rebuild(self, tensors: list[Tensor]) -> Batch:
+        return with_tensors(self._batch, tensors)
+
+    def _draw_function(self) -> ModelFunction:
+        """The losses at buffers that are drawn anew."""
+        return self._function.with_state(self._draw_buffer) if self._kind.buffers else self._function
 
     def _draw_parameter(self, name: str, count: int, scale: float) -> Tensor:
         numbers = scale * self._normal(count, *self.shapes[name])

@@ -17,7 +17,7 @@ from noetherflow._errors import SettingsError
 from noetherflow._types import Batch, Loss
 from noetherflow.discover.equations import MOST_UNKNOWNS, Thresholds, enough, null_space, without
 from noetherflow.discover.points import Points, Tensors
-from noetherflow.discover.search import ROUNDING, Search
+from noetherflow.discover.search import ROUNDING, Search, jump
 
 # Up to this many parameters every entry has an exponent; beyond it, every row and column of a tensor.
 MOST_ENTRIES = 2000
@@ -121,19 +121,25 @@ def discover_rescalings(
             exponents[name] += part.reshape(-1, *form)
             start += form.numel()
         exponents[name] *= reached[name].cpu()
-    note = "; ".join(filter(None, [solution.note, points.note]))
+    undecided = solution.note or jump(points, len(vectors), lambda x, params: _move(exponents, x, params))
     return Rescalings(
         exponents,
         {name: tensor.to("cpu", torch.float64) for name, tensor in reached.items()},
         solution.gap,
-        not solution.note,
-        note,
+        not undecided,
+        "; ".join(filter(None, [undecided, points.note])),
     )
+
+
+def _move(exponents: Tensors, coordinates: Tensor, params: Tensors) -> Tensors:
+    """Parameters of shape (m, *parameter) after the rescaling exp(sum_k x_k w_k) of their entries."""
+    factors = {name: torch.tensordot(coordinates, exponent, 1).exp() for name, exponent in exponents.items()}
+    return {name: tensor * factors[name].to(tensor) for name, tensor in params.items()}
 
 
 @final
 class _Products:
-    """The rows of the equations: sums of theta_i g_i over entries of equal exponent; keeps which entries have gradients.
+    """The equations: sums of theta_i g_i over entries of equal exponent; keeps which entries have gradients.
 
     Args:
         layout: The unknowns, as a function of products theta_i g_i of shape (m, *parameter).

@@ -19,6 +19,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from noetherflow._precision import TOLERANCES
 from noetherflow._progress import track
 from noetherflow.discover.equations import NullSpace, Thresholds, enough, null_space, refine
 from noetherflow.discover.points import Points, Sample, Tensors
@@ -26,8 +27,10 @@ from noetherflow.discover.points import Points, Sample, Tensors
 # Fresh rows in which every unknown has a coefficient, all of them solved, before a solution is accepted.
 FRESH = 100
 # Points of a search: this many, or this many times the number of equations that are needed, whichever is more.
-LEAST_BUDGET = 20_000
+LEAST_BUDGET = 50_000
 BUDGET_FACTOR = 20
+# Without any gradient at this many points, no budget would suffice.
+_HOPELESS = 10_000
 # Rows shorter than this, relative to the longest, are rounding of longer terms that cancel.
 ROUNDING = 1e-9
 # Rows shorter than this, relative to the median, keep their ratio to it, because they carry more rounding.
@@ -37,6 +40,9 @@ _OF_LOSS = 1e-13
 # Sizes of parameters at fresh points: some nonlinearities are linear near zero, and some are constant far away.
 _SCALES = (1.0, 0.3, 3.0)
 _FRESH_CHUNK = 128
+# Size of the coordinates of finite transformations, and number of points that are transformed.
+_FINITE = 0.5
+_MOST_MOVED = 64
 
 Features = Callable[[Tensors, Tensors], Tensor]
 
@@ -125,7 +131,7 @@ class Search:
         chunk = min(self.points.at_once, needed)
         bar = iter(track(range(-(-needed // chunk)), self.what, total=-(-needed // chunk), shown=self.progress))
         while count < needed:
-            if self.drawn >= self.budget:
+            if self.drawn >= (self.budget if count else _HOPELESS):
                 return None
             rows, _ = self._rows(min(chunk, needed - count) if not self.drawn else chunk, 1.0)
             collected.append(rows[: needed - count])
@@ -173,9 +179,36 @@ class Search:
         return Solution(
             none,
             (0.0, 0.0),
-            f"{enough(self.unknowns)} points with a gradient are needed, and {self.drawn} random points had fewer: the "
-            "loss does not depend on the parameters almost everywhere",
+            f"{enough(self.unknowns)} points with a gradient are needed, and {self.drawn} random points had fewer: "
+            "almost everywhere the loss does not depend on the parameters",
         )
+
+
+def jump(points: Points, count: int, act: Callable[[Tensor, Tensors], Tensors]) -> str:
+    """Whether finite transformations change losses, although the gradients do not see it.
+
+    The gradient of a loss that jumps, for instance of a network that rounds its activations, says nothing about jumps.
+
+    Args:
+        points: The source of points.
+        count: The number k of generators.
+        act: The parameters after a finite transformation with coordinates of shape (k,), given stacked parameters.
+
+    Returns:
+        A sentence that names the change; empty if there is none.
+    """
+    if not count:
+        return ""
+    coordinates = _FINITE * torch.randn(count, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    coordinates /= count**0.5
+    changes = points.changes(min(_MOST_MOVED, points.at_once), lambda params: act(coordinates, params))
+    worst = float(changes.max()) if len(changes) else 0.0
+    if worst <= TOLERANCES[points.precision].proof:
+        return ""
+    return (
+        f"finite transformations change losses by up to {worst:.1e}, although every gradient is orthogonal to the "
+        "generators: the loss jumps"
+    )
 
 
 @final
