@@ -246,9 +246,11 @@ def _scores(choose: random.Random) -> Net:
 
 def _norm(choose: random.Random) -> Net:
     size, outputs = choose.randint(3, 4), choose.randint(1, 3)
-    norm = choose.choice([nn.LayerNorm, nn.RMSNorm])(size)
-    net = nn.Sequential(norm, nn.Linear(size, outputs))
-    return regression(f"norm {size} {outputs}", net, size, (size, 0, 0))
+    kind = choose.choice([nn.LayerNorm, nn.RMSNorm])
+    # A shift of the bias b of the norm by S w, with S antisymmetric, leaves the single output w . b as it is.
+    shears = size * (size - 1) // 2 if outputs == 1 and kind is nn.LayerNorm else 0
+    net = nn.Sequential(kind(size), nn.Linear(size, outputs))
+    return regression(f"{kind.__name__} {size} {outputs}", net, size, (size, 0, shears))
 
 
 def _factors(choose: random.Random) -> Net:

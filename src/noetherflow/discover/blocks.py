@@ -144,10 +144,12 @@ def discover_blocks(
 
 
 def _move(axes: Sequence[Axis], generators: Sequence[Tensor], coordinates: Tensor, params: Tensors) -> Tensors:
-    """Parameters of shape (m, *parameter) after the transformation exp(sum_k x_k X_k) along every axis."""
+    """Parameters of shape (m, *parameter) after exp(X) along every axis, with X = sum_k x_k X_k, at norm 1."""
+    sums = [torch.tensordot(coordinates, matrices, 1) for matrices in generators]
+    largest = max(float(torch.linalg.matrix_norm(matrix, 2)) for matrix in sums)
     moved = dict(params)
-    for axis, matrices in zip(axes, generators, strict=True):
-        matrix = torch.linalg.matrix_exp(torch.tensordot(coordinates, matrices, 1)).to(params[axis.name])
+    for axis, generator in zip(axes, sums, strict=True):
+        matrix = torch.linalg.matrix_exp(generator / largest).to(params[axis.name])
         stack = moved[axis.name]
         moved[axis.name] = torch.stack([axis.replace(tensor, matrix @ axis.rows(tensor)) for tensor in stack])
     return moved

@@ -160,8 +160,9 @@ def _discovery(points: Points, solution: Solution, live: Tensor, dead: Tensor) -
 
 
 def _move(generators: Tensor, coordinates: Tensor, params: Tensors) -> Tensors:
-    """Parameters of shape (m, *parameter) after the transformation exp(sum_k x_k A_k)."""
-    transformation = torch.linalg.matrix_exp(torch.einsum("k,kij->ij", coordinates, generators))
+    """Parameters of shape (m, *parameter) after the transformation exp(A) with A = sum_k x_k A_k, at norm 1."""
+    generator = torch.tensordot(coordinates, generators, 1)
+    transformation = torch.linalg.matrix_exp(generator / torch.linalg.matrix_norm(generator, 2))
     parts = (flat(params) @ transformation.T).split([tensor[0].numel() for tensor in params.values()], 1)
     return {name: part.reshape(params[name].shape).to(params[name]) for name, part in zip(params, parts, strict=True)}
 

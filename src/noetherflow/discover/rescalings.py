@@ -132,8 +132,10 @@ def discover_rescalings(
 
 
 def _move(exponents: Tensors, coordinates: Tensor, params: Tensors) -> Tensors:
-    """Parameters of shape (m, *parameter) after the rescaling exp(sum_k x_k w_k) of their entries."""
-    factors = {name: torch.tensordot(coordinates, exponent, 1).exp() for name, exponent in exponents.items()}
+    """Parameters of shape (m, *parameter) after a rescaling of entries by e^w with w = sum_k x_k w_k, at most 1."""
+    sums = {name: torch.tensordot(coordinates, exponent, 1) for name, exponent in exponents.items()}
+    largest = max(float(exponent.abs().max()) for exponent in sums.values())
+    factors = {name: (exponent / largest).exp() for name, exponent in sums.items()}
     return {name: tensor * factors[name].to(tensor) for name, tensor in params.items()}
 
 

@@ -40,9 +40,10 @@ _OF_LOSS = 1e-13
 # Sizes of parameters at fresh points: some nonlinearities are linear near zero, and some are constant far away.
 _SCALES = (1.0, 0.3, 3.0)
 _FRESH_CHUNK = 128
-# Size of the coordinates of finite transformations, and number of points that are transformed.
-_FINITE = 0.5
-_MOST_MOVED = 64
+# Number of points that are transformed.
+_MOST_MOVED = 128
+# An example without a gradient at this many points counts as tested.
+_PATIENCE = 20
 
 Features = Callable[[Tensors, Tensors], Tensor]
 
@@ -133,7 +134,7 @@ class Search:
         while count < needed:
             if self.drawn >= (self.budget if count else _HOPELESS):
                 return None
-            rows, _ = self._rows(min(chunk, needed - count) if not self.drawn else chunk, 1.0)
+            rows, _, _ = self._rows(min(chunk, needed - count) if not self.drawn else chunk, 1.0)
             collected.append(rows[: needed - count])
             count += len(collected[-1])
             next(bar, None)
@@ -152,7 +153,7 @@ class Search:
             if self.drawn >= end:
                 return Solution(vectors, gap, evidence.shortage(self.drawn))
             examples = evidence.informative_examples(chunk // 2)
-            rows, sample = self._rows(chunk, _SCALES[scales % len(_SCALES)], examples)
+            rows, kept, tested = self._rows(chunk, _SCALES[scales % len(_SCALES)], examples)
             scales += 1
             residuals = rows @ vectors.T
             further = refine(vectors, residuals, thresholds)
@@ -162,17 +163,17 @@ class Search:
             if len(further.vectors) < len(vectors):
                 vectors, scales = further.vectors, 0
                 evidence.restart()
-            evidence.add(rows, sample, thresholds.clear)
+            evidence.add(rows, kept, tested, thresholds.clear)
         return Solution(vectors, gap)
 
-    def _rows(self, count: int, scale: float, examples: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Informative rows of new points, and the indices of their examples."""
+    def _rows(self, count: int, scale: float, examples: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Informative rows of new points, which of the points have one, and the examples of all points."""
         sample: Sample = self.points.sample(count, scale, examples)
         self.drawn += sample.drawn
         rows = self.features(sample.params, sample.gradients).to("cpu", torch.float64)
         known = self._scales.setdefault(scale, RowScale.of(self.points))
         chosen, kept = known.select(rows)
-        return chosen, sample.examples[kept]
+        return chosen, kept, sample.examples
 
     def _dead(self) -> Solution:
         none = torch.zeros(0, self.unknowns, dtype=torch.float64)
@@ -199,15 +200,14 @@ def jump(points: Points, count: int, act: Callable[[Tensor, Tensors], Tensors]) 
     """
     if not count:
         return ""
-    coordinates = _FINITE * torch.randn(count, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    coordinates /= count**0.5
+    coordinates = torch.randn(count, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     changes = points.changes(min(_MOST_MOVED, points.at_once), lambda params: act(coordinates, params))
     worst = float(changes.max()) if len(changes) else 0.0
     if worst <= TOLERANCES[points.precision].proof:
         return ""
     return (
         f"finite transformations change losses by up to {worst:.1e}, although every gradient is orthogonal to the "
-        "generators: the loss jumps"
+        "generators: the loss jumps, or the points that were drawn are all of one kind"
     )
 
 
@@ -220,26 +220,35 @@ class _Evidence:
         self._reached = torch.zeros(unknowns, dtype=torch.bool)
         # An example in whose row each unknown had a coefficient.
         self._source = torch.zeros(unknowns, dtype=torch.long)
-        self._seen = torch.zeros(examples, dtype=torch.bool)
+        self._tests = torch.zeros(examples, dtype=torch.long)
 
-    def add(self, rows: Tensor, examples: Tensor, least: float) -> None:
-        """Count rows of length 1 or less, whose coefficients above `least` are more than rounding."""
+    def add(self, rows: Tensor, kept: Tensor, examples: Tensor, least: float) -> None:
+        """Count rows, whose coefficients above `least` are more than rounding.
+
+        Args:
+            rows: Rows of length 1 or less, shape (k, unknowns).
+            kept: Which points have a row, shape (m,).
+            examples: The example of each point, shape (m,).
+            least: A coefficient.
+        """
         present = rows.abs() > least
         self._rows += present.sum(0)
         self._reached |= present.any(0)
-        self._seen[examples] = True
+        weights = torch.where(kept, _PATIENCE, 1)
+        self._tests.index_add_(0, examples, weights)
         if len(rows):
-            last = present.to(torch.int8).argmax(0)
-            self._source = torch.where(present.any(0), examples[last], self._source)
+            first = present.to(torch.int8).argmax(0)
+            self._source = torch.where(present.any(0), examples[kept][first], self._source)
 
     def restart(self) -> None:
         """Count from zero, because the solutions have changed."""
         self._rows.zero_()
-        self._seen.zero_()
+        self._tests.zero_()
 
     def suffices(self, every_example: bool) -> bool:
         """Whether every unknown that a gradient reached has enough rows."""
-        return bool((self._rows[self._reached] >= FRESH).all()) and (not every_example or bool(self._seen.all()))
+        tested = not every_example or bool((self._tests >= _PATIENCE).all())
+        return tested and bool((self._rows[self._reached] >= FRESH).all())
 
     def informative_examples(self, count: int) -> Tensor | None:
         """Up to `count` examples that reached unknowns with too few rows."""
@@ -254,7 +263,7 @@ class _Evidence:
         lacking = self._reached & (self._rows < FRESH)
         return (
             f"after {drawn} points, {int(lacking.sum())} of {len(lacking)} unknowns have a gradient at fewer than "
-            f"{FRESH} points since the last change of the solutions"
+            f"{FRESH} points, or an example is not tested, since the last change of the solutions"
         )
 
 
