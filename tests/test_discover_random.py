@@ -34,7 +34,7 @@ def share_of_decided(seeds: range, most: int) -> float:
     decided = 0
     for seed in seeds:
         net = random_nets.random_net(seed, most)
-        discovery = discover(net)
+        discovery = nf.discover_generators(*net.built, generator=torch.Generator().manual_seed(seed), progress=False)
         decided += discovery.decided
         assert not discovery.decided or counts_of(discovery) == net.counts, (seed, net.name, counts_of(discovery))
         assert discovery.decided or discovery.note
@@ -108,6 +108,11 @@ def test_a_narrow_network_that_is_almost_always_dead_is_undecided() -> None:
     assert "random points had fewer" in discovery.note
 
 
+def test_a_comparison_with_an_undecided_discovery_calls_nothing_missing_or_false() -> None:
+    result = nf.check_completeness(*relu([2, *[1] * 12, 2], bias=False).built)
+    assert (result.detected, result.missing, result.false, result.complete) == (12, 0, 0, False)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_deep_narrow_network_misses_no_symmetry(bias: bool) -> None:
     net = relu(DEEP if not bias else DEEP[1:], bias=bias)
@@ -158,9 +163,11 @@ def test_if_rows_of_zeros_count_and_nothing_is_tested_a_deep_network_is_wrong(mo
 
 
 def test_without_repeated_examples_a_rare_expert_is_undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = random_nets.experts(2, 1, 1, 2000)
+    discovery = discover(net)
+    assert (counts_of(discovery), discovery.decided) == (net.counts, True)
     monkeypatch.setattr(search._Evidence, "informative_examples", lambda *_: None)
-    monkeypatch.setattr(search, "LEAST_BUDGET", 5_000)
-    discovery = discover(random_nets.experts(3, 2, 2, 2000))
+    discovery = discover(net)
     assert not discovery.decided
     assert "fewer than 100 points" in discovery.note
 

@@ -7,9 +7,11 @@ ReLU network is dead at most of them. Therefore:
 1. Rows without a gradient do not count, and rows far below the typical length are rounding and are left out.
 2. Solutions are tested at fresh points, which were not used to find them, with parameters of several sizes. A row that
    a solution fails becomes a further equation, and the test starts again.
-3. The test ends when every unknown that a gradient reached has a coefficient in `FRESH` fresh rows in succession. The
-   examples that reached an unknown are repeated, so that the rows of an embedding get theirs.
-4. If the stated number of points is used up first, the search is undecided, and says why.
+3. The test ends when every unknown that a gradient reached has a coefficient in `FRESH` fresh rows in succession, and
+   if examples differ by integers, when each of them was tested. Examples that reach a rare unknown, such as an entry of
+   an embedding, are repeated.
+4. Residuals between rounding and a clear violation are decided by solving again with more rows.
+5. If the stated number of points is used up first, the search is undecided, and says why.
 """
 
 from collections.abc import Callable
@@ -40,6 +42,8 @@ _OF_LOSS = 1e-13
 # Sizes of parameters at fresh points: some nonlinearities are linear near zero, and some are constant far away.
 _SCALES = (1.0, 0.3, 3.0)
 _FRESH_CHUNK = 128
+# How often the equations are solved, each time with more rows, while the result is not clear.
+_SOLUTIONS = 4
 # Number of points that are transformed.
 _MOST_MOVED = 128
 # An example without a gradient at this many points counts as tested.
@@ -112,27 +116,41 @@ class Search:
     @property
     def budget(self) -> int:
         """The largest number of points that are drawn."""
-        return max(LEAST_BUDGET, BUDGET_FACTOR * enough(self.unknowns), 4 * self.points.count)
+        return max(LEAST_BUDGET, BUDGET_FACTOR * enough(self.unknowns), 2 * _PATIENCE * self.points.count)
 
     def run(self) -> Solution:
-        """Solve the equations, and test the solutions at fresh points."""
+        """Solve the equations, and test the solutions at fresh points; what is not clear is solved with more rows."""
         thresholds = Thresholds.of(self.points.precision)
-        rows = self._first_rows()
-        if rows is None:
-            return self._dead()
-        null = null_space(rows, thresholds)
-        if not null.is_clear(thresholds):
-            return Solution(null.vectors, null.gap, _unclear(null))
-        return self._confirm(null, thresholds)
+        rows = torch.zeros(0, self.unknowns, dtype=torch.float64)
+        null, further = NullSpace(rows, (0.0, 0.0)), self._informative_rows()
+        for _ in range(_SOLUTIONS):
+            if further is None:
+                return self._exhausted()
+            rows = torch.cat([rows, further])
+            null = null_space(rows, thresholds)
+            if null.is_clear(thresholds):
+                outcome = self._confirm(null, thresholds)
+                if isinstance(outcome, Solution):
+                    return outcome
+                further = outcome
+            else:
+                further = self._informative_rows()
+        return Solution(
+            null.vectors,
+            null.gap,
+            f"after {self.drawn} points, singular values of {null.gap[0]:.1e} (taken for zero) and {null.gap[1]:.1e} "
+            "(taken for more) or residuals at fresh points are too close to rounding to tell symmetries from "
+            "almost-symmetries",
+        )
 
-    def _first_rows(self) -> Tensor | None:
+    def _informative_rows(self) -> Tensor | None:
         """As many rows as the unknowns need; None if the budget does not suffice."""
         needed, collected = enough(self.unknowns), []
-        count = 0
+        count, end = 0, self.drawn + self.budget
         chunk = min(self.points.at_once, needed)
         bar = iter(track(range(-(-needed // chunk)), self.what, total=-(-needed // chunk), shown=self.progress))
         while count < needed:
-            if self.drawn >= (self.budget if count else _HOPELESS):
+            if self.drawn >= end or (self.drawn >= _HOPELESS and not count):
                 return None
             rows, _, _ = self._rows(min(chunk, needed - count) if not self.drawn else chunk, 1.0)
             collected.append(rows[: needed - count])
@@ -142,10 +160,18 @@ class Search:
             pass
         return torch.cat(collected)
 
-    def _confirm(self, null: NullSpace, thresholds: Thresholds) -> Solution:
-        """Test solutions at fresh points until none fails, or until the budget is used up."""
+    def _confirm(self, null: NullSpace, thresholds: Thresholds) -> Solution | Tensor:
+        """Test solutions at fresh points until none fails, or until the budget is used up.
+
+        Args:
+            null: The solutions.
+            thresholds: Which singular values are zero.
+
+        Returns:
+            The outcome, or the rows of the fresh points if they are not clear about the solutions.
+        """
         evidence = _Evidence(self.unknowns, self.points.count)
-        vectors, gap = null.vectors, null.gap
+        vectors, gap, fresh = null.vectors, null.gap, []
         end = self.drawn + self.budget
         chunk = min(_FRESH_CHUNK, self.points.at_once)
         scales = 0
@@ -154,12 +180,12 @@ class Search:
                 return Solution(vectors, gap, evidence.shortage(self.drawn))
             examples = evidence.informative_examples(chunk // 2)
             rows, kept, tested = self._rows(chunk, _SCALES[scales % len(_SCALES)], examples)
+            fresh.append(rows)
             scales += 1
-            residuals = rows @ vectors.T
-            further = refine(vectors, residuals, thresholds)
-            gap = (max(gap[0], further.gap[0]), min(gap[1], further.gap[1]))
+            further = refine(vectors, rows @ vectors.T, thresholds)
             if not further.is_clear(thresholds):
-                return Solution(vectors, gap, _unclear(further))
+                return torch.cat(fresh)
+            gap = (max(gap[0], further.gap[0]), min(gap[1], further.gap[1]))
             if len(further.vectors) < len(vectors):
                 vectors, scales = further.vectors, 0
                 evidence.restart()
@@ -175,7 +201,7 @@ class Search:
         chosen, kept = known.select(rows)
         return chosen, kept, sample.examples
 
-    def _dead(self) -> Solution:
+    def _exhausted(self) -> Solution:
         none = torch.zeros(0, self.unknowns, dtype=torch.float64)
         return Solution(
             none,
@@ -265,10 +291,3 @@ class _Evidence:
             f"after {drawn} points, {int(lacking.sum())} of {len(lacking)} unknowns have a gradient at fewer than "
             f"{FRESH} points, or an example is not tested, since the last change of the solutions"
         )
-
-
-def _unclear(null: NullSpace) -> str:
-    return (
-        f"singular values of {null.gap[0]:.1e} (taken for zero) and {null.gap[1]:.1e} (taken for more) are too close "
-        "to rounding to tell symmetries from almost-symmetries"
-    )
