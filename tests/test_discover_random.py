@@ -240,10 +240,23 @@ def test_an_unknown_that_is_rarely_reached_needs_its_rows() -> None:
     solution = Search(points, lambda _, gradients: gradients["w"], 3, "", False).run()  # type: ignore[arg-type]
     # The last unknown has a coefficient in one row of a sample; the first of them removes the solution.
     assert (len(solution.vectors), points.calls) == (0, 2)
-    solution, calls = solve(lambda call, chosen: torch.ones(len(chosen), 2) * (chosen == 0)[:, None])
+    points = Stub(lambda _, chosen: torch.ones(len(chosen), 2) * (torch.arange(len(chosen)) % 8 == 0)[:, None])
+    points.needs_every_example = False
+    solution = Search(points, lambda _, gradients: gradients["w"], 2, "", False).run()  # type: ignore[arg-type]
     assert (len(solution.vectors), solution.note) == (1, "")
-    # A third of the rows count until the one informative example is repeated; three samples at least.
-    assert calls > 4
+    # 62 equations and 100 fresh rows, of 16 rows in a sample.
+    assert points.calls == 5 + 7
+
+
+def test_every_example_with_integers_of_its_own_is_tested() -> None:
+    """Of 200 examples 128 are drawn, again and again."""
+    points = Stub(lambda _, chosen: unit(chosen, 0))
+    points.count = 200
+    solution = Search(points, lambda _, gradients: gradients["w"], 2, "", False).run()  # type: ignore[arg-type]
+    assert "an example is not tested" in solution.note
+    points.needs_every_example = False
+    solution = Search(points, lambda _, gradients: gradients["w"], 2, "", False).run()  # type: ignore[arg-type]
+    assert (len(solution.vectors), solution.note) == (1, "")
 
 
 def test_almost_solutions_at_fresh_points_are_undecided() -> None:

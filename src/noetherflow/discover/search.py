@@ -145,19 +145,20 @@ class Search:
 
     def _informative_rows(self) -> Tensor | None:
         """As many rows as the unknowns need; None if the budget does not suffice."""
-        needed, collected = enough(self.unknowns), []
-        count, end = 0, self.drawn + self.budget
-        chunk = min(self.points.at_once, needed)
-        bar = iter(track(range(-(-needed // chunk)), self.what, total=-(-needed // chunk), shown=self.progress))
+        needed, collected, count = enough(self.unknowns), [], 0
+        end = self.drawn + self.budget
+        bar = iter(track(range(needed), self.what, total=needed, shown=self.progress))
         while count < needed:
             if self.drawn >= end or (self.drawn >= _HOPELESS and not count):
                 return None
-            rows, _, _ = self._rows(min(chunk, needed - count) if not self.drawn else chunk, 1.0)
+            # After a sample that was not sufficient, rows without a gradient are frequent.
+            size = self.points.at_once if self.drawn else min(self.points.at_once, needed)
+            rows, _, _ = self._rows(size, 1.0)
             collected.append(rows[: needed - count])
+            for _ in collected[-1]:
+                next(bar, None)
             count += len(collected[-1])
-            next(bar, None)
-        for _ in bar:
-            pass
+        next(bar, None)
         return torch.cat(collected)
 
     def _confirm(self, null: NullSpace, thresholds: Thresholds) -> Solution | Tensor:
