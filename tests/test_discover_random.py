@@ -142,7 +142,7 @@ def test_rescalings_and_blocks_of_a_rare_expert() -> None:
 
 
 def test_without_the_test_at_fresh_points_a_rare_expert_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = random_nets.experts(3, 2, 2, 300)
+    net = random_nets.experts(3, 2, 2, 3000)
     monkeypatch.setattr(Search, "_confirm", lambda _, null, thresholds: Solution(null.vectors, null.gap))
     discovery = discover(net)
     assert discovery.decided

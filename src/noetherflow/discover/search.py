@@ -154,7 +154,7 @@ class Search:
             # After a sample that was not sufficient, rows without a gradient are frequent.
             size = self.points.at_once if self.drawn else min(self.points.at_once, needed)
             rows, _, _ = self._rows(size, 1.0)
-            collected.append(rows[: needed - count])
+            collected.append(rows)
             for _ in collected[-1]:
                 next(bar, None)
             count += len(collected[-1])
