@@ -223,8 +223,8 @@ def test_a_row_that_appears_late_removes_a_solution() -> None:
     assert calls == 3
     kept, calls = solve(lambda call, chosen: unit(chosen, 0))
     assert (len(kept.vectors), kept.note) == (1, "")
-    # The first rows, and fresh rows with parameters of three sizes.
-    assert calls == 4
+    # The first rows, and fresh rows with parameters of five sizes.
+    assert calls == 1 + len(search._SCALES)
 
 
 def test_an_unknown_that_is_rarely_reached_needs_its_rows() -> None:
@@ -380,7 +380,7 @@ def test_parameters_at_which_losses_are_not_finite_keep_their_signs_and_the_note
 
     discovery = discover(regression("", Logarithms(), 4, (4, 0, 0)))
     assert (counts_of(discovery), discovery.decided) == ((4, 0, 0), True)
-    assert "parameters keep the signs" in discovery.note
+    assert "parameters keep their signs" in discovery.note
 
 
 # Types of numbers, and models with mistakes.
@@ -468,6 +468,35 @@ def test_a_loss_that_jumps_leaves_the_search_undecided() -> None:
 
 def count(result: Any) -> int:
     return len(result.symmetric) if isinstance(result, nf.Discovery) else result.count
+
+
+@pytest.mark.parametrize("limit", [6.0, 30.0])
+def test_a_clamp_far_out_is_seen(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Hardtanh(-limit, limit), nn.Linear(3, 2, bias=False))
+    net = regression("", model, 2, (0, 0, 0))
+    discovery = discover(net)
+    assert (counts_of(discovery), discovery.decided) == (net.counts, True)
+    monkeypatch.setattr(search, "_SCALES", (0.03,))
+    if limit == 30.0:
+        assert counts_of(discover(net)) == (6, 3, 0)
+
+
+def test_dropout_drops_other_units_at_other_points() -> None:
+    layers = [nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Dropout(0.5), nn.Linear(3, 2, bias=False)]
+    net = regression("", nn.Sequential(*layers).train(), 2, (3, 0, 0))
+    discovery = discover(net)
+    assert (counts_of(discovery), len(discovery.dead), discovery.decided) == (net.counts, 0, True)
+
+
+def test_targets_that_a_loss_refuses_are_those_of_the_batch() -> None:
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        outputs = model(batch[0]).sigmoid()
+        return nn.functional.binary_cross_entropy(outputs, batch[1], reduction="none").mean(1)
+
+    batch = torch.randn(30, 2), torch.rand(30, 2)
+    discovery = nf.discover_generators(chain([2, 3, 2], nn.ReLU, bias=False), loss, batch, progress=False)
+    assert (counts_of(discovery), discovery.decided) == ((3, 0, 0), True)
+    assert "inputs and buffers were not drawn" in discovery.note
 
 
 # What is beyond the symmetries of the finder.

@@ -52,9 +52,14 @@ class _Kind(NamedTuple):
 
 _KINDS = (
     _Kind(True, True, False, ""),
-    _Kind(False, True, False, "buffers were not drawn anew: losses at random buffers are not finite"),
-    _Kind(False, False, False, "inputs and buffers were not drawn anew: losses at random inputs are not finite"),
-    _Kind(False, False, True, "parameters keep the signs that they have in the model: losses elsewhere are not finite"),
+    _Kind(False, True, False, "buffers were not drawn anew: there are no finite losses at random buffers"),
+    _Kind(False, False, False, "inputs and buffers were not drawn anew: there are no finite losses at random inputs"),
+    _Kind(
+        False,
+        False,
+        True,
+        "parameters keep their signs in the model: there are no finite losses elsewhere",
+    ),
 )
 
 
@@ -109,9 +114,7 @@ class Points:
         self.shapes = {name: tensor.shape for name, tensor in self._params.items()}
         self.size = sum(tensor.numel() for tensor in self._params.values())
         self._order: Iterator[int] = self._endless_order()
-        for self._kind in _KINDS:
-            if len(self.sample(_TRIAL).examples) >= _TRIAL // 2:
-                break
+        self._kind = self._choose_kind()
         self.note = self._kind.note
 
     @property
@@ -141,7 +144,7 @@ class Points:
         chosen = torch.cat([first, rest])
         params = {name: self._draw_parameter(name, count, scale) for name in self.names}
         leaves = [self._draw_leaf(leaf, chosen) for leaf in tensors_of(self._batch)]
-        with _explained(), own_randomness(self._device, seed=0):
+        with _explained(), own_randomness(self._device, seed=self._seed()):
             gradients = self._draw_function().gradients_at(params, leaves, self._rebuild)
         finite = torch.ones(count, dtype=torch.bool, device=self._device)
         for gradient in gradients.values():
@@ -149,28 +152,42 @@ class Points:
         params, gradients = ({name: t[finite] for name, t in tensors.items()} for tensors in (params, gradients))
         return Sample(params, gradients, chosen[finite.cpu()], count)
 
-    def changes(self, count: int, move: Callable[[Tensors], Tensors]) -> Tensor:
+    def changes(self, count: int, scale: float, move: Callable[[Tensors], Tensors]) -> Tensor:
         """Relative changes of losses under a transformation of the parameters.
 
         Args:
             count: Number of points.
+            scale: Standard deviation of the parameters.
             move: The transformation of stacked parameters, shape (m, *parameter) by name.
 
         Returns:
             The changes, of the points where both losses are finite, shape (m,).
         """
         chosen = torch.tensor([next(self._order) for _ in range(count)], dtype=torch.long)
-        params = {name: self._draw_parameter(name, count, 1.0) for name in self.names}
+        params = {name: self._draw_parameter(name, count, scale) for name in self.names}
         leaves = [self._draw_leaf(leaf, chosen) for leaf in tensors_of(self._batch)]
-        function = self._draw_function()
+        function, seed = self._draw_function(), self._seed()
         with _explained():
             losses = []
             for given in (params, params | move(params)):
-                with own_randomness(self._device, seed=0):
+                with own_randomness(self._device, seed=seed):
                     losses.append(function.losses_at(given, leaves, self._rebuild))
         before, after = losses
         finite = before.isfinite() & after.isfinite()
         return relative_change(before[finite], after[finite]).cpu() if finite.any() else torch.zeros(0)
+
+    def _choose_kind(self) -> _Kind:
+        """The first kind of draw at which half of the gradients are finite; the last kind if there is none."""
+        for kind in _KINDS:
+            self._kind = kind
+            try:
+                if len(self.sample(_TRIAL).examples) >= _TRIAL // 2:
+                    break
+            except LossError:
+                # A loss may refuse random inputs, such as targets of a cross-entropy outside [0, 1].
+                if kind is _KINDS[-1]:
+                    raise
+        return kind
 
     def pretend(self, count: int) -> tuple[Tensors, Tensors]:
         """Parameters, and random tensors in place of gradients: equations that hold for these hold for any loss."""
@@ -187,9 +204,10 @@ class Points:
         return self._function.with_state(self._draw_buffer) if self._kind.buffers else self._function
 
     def _draw_parameter(self, name: str, count: int, scale: float) -> Tensor:
-        numbers = scale * self._normal(count, *self.shapes[name])
+        numbers = self._normal(count, *self.shapes[name])
         if not self._kind.near:
-            return numbers
+            return scale * numbers
+        numbers *= min(scale, 3.0)  # the logarithm of a factor
         given = self._params[name]
         # An entry at zero has no sign; it becomes positive.
         return torch.where(given == 0, 0.3 * numbers.abs(), given * (0.3 * numbers).exp())
@@ -209,6 +227,10 @@ class Points:
             return buffer
         numbers = self._normal(*buffer.shape)
         return buffer * (0.5 * numbers).exp() if (buffer > 0).all() else numbers.to(buffer.dtype)
+
+    def _seed(self) -> int:
+        """A seed for the random numbers of the model, such as those of dropout."""
+        return int(torch.randint(2**31, (), generator=self._generator, device=self._generator.device))
 
     def _normal(self, *shape: int) -> Tensor:
         numbers = torch.randn(shape, generator=self._generator, dtype=torch.float64, device=self._generator.device)

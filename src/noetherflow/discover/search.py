@@ -40,12 +40,12 @@ _SHORT = 1e-3
 # Gradients shorter than this, relative to the losses, are rounding.
 _OF_LOSS = 1e-13
 # Sizes of parameters at fresh points: some nonlinearities are linear near zero, and some are constant far away.
-_SCALES = (1.0, 0.3, 3.0)
+_SCALES = (1.0, 0.3, 3.0, 0.03, 30.0)
 _FRESH_CHUNK = 128
 # How often the equations are solved, each time with more rows, while the result is not clear.
 _SOLUTIONS = 4
-# Number of points that are transformed.
-_MOST_MOVED = 128
+# Number of points of each size of parameters that are transformed.
+_MOST_MOVED = 64
 # An example without a gradient at this many points counts as tested.
 _PATIENCE = 20
 
@@ -228,8 +228,10 @@ def jump(points: Points, count: int, act: Callable[[Tensor, Tensors], Tensors]) 
     if not count:
         return ""
     coordinates = torch.randn(count, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    changes = points.changes(min(_MOST_MOVED, points.at_once), lambda params: act(coordinates, params))
-    worst = float(changes.max()) if len(changes) else 0.0
+    worst = 0.0
+    for scale in _SCALES:
+        changes = points.changes(min(_MOST_MOVED, points.at_once), scale, lambda params: act(coordinates, params))
+        worst = max(worst, float(changes.max()) if len(changes) else 0.0)
     if worst <= TOLERANCES[points.precision].proof:
         return ""
     return (
