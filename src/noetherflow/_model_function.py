@@ -77,8 +77,7 @@ class ModelFunction:
         self._converted = ", ".join(sorted(str(before) for before in floats if dtype not in (None, before)))
         self._dtype = dtype
         self._in_a_loop = False
-        # A state dict leaves out what a module computes from its configuration, such as angles of rotary embeddings.
-        saved = {id(tensor) for tensor in self._holder.state_dict(keep_vars=True).values() if torch.is_tensor(tensor)}
+        saved = {id(tensor) for tensor in self._holder.state_dict(keep_vars=True).values()}
         self._state = {key for key, buffer in self._buffers.items() if key in saved and buffer.is_floating_point()}
 
     def __call__(self, params: Params, batch: Batch) -> Tensor:
@@ -98,14 +97,7 @@ class ModelFunction:
         return result
 
     def with_state(self, change: Callable[[Tensor], Tensor]) -> "ModelFunction":
-        """A function whose floating-point buffers are changed, apart from buffers that a state dict leaves out.
-
-        Args:
-            change: The new values of a buffer, of its shape.
-
-        Returns:
-            A function of this model; this object stays as it is.
-        """
+        """A function of this model with changed floating-point buffers, except those that a state dict leaves out."""
         result = copy.copy(self)
         result._buffers = {key: change(old) if key in self._state else old for key, old in self._buffers.items()}
         return result
@@ -181,24 +173,11 @@ class ModelFunction:
         singles = [leaf[examples].unsqueeze(1) if is_stacked else leaf for leaf, is_stacked in pairs]
         return self._each(params, singles, lambda tensors: with_tensors(batch, tensors), [False, *stacked], "different")
 
-    def gradients_at(
+    def at_points(
         self, params: Params, tensors: Sequence[Tensor], rebuild: Callable[[list[Tensor]], Batch]
-    ) -> dict[str, Tensor]:
-        """Gradients of b batches, each at different parameters.
-
-        Args:
-            params: Stacked parameters, shape (b, *parameter) by name.
-            tensors: The tensors of the batches, each of shape (b, ...).
-            rebuild: Makes a batch from a list of its tensors.
-
-        Returns:
-            Gradients of the sums of losses by name, shape (b, *parameter).
-        """
-        return self._each(params, tensors, rebuild, [True] * (1 + len(tensors)), "same")[1]
-
-    def losses_at(self, params: Params, tensors: Sequence[Tensor], rebuild: Callable[[list[Tensor]], Batch]) -> Tensor:
-        """Sums of the losses of b batches, each at different parameters, shape (b,); arguments as `gradients_at`."""
-        return self._each(params, tensors, rebuild, [True] * (1 + len(tensors)), "same")[0]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sums of losses of b batches at stacked parameters, shape (b,), and their gradients; arguments as `_each`."""
+        return self._each(params, tensors, rebuild, [True] * (1 + len(tensors)), "same")
 
     def observe(self, batch: Batch) -> "ModelFunction":
         """Set `precision` and `reentrant` from an evaluation of a batch; returns this object."""
@@ -273,7 +252,7 @@ class ModelFunction:
         self, params: Params, batch: Batch, names: Collection[str] | None, weights: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """As `gradient`, with None for parameters that no gradient reaches."""
-        names = list(params) if names is None else list(names)
+        names = list(params if names is None else names)
         leaves = {name: params[name].detach().requires_grad_() for name in names}
         gradient: dict[str, Tensor | None] = dict.fromkeys(names)
 

@@ -145,7 +145,7 @@ class Points:
         params = {name: self._draw_parameter(name, count, scale) for name in self.names}
         leaves = [self._draw_leaf(leaf, chosen) for leaf in tensors_of(self._batch)]
         with _explained(), own_randomness(self._device, seed=self._seed()):
-            gradients = self._draw_function().gradients_at(params, leaves, self._rebuild)
+            _, gradients = self._draw_function().at_points(params, leaves, self._rebuild)
         finite = torch.ones(count, dtype=torch.bool, device=self._device)
         for gradient in gradients.values():
             finite &= gradient.isfinite().flatten(1).all(1)
@@ -171,7 +171,7 @@ class Points:
             losses = []
             for given in (params, params | move(params)):
                 with own_randomness(self._device, seed=seed):
-                    losses.append(function.losses_at(given, leaves, self._rebuild))
+                    losses.append(function.at_points(given, leaves, self._rebuild)[0])
         before, after = losses
         finite = before.isfinite() & after.isfinite()
         return relative_change(before[finite], after[finite]).cpu() if finite.any() else torch.zeros(0)
