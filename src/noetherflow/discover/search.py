@@ -41,6 +41,9 @@ _SHORT = 1e-3
 _OF_LOSS = 1e-13
 # Sizes of parameters at fresh points: some nonlinearities are linear near zero, and some are constant far away.
 _SCALES = (1.0, 0.3, 3.0, 0.03, 30.0)
+# At extreme sizes rounding grows (a saturated softmax), so that only residuals above this count.
+_EXTREME = (0.03, 30.0)
+_LARGE = 1e-3
 _FRESH_CHUNK = 128
 # How often the equations are solved, each time with more rows, while the result is not clear.
 _SOLUTIONS = 4
@@ -180,13 +183,17 @@ class Search:
             if self.drawn >= end:
                 return Solution(vectors, gap, evidence.shortage(self.drawn))
             examples = evidence.informative_examples(chunk // 2)
-            rows, kept, tested = self._rows(chunk, _SCALES[scales % len(_SCALES)], examples)
-            fresh.append(rows)
+            scale = _SCALES[scales % len(_SCALES)]
+            rows, kept, tested = self._rows(chunk, scale, examples)
+            if scale not in _EXTREME:
+                fresh.append(rows)
             scales += 1
-            further = refine(vectors, rows @ vectors.T, thresholds)
-            if not further.is_clear(thresholds):
-                return torch.cat(fresh)
-            gap = (max(gap[0], further.gap[0]), min(gap[1], further.gap[1]))
+            is_extreme = scale in _EXTREME
+            further = refine(vectors, rows @ vectors.T, Thresholds(_LARGE, _LARGE) if is_extreme else thresholds)
+            if not is_extreme:
+                if not further.is_clear(thresholds):
+                    return torch.cat(fresh)
+                gap = (max(gap[0], further.gap[0]), min(gap[1], further.gap[1]))
             if len(further.vectors) < len(vectors):
                 vectors, scales = further.vectors, 0
                 evidence.restart()
@@ -231,7 +238,8 @@ def jump(points: Points, count: int, act: Callable[[Tensor, Tensors], Tensors]) 
     worst = 0.0
     for scale in _SCALES:
         changes = points.changes(min(_MOST_MOVED, points.at_once), scale, lambda params: act(coordinates, params))
-        worst = max(worst, float(changes.max()) if len(changes) else 0.0)
+        if len(changes) and (scale not in _EXTREME or float(changes.max()) > _LARGE):
+            worst = max(worst, float(changes.max()))
     if worst <= TOLERANCES[points.precision].proof:
         return ""
     return (
