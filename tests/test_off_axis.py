@@ -138,6 +138,9 @@ def test_generators_of_the_present_values_of_buffers_are_left_out() -> None:
     assert explanation.off_axis_note.startswith("None:")
     norm = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 1)).eval()
     assert nf.explain(*regression(norm, 2)).off_axis_note.startswith("None:")
+    # Discovery draws what a state dict holds; other buffers are changed here.
+    norm[1].register_buffer("running_mean", norm[1].running_mean, persistent=False)
+    assert nf.explain(*regression(norm, 2)).off_axis_note.endswith("such as a running mean of zero: 3.")
     assert norm[1].running_mean.eq(0).all()  # the model is not changed
 
 
