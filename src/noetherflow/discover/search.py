@@ -260,14 +260,7 @@ class _Evidence:
         self._tests = torch.zeros(examples, dtype=torch.long)
 
     def add(self, rows: Tensor, kept: Tensor, examples: Tensor, least: float) -> None:
-        """Count rows, whose coefficients above `least` are more than rounding.
-
-        Args:
-            rows: Rows of length 1 or less, shape (k, unknowns).
-            kept: Which points have a row, shape (m,).
-            examples: The example of each point, shape (m,).
-            least: A coefficient.
-        """
+        """Count rows with coefficients above `least`; `kept` says which points, of which `examples`, have a row."""
         present = rows.abs() > least
         self._rows += present.sum(0)
         self._reached |= present.any(0)
