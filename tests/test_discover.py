@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import noetherflow as nf
-from noetherflow.discover.equations import null_space
+import random_nets
+from noetherflow.discover.equations import Thresholds, null_space
 from zoo import ZOO, Adapted, Animal, Call, Gated, RMSNorm, hugging, regression, sequential
 
 
@@ -185,21 +186,23 @@ def test_a_finder_that_misses_one_or_invents_one_is_caught(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("small", "count", "decided"), [(1e-15, 1, True), (1e-5, 0, True), (1e-10, 1, False), (3e-8, 0, True)]
+    ("small", "count", "clear"), [(1e-15, 1, True), (1e-5, 0, True), (1e-10, 1, False), (3e-8, 0, False)]
 )
-def test_what_is_neither_zero_nor_clearly_more_leaves_the_search_undecided(
-    small: float, count: int, decided: bool
-) -> None:
+def test_singular_values_between_zero_and_clearly_more_are_not_clear(small: float, count: int, clear: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(40, 4, generator=generator, dtype=torch.float64)
     rows[:, 3] *= small
     rotation = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64)).Q
-    found = null_space(rows @ rotation)
-    assert (len(found.vectors), found.decided) == (count, decided), found.gap
+    thresholds = Thresholds.of(torch.float64)
+    null = null_space(rows @ rotation, thresholds)
+    assert (len(null.vectors), null.is_clear(thresholds)) == (count, clear), null.gap
     if count:
-        torch.testing.assert_close((found.vectors @ rotation.mT).abs()[0, 3], torch.tensor(1.0).double())
-    undecided = nf.Rescalings({}, {}, found.gap, found.decided)
-    assert nf.Completeness(0, 0, 0, 0, undecided).complete == decided
+        torch.testing.assert_close((null.vectors @ rotation.mT).abs()[0, 3], torch.tensor(1.0).double())
+
+
+@pytest.mark.parametrize("decided", [True, False])
+def test_a_comparison_with_an_undecided_search_is_not_complete(decided: bool) -> None:
+    assert nf.Completeness(0, 0, 0, 0, nf.Rescalings({}, {}, (0.0, 1.0), decided)).complete == decided
 
 
 def test_a_large_model_is_refused_with_a_way_out() -> None:
@@ -228,18 +231,27 @@ def test_where_nothing_is_trained_there_is_nothing_to_find(search: Any) -> None:
 
 
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
-def test_what_a_loss_does_not_see_at_all_is_dead(search: Any) -> None:
+def test_a_loss_without_any_gradient_leaves_the_search_undecided(search: Any) -> None:
     model, _, batch = sequential((2,), (2,), nn.Linear(2, 2))
-    found = search(model, lambda model, batch: 0 * model(batch[0]).sum(1), batch)
-    if isinstance(found, nf.Completeness):
-        assert found.complete
-        found = found.discovery
-    assert found.decided
-    assert (len(found.symmetric[0]) if isinstance(found, nf.Blocks) else count_of(found)) == 0
+    result = search(model, lambda model, batch: 0 * model(batch[0]).sum(1), batch)
+    if isinstance(result, nf.Completeness):
+        assert (result.complete, result.missing, result.false) == (False, 0, 0)
+        result = result.discovery
+    assert not result.decided
+    assert "random points had fewer" in result.note
+    assert (len(result.symmetric[0]) if isinstance(result, nf.Blocks) else count_of(result)) == 0
 
 
-def count_of(found: Any) -> int:
-    return len(found.symmetric) if isinstance(found, nf.Discovery) else found.count
+def count_of(result: Any) -> int:
+    return len(result.symmetric) if isinstance(result, nf.Discovery) else result.count
+
+
+def test_entries_without_a_gradient_have_no_rescalings() -> None:
+    model = nn.Sequential(nn.Embedding(7, 2), nn.Linear(2, 2, bias=False))
+    batch = torch.tensor([0, 1, 2, 5]), torch.randn(4, 2)
+    result = nf.discover_rescalings(model, random_nets.squared_sum, batch, progress=False)
+    assert (result.count, result.decided) == (2, True)
+    assert result.reached["0.weight"].tolist() == [[1.0] * 2] * 3 + [[0.0] * 2] * 2 + [[1.0] * 2, [0.0] * 2]
 
 
 def test_one_axis_may_be_dead_while_another_is_not() -> None:

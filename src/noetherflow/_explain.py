@@ -13,7 +13,8 @@ from noetherflow._verify import verify_symmetry
 from noetherflow.detect import find
 from noetherflow.detect.explanation import Explanation
 from noetherflow.discover import Discovery, discover_generators
-from noetherflow.discover.completeness import _matrices, _span
+from noetherflow.discover.equations import span, without
+from noetherflow.discover.spans import live_generators
 from noetherflow.symmetry import DenseSymmetry, Symmetry
 
 # The search for generators of this many parameters takes about a second.
@@ -146,15 +147,9 @@ def _with_other_buffers(model: nn.Module) -> nn.Module:
 
 def _outside(space: Tensor, discovery: Discovery, symmetries: Sequence[Symmetry], params: dict[str, Tensor]) -> Tensor:
     """An orthonormal basis, shape (k, n, n), of the part of a space that is orthogonal to the symmetries."""
-    matrices = [matrix for symmetry in symmetries for matrix in _matrices(symmetry, params)]
-    if not matrices:
-        return space
-    # No gradient has a component along a dead direction, so a generator is known only up to those.
-    size = space.shape[-1]
-    live = torch.eye(size, dtype=torch.float64) - discovery.dead.T @ discovery.dead
-    known = _span(live @ torch.stack(matrices) @ live)
-    _, values, vectors = torch.linalg.svd(known @ space.flatten(1).T, full_matrices=True)
-    return torch.einsum("km,mij->kij", vectors[int((values > _ZERO).sum()) :], space)
+    vectors = space.flatten(1)
+    known = live_generators(discovery, symmetries, params).flatten(1)
+    return without(vectors, span(known @ vectors.T) @ vectors).reshape(-1, *space.shape[1:])
 
 
 def _generators(basis: Tensor, params: dict[str, Tensor]) -> list[DenseSymmetry]:

@@ -76,6 +76,8 @@ class ModelFunction:
         self._converted = ", ".join(sorted(str(before) for before in floats if dtype not in (None, before)))
         self._dtype = dtype
         self._in_a_loop = False
+        saved = {id(tensor) for tensor in self._holder.state_dict(keep_vars=True).values()}
+        self._state = {key for key, buffer in self._buffers.items() if key in saved and buffer.is_floating_point()}
 
     def __call__(self, params: Params, batch: Batch) -> Tensor:
         """The losses, shape (B,), as a function that `torch.func` can transform."""
@@ -101,6 +103,12 @@ class ModelFunction:
         other._constants = {key: change(tensor) for key, tensor in self._constants.items() if key not in self._buffers}
         other._buffers = {key: change_buffer(tensor) for key, tensor in self._buffers.items()}
         return other
+
+    def with_state(self, change: Callable[[Tensor], Tensor]) -> "ModelFunction":
+        """A function of this model with changed floating-point buffers, except those that a state dict leaves out."""
+        result = copy.copy(self)
+        result._buffers = {key: change(old) if key in self._state else old for key, old in self._buffers.items()}
+        return result
 
     def then(self, params: Params, batch: Batch, action: Callable[[Tensor], None]) -> Tensor:
         """The losses, shape (B,), and an action on them, such as a backward pass, while the parameters are in place."""
@@ -173,20 +181,11 @@ class ModelFunction:
         singles = [leaf[examples].unsqueeze(1) if is_stacked else leaf for leaf, is_stacked in pairs]
         return self._each(params, singles, lambda tensors: with_tensors(batch, tensors), [False, *stacked], "different")
 
-    def gradients_at(
+    def at_points(
         self, params: Params, tensors: Sequence[Tensor], rebuild: Callable[[list[Tensor]], Batch]
-    ) -> dict[str, Tensor]:
-        """Gradients of b batches, each at different parameters.
-
-        Args:
-            params: Stacked parameters, shape (b, *parameter) by name.
-            tensors: The tensors of the batches, each of shape (b, ...).
-            rebuild: Makes a batch from a list of its tensors.
-
-        Returns:
-            Gradients of the sums of losses by name, shape (b, *parameter).
-        """
-        return self._each(params, tensors, rebuild, [True] * (1 + len(tensors)), "same")[1]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sums of losses of b batches at stacked parameters, shape (b,), and their gradients; arguments as `_each`."""
+        return self._each(params, tensors, rebuild, [True] * (1 + len(tensors)), "same")
 
     def observe(self, batch: Batch) -> "ModelFunction":
         """Set `precision` and `reentrant` from an evaluation of a batch; returns this object."""

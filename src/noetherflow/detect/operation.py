@@ -181,7 +181,7 @@ def exponents_of(value: Any) -> ScalingExponents:
     """The exponents of an argument: a number is a tensor that does not scale."""
     if isinstance(value, ScalingExponents):
         return value
-    # A number such as 1e-150 is zero in float32, and would then be taken for nothing.
+    # In float32 a number such as 1e-150 would be zero.
     dtype = torch.float64 if isinstance(value, float) else None
     return ScalingExponents((), value=torch.tensor(value, dtype=dtype))
 

@@ -1,4 +1,4 @@
-"""All linear generators of a small model, and whether what was found is all there is."""
+"""All linear generators of a small model, numerically, and a comparison with the finder."""
 
 from noetherflow.discover.blocks import Blocks, discover_blocks
 from noetherflow.discover.completeness import Completeness, check_completeness

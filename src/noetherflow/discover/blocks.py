@@ -14,30 +14,36 @@ from torch import Tensor, nn
 from noetherflow._errors import SettingsError
 from noetherflow._params import require_names
 from noetherflow._types import Batch, Loss
-from noetherflow.discover.equations import MOST_UNKNOWNS, Draws, Tensors, enough, null_space, part
+from noetherflow.discover.equations import MOST_UNKNOWNS, Thresholds, enough, null_space, with_parity, without
+from noetherflow.discover.points import Points, Tensors
+from noetherflow.discover.search import RowScale, Search, jump
 from noetherflow.symmetry import Axis
+
+# Squared lengths of directions below this share of the largest are rounding.
+_DEAD = 1e-14
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """All generators that act by a matrix along each of some axes.
+    """All generators that act by a matrix along each of several axes.
 
     Args:
         axes: The axes.
         symmetric: For each axis its matrices in each symmetric generator, shape (k, n, n): these have charges.
-        antisymmetric: For each axis its matrices in each antisymmetric one, shape (k, n, n): rotations.
-        others: How many more there are that are neither, nor sums of the two.
+        antisymmetric: For each axis its matrices in each antisymmetric generator, shape (k, n, n): rotations.
+        others: Dimension of the space of all generators less those of both.
         gap: (largest singular value taken for zero, smallest taken for more), relative to the largest.
-        decided: Whether the two are far apart; if not, the counts are not to be trusted.
+        decided: Whether the generators are established. If not, the counts are not to be trusted.
+        note: Why the search is undecided, or which tensors were not drawn at random; empty if there is nothing to say.
 
     Examples:
         >>> import torch, noetherflow as nf
         >>> net = torch.nn.Sequential(torch.nn.Linear(9, 4, bias=False), torch.nn.Linear(4, 8, bias=False))
         >>> batch = torch.randn(4, 9), torch.randn(4, 8)
         >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().sum(1)
-        >>> found = nf.discover_blocks(net, loss, batch, [nf.Axis("0.weight", 0), nf.Axis("1.weight", 1)])
-        >>> found.count, torch.allclose(found.symmetric[0], -found.symmetric[1])
+        >>> blocks = nf.discover_blocks(net, loss, batch, [nf.Axis("0.weight", 0), nf.Axis("1.weight", 1)])
+        >>> blocks.count, torch.allclose(blocks.symmetric[0], -blocks.symmetric[1])
         (10, True)
     """
 
@@ -47,10 +53,11 @@ class Blocks:
     others: int
     gap: tuple[float, float]
     decided: bool
+    note: str = ""
 
     @property
     def count(self) -> int:
-        """How many independent symmetric ones there are."""
+        """Number k of independent symmetric generators."""
         return len(self.symmetric[0])
 
 
@@ -66,15 +73,16 @@ def discover_blocks(
     r"""All generators that act by one matrix along each of the given axes, and nowhere else.
 
     For models too large for `discover_generators`, and for the question whether some axes share a symmetry: the rows of
-    one map and the columns of the next, and the bias between them. What moves parameters only along directions that no
-    gradient has is left out.
+    a map, the columns of the next map, and the bias between both. Generators that move parameters only along directions
+    in which every gradient is zero are left out. Points are drawn and solutions are tested as by `discover_generators`:
+    the result is right or undecided.
 
     Args:
         model: The model, of any size. It is not changed.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
-        batch: Some examples; integers (tokens, labels) stay as they are, so there should be many different ones.
-        axes: Two or more axes, the squares of whose sizes make 6,400 at most: two of 56, or three of 46.
-        generator: Source of the draws; a fixed one by default.
+        batch: The examples; integers (tokens, labels) stay as they are, so there should be many different examples.
+        axes: Two or more axes; the squares of their sizes add up to 6,400 at most: two of 56, or three of 46.
+        generator: Source of random numbers; by default a generator with seed 0.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -82,8 +90,9 @@ def discover_blocks(
 
     Raises:
         FrozenParameterError: If the model has no trainable parameter.
-        ParameterNameError: If an axis is that of a parameter which is not there or is frozen.
-        SettingsError: If there are too many unknowns, or no axes.
+        ParameterNameError: If an axis belongs to a parameter that does not exist or is frozen.
+        SettingsError: If there are too many unknowns or no axes, or if a trainable parameter is complex.
+        LossError: If the loss cannot be evaluated at random parameters.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -98,50 +107,101 @@ def discover_blocks(
 
     Source: this package's own.
     """
-    draws = Draws(model, loss, batch, generator)
-    require_names(draws.names, [axis.name for axis in axes], "axes")
+    points = Points(model, loss, batch, generator)
+    require_names(points.names, [axis.name for axis in axes], "axes")
     if not axes:
-        raise SettingsError("discover_blocks was given no axes: say which ones a symmetry may act along")
-    sizes = [axis.size(torch.empty(draws.shapes[axis.name])) for axis in axes]
-    if sum(size**2 for size in sizes) > MOST_UNKNOWNS:
+        raise SettingsError("discover_blocks was given no axes: name the axes along which a symmetry may act")
+    sizes = [axis.size(torch.empty(points.shapes[axis.name])) for axis in axes]
+    unknowns = sum(size**2 for size in sizes)
+    if unknowns > MOST_UNKNOWNS:
         raise SettingsError(
-            f"the squares of the sizes {sizes} of the axes make {sum(size**2 for size in sizes)} unknowns, and "
-            f"discover_blocks can look at {MOST_UNKNOWNS}. Give fewer axes, or slices of them (one head)"
+            f"the squares of the sizes {sizes} of the axes make {unknowns} unknowns, and "
+            f"discover_blocks can look at {MOST_UNKNOWNS}. Give fewer axes, or slices of them (a single head)"
         )
-
-    def spreads(_: Tensors, gradients: Tensors) -> Tensor:
-        rows = [axis.rows(gradients[axis.name], batch_dims=1) for axis in axes]
-        return torch.cat([(one @ one.mT).flatten(1) for one in rows], 1)
-
-    # Along each axis, the directions that some gradient has.
-    moments = draws.rows(4 * max(sizes) + 50, spreads, "directions", progress).sum(0)
-    live = []
-    for moment, size in zip(moments.split([size**2 for size in sizes]), sizes, strict=True):
-        lengths, basis = torch.linalg.eigh(moment.reshape(size, size))
-        live.append(basis[:, lengths > 1e-14 * lengths[-1]] if lengths[-1] > 0 else basis[:, :0])
-
-    def products(params: Tensors, gradients: Tensors) -> Tensor:
-        found = []
-        for axis, basis in zip(axes, live, strict=True):
-            theta, gradient = (basis.T @ axis.rows(one[axis.name], batch_dims=1) for one in (params, gradients))
-            found.append((gradient @ theta.mT).flatten(1))
-        return torch.cat(found, 1)
-
-    count = enough(sum(basis.shape[1] ** 2 for basis in live))
-    trivial = null_space(draws.pretend(count, products)).vectors
-    found = null_space(draws.rows(count, products, "equations", progress), trivial)
+    products = _Products(points, axes, sizes)
+    solution = Search(points, products, unknowns, "equations", progress).run()
+    live = products.live
+    # Matrices that move parameters along dead directions only, and pairs of axes whose actions cancel.
+    params, gradients = points.pretend(enough(unknowns))
+    trivial = null_space(_rows(axes, params, gradients, live), Thresholds.of(torch.float64)).vectors
+    vectors = without(solution.vectors, trivial)
     null = [
-        vectors.reshape(len(vectors), basis.shape[1], basis.shape[1])
-        for vectors, basis in zip(found.vectors.split([basis.shape[1] ** 2 for basis in live], 1), live, strict=True)
+        part.reshape(len(part), size, size)
+        for part, size in zip(vectors.split([size**2 for size in sizes], 1), sizes, strict=True)
     ]
-    symmetric, antisymmetric = (
-        tuple(basis @ one @ basis.T for one, basis in zip(part(null, sign), live, strict=True)) for sign in (1.0, -1.0)
-    )
+    symmetric, antisymmetric = (tuple(with_parity(null, sign)) for sign in (1.0, -1.0))
+    both = [torch.cat(matrices) for matrices in zip(symmetric, antisymmetric, strict=True)]
+    undecided = solution.note or jump(points, len(both[0]), lambda x, params: _move(axes, both, x, params))
     return Blocks(
         axes=tuple(axes),
         symmetric=symmetric,
         antisymmetric=antisymmetric,
         others=len(null[0]) - len(symmetric[0]) - len(antisymmetric[0]),
-        gap=found.gap,
-        decided=found.decided,
+        gap=solution.gap,
+        decided=not undecided,
+        note="; ".join(filter(None, [undecided, points.note])),
     )
+
+
+def _move(axes: Sequence[Axis], generators: Sequence[Tensor], coordinates: Tensor, params: Tensors) -> Tensors:
+    """Parameters of shape (m, *parameter) after exp(X) along every axis, with X = sum_k x_k X_k, at norm 1."""
+    sums = [torch.tensordot(coordinates, matrices, 1) for matrices in generators]
+    largest = max(float(torch.linalg.matrix_norm(matrix, 2)) for matrix in sums)
+    moved = dict(params)
+    for axis, generator in zip(axes, sums, strict=True):
+        matrix = torch.linalg.matrix_exp(generator / largest).to(params[axis.name])
+        stack = moved[axis.name]
+        moved[axis.name] = torch.stack([axis.replace(tensor, matrix @ axis.rows(tensor)) for tensor in stack])
+    return moved
+
+
+@final
+class _Products:
+    """The rows G theta^T of the equations, of every axis; keeps the directions that gradients have along each axis.
+
+    Args:
+        points: The source of points.
+        axes: The axes.
+        sizes: Their lengths.
+    """
+
+    def __init__(self, points: Points, axes: Sequence[Axis], sizes: Sequence[int]) -> None:
+        self._axes = axes
+        self._moments = [torch.zeros(size, size, dtype=torch.float64) for size in sizes]
+        self._scale = RowScale.of(points)
+
+    def __call__(self, params: Tensors, gradients: Tensors) -> Tensor:
+        """The rows, shape (m, sum of squares of the sizes)."""
+        unfolded = [_unfold(axis, gradients) for axis in self._axes]
+        units, _ = self._scale.select(torch.cat([gradient.flatten(1) for gradient in unfolded], 1))
+        parts = units.split([gradient[0].numel() for gradient in unfolded], 1)
+        for moment, gradient, part in zip(self._moments, unfolded, parts, strict=True):
+            unit = part.reshape(-1, *gradient.shape[1:])
+            moment += torch.einsum("mij,mkj->ik", unit, unit)
+        return _rows(self._axes, params, gradients)
+
+    @property
+    def live(self) -> list[Tensor]:
+        """For each axis the orthogonal projection on the directions that gradients have."""
+        projections = []
+        for moment in self._moments:
+            lengths, basis = torch.linalg.eigh(moment)
+            directions = basis[:, lengths > _DEAD * lengths[-1].clamp_min(1e-300)]
+            projections.append(directions @ directions.T)
+        return projections
+
+
+def _rows(axes: Sequence[Axis], params: Tensors, gradients: Tensors, projections: list[Tensor] | None = None) -> Tensor:
+    """The products P G theta^T of every axis with an optional projection P, shape (m, sum of squares of the sizes)."""
+    parts = []
+    for index, axis in enumerate(axes):
+        theta, gradient = _unfold(axis, params), _unfold(axis, gradients)
+        if projections is not None:
+            gradient = projections[index] @ gradient
+        parts.append((gradient @ theta.mT).flatten(1))
+    return torch.cat(parts, 1)
+
+
+def _unfold(axis: Axis, tensors: Tensors) -> Tensor:
+    """The slices of a parameter along an axis as rows, shape (m, n, numbers in a slice), in float64."""
+    return axis.rows(tensors[axis.name], batch_dims=1).to("cpu", torch.float64)

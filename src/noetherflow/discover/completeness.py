@@ -1,4 +1,4 @@
-"""Is what the finder finds all there is?"""
+"""A comparison of the symmetries that the finder returns with all generators of a model."""
 
 from dataclasses import dataclass
 from typing import final
@@ -9,27 +9,31 @@ from torch import Tensor, nn
 from noetherflow._params import snapshot
 from noetherflow._types import Batch, Loss
 from noetherflow.detect import find_symmetries
+from noetherflow.discover.equations import span
 from noetherflow.discover.generators import MOST_PARAMETERS, Discovery, discover_generators
 from noetherflow.discover.rescalings import Rescalings, discover_rescalings
+from noetherflow.discover.spans import basis_of, live_generators
 from noetherflow.symmetry import Symmetry
 
-_SAME = 1e-6
+# Sines of angles between spaces below this are rounding.
+_ANGLE = 1e-5
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Completeness:
-    """What comes of comparing `find_symmetries` with `discover_generators`.
+    """A comparison of `find_symmetries` with a numerical search.
 
-    In a model of more than 80 trainable parameters only rescalings are compared: what the finder's symmetries do to the
-    entries of parameters one by one, with `discover_rescalings`.
+    In a model of more than 80 trainable parameters only rescalings are compared: the effects of the finder's symmetries
+    on single entries of parameters, with `discover_rescalings`.
 
     Args:
-        found: How many independent symmetric generators the finder's symmetries have, dead directions taken out.
-        discovered: How many there are.
-        missing: How many of those discovered are not in the span of those found.
-        false: How many of those found are not in the span of those discovered.
-        discovery: All generators, or all rescalings.
+        found: Number of independent symmetric generators of the finder's symmetries, dead directions taken out.
+        discovered: Number of independent symmetric generators, or rescalings, of the numerical search.
+        missing: Dimension of the discovered space that the finder's symmetries do not span; 0 if the search is
+            undecided.
+        false: Dimension of the space of the finder outside the discovered space; 0 if the search is undecided.
+        discovery: All generators, or all rescalings. Its note says why a search is undecided.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -48,27 +52,27 @@ class Completeness:
 
     @property
     def complete(self) -> bool:
-        """Whether both agree, and the discovery could decide."""
+        """Whether both searches agree, and the numerical search is decided."""
         return self.discovery.decided and self.missing == self.false == 0
 
 
 def check_completeness(model: nn.Module, loss: Loss, batch: Batch) -> Completeness:
-    """Compare the finder with the numerical search: of all generators on a small model, of rescalings on a larger one.
+    """Compare the finder with a numerical search: for all generators, in a larger model for rescalings.
 
-    A scale invariance that is exact up to an eps of 1e-12 is found by a search in numbers, and not by the finder: it
+    A scale invariance that is exact up to an eps of 1e-12 is exact for the numerical search, and not for the finder: it
     counts as missing.
 
     Args:
         model: As for `discover_generators`, or, with more than 80 trainable parameters, `discover_rescalings`.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
-        batch: Some examples.
+        batch: The examples.
 
     Returns:
-        How many symmetric generators are missing, and how many are false.
+        The numbers of symmetric generators that are missing and that are false.
 
     Raises:
         FrozenParameterError: If the model has no trainable parameter.
-        SettingsError: If the model is too large.
+        SettingsError: If the model is too large, or if a trainable parameter is complex.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -80,94 +84,46 @@ def check_completeness(model: nn.Module, loss: Loss, batch: Batch) -> Completene
 
     Source: this package's own.
     """
-    size = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    found = find_symmetries(model, loss, batch)
+    size = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
+    symmetries = list(find_symmetries(model, loss, batch).values())
     if size > MOST_PARAMETERS:
-        return _compare_rescalings(model, list(found.values()), discover_rescalings(model, loss, batch, progress=False))
+        rescalings = discover_rescalings(model, loss, batch, progress=False)
+        return _compare(_exponents(model, symmetries, rescalings), _joined(rescalings.exponents), rescalings)
     discovery = discover_generators(model, loss, batch, progress=False)
-    params = {name: one for name, one in snapshot(model).items() if name in discovery.names}
-    matrices = [matrix for symmetry in found.values() for matrix in _matrices(symmetry, params)]
-    stacked = torch.stack(matrices) if matrices else torch.zeros(0, size, size, dtype=torch.float64)
-    # What moves dead directions, or is moved by them, says nothing.
-    live = torch.eye(size, dtype=torch.float64) - discovery.dead.T @ discovery.dead
-    return _compare(live @ stacked @ live, discovery.symmetric, discovery)
+    return _compare(live_generators(discovery, symmetries, model), discovery.symmetric, discovery)
 
 
-def _compare_rescalings(model: nn.Module, found: list[Symmetry], discovery: Rescalings) -> Completeness:
-    ones = {name: torch.ones_like(one) for name, one in snapshot(model).items() if name in discovery.exponents}
-    exponents = []
-    for symmetry in found:
-        for x in _coordinates(symmetry.identity(ones)):
+def _exponents(model: nn.Module, symmetries: list[Symmetry], rescalings: Rescalings) -> Tensor:
+    """The exponents of all entries under every basis element that rescales entries, shape (k, entries)."""
+    ones_like = {name: torch.ones_like(tensor).cpu() for name, tensor in snapshot(model).items()}
+    rows = []
+    for symmetry in symmetries:
+        for x in basis_of(symmetry.identity(ones_like)):
             if x.ndim < 2 or torch.equal(x, x.diag().diag()):
-                moved = symmetry.generate(x, ones)
-                exponents.append({name: moved.get(name, 0 * one) for name, one in ones.items()})
-    stacked = {name: [one[name] for one in exponents] for name in ones}
-    live = {name: torch.stack(one) * discovery.reached[name] for name, one in stacked.items() if one}
-    return _compare(_flat(live), _flat(discovery.exponents), discovery)
+                moved = ones_like | symmetry.generate(x, ones_like)
+                acted = set(symmetry.names)
+                parts = {name: moved[name] if name in acted else 0 * moved[name] for name in rescalings.exponents}
+                rows.append(torch.cat([(parts[name] * rescalings.reached[name]).reshape(-1) for name in parts]))
+    return torch.stack(rows) if rows else torch.zeros(0, 1, dtype=torch.float64)
 
 
-def _flat(tensors: dict[str, Tensor]) -> Tensor:
-    if not tensors:
-        return torch.zeros(0, 1, dtype=torch.float64)
-    return torch.cat([one.flatten(1) for one in tensors.values()], 1)
+def _joined(tensors: dict[str, Tensor]) -> Tensor:
+    """Tensors of shape (k, *parameter) as vectors, shape (k, entries)."""
+    return torch.cat([tensor.flatten(1) for tensor in tensors.values()], 1)
 
 
-def _compare(found: Tensor, discovered: Tensor, discovery: Discovery | Rescalings) -> Completeness:
-    one, other = _span(found), _span(discovered)
-    both = len(_join(one, other))
-    return Completeness(len(one), len(other), both - len(one), both - len(other), discovery)
+def _compare(detected: Tensor, discovered: Tensor, discovery: Discovery | Rescalings) -> Completeness:
+    """The dimensions of two spaces of generators, and of the parts outside each other."""
+    left, right = span(detected), span(discovered)
+    if not discovery.decided:
+        return Completeness(len(left), len(right), 0, 0, discovery)
+    union = len(_sum(left, right))
+    return Completeness(len(left), len(right), union - len(left), union - len(right), discovery)
 
 
-def _coordinates(identity: Tensor) -> list[Tensor]:
-    """A basis of what a symmetry can be given: numbers, vectors, or symmetric matrices."""
-    found = []
-    for index in range(identity.numel()):
-        x = torch.zeros_like(identity).reshape(-1)
-        x[index] = 1.0
-        x = x.reshape(identity.shape)
-        if x.ndim == 2:
-            row, column = divmod(index, len(x))
-            if row > column:
-                continue
-            x = (x + x.mT) / 2
-        found.append(x)
-    return found
-
-
-def _matrices(symmetry: Symmetry, params: dict[str, Tensor]) -> list[Tensor]:
-    """Each generator of a symmetry as a matrix on all parameters laid out one after the other."""
-    shapes = {name: one.shape for name, one in params.items()}
-    sizes = [one.numel() for one in params.values()]
-    total = sum(sizes)
-    found = []
-    for x in _coordinates(symmetry.identity(params)):
-        columns = []
-        for unit in torch.eye(total, dtype=torch.float64):
-            parts = {
-                name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), unit.split(sizes), strict=True)
-            }
-            moved = symmetry.generate(x, parts)
-            columns.append(
-                torch.cat(
-                    [moved[name].reshape(-1) if name in moved else 0 * parts[name].reshape(-1) for name in shapes]
-                )
-            )
-        found.append(torch.stack(columns, 1))
-    return found
-
-
-def _span(matrices: Tensor) -> Tensor:
-    """An orthonormal basis of tensors laid out as vectors."""
-    flat = matrices.flatten(1)
-    if not len(flat):
-        return flat
-    _, values, right = torch.linalg.svd(flat, full_matrices=False)
-    return right[values > _SAME * max(1.0, float(values[0]))]
-
-
-def _join(first: Tensor, second: Tensor) -> Tensor:
+def _sum(first: Tensor, second: Tensor) -> Tensor:
+    """An orthonormal basis of the sum of two spaces, each given by an orthonormal basis in its rows."""
     if not len(first) or not len(second):
         return first if len(first) else second
-    both = torch.cat([first, second])
-    _, values, right = torch.linalg.svd(both, full_matrices=False)
-    return right[values > 1e-5]
+    _, values, right = torch.linalg.svd(torch.cat([first, second]), full_matrices=False)
+    return right[values > _ANGLE]

@@ -6,6 +6,7 @@ $w_{ij} = r_i + c_j$: then the unknowns are its rows and columns, and the equati
 of $\theta \odot \nabla\ell$.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from noetherflow._errors import SettingsError
 from noetherflow._types import Batch, Loss
-from noetherflow.discover.equations import MOST_UNKNOWNS, Draws, enough, null_space
+from noetherflow.discover.equations import MOST_UNKNOWNS, Thresholds, enough, null_space, without
+from noetherflow.discover.points import Points, Tensors
+from noetherflow.discover.search import ROUNDING, Search, jump
 
-_DEAD = 1e-9
-# Up to so many parameters every entry has its own exponent.
+# Up to this many parameters every entry has an exponent; beyond it, every row and column of a tensor.
 MOST_ENTRIES = 2000
 
 
@@ -27,11 +29,12 @@ class Rescalings:
     """All rescalings of a model.
 
     Args:
-        exponents: For each parameter the exponents of its entries in each rescaling, shape (k, *shape): the entries are
-            multiplied by e^(x exponent). Every combination of the k is one too.
-        reached: For each parameter 1.0 where some gradient is not zero, else 0.0.
+        exponents: For each parameter the exponents w of its entries in each rescaling, shape (k, *shape): the entries
+            are multiplied by e^(x w). Every linear combination of the k rescalings is a rescaling.
+        reached: For each parameter 1.0 where a gradient was not zero, else 0.0.
         gap: (largest singular value taken for zero, smallest taken for more), relative to the largest.
-        decided: Whether the two are far apart; if not, k is not to be trusted.
+        decided: Whether the rescalings are established. If not, k is not to be trusted.
+        note: Why the search is undecided, or which tensors were not drawn at random; empty if there is nothing to say.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -46,10 +49,11 @@ class Rescalings:
     reached: dict[str, Tensor]
     gap: tuple[float, float]
     decided: bool
+    note: str = ""
 
     @property
     def count(self) -> int:
-        """How many independent ones there are."""
+        """Number k of independent rescalings."""
         return len(next(iter(self.exponents.values())))
 
 
@@ -63,15 +67,16 @@ def discover_rescalings(
 ) -> Rescalings:
     r"""All rescalings of the entries of parameters by $e^{x w}$.
 
-    For models too large for `discover_generators`: every diagonal symmetry and every scalar one is of this form. Up to
-    2,000 trainable parameters each entry has an exponent w of its own, beyond them w is a sum over a tensor's axes.
-    What changes only entries that no gradient ever reaches is left out.
+    For models too large for `discover_generators`: every diagonal and every scalar symmetry has this form. Up to 2,000
+    trainable parameters each entry has an exponent w; in larger models w is a sum over a tensor's axes. Rescalings of
+    entries that no gradient ever reaches are left out. Points are drawn and solutions are tested as by
+    `discover_generators`: the result is right or undecided.
 
     Args:
         model: The model: at most 2,000 trainable parameters, or 6,400 rows and columns of them. It is not changed.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
-        batch: Some examples; integers (tokens, labels) stay as they are, so there should be many different ones.
-        generator: Source of the draws; a fixed one by default.
+        batch: The examples; integers (tokens, labels) stay as they are, so there should be many different examples.
+        generator: Source of random numbers; by default a generator with seed 0.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -79,7 +84,8 @@ def discover_rescalings(
 
     Raises:
         FrozenParameterError: If the model has no trainable parameter.
-        SettingsError: If there are too many unknowns.
+        SettingsError: If there are too many unknowns, or if a trainable parameter is complex.
+        LossError: If the loss cannot be evaluated at random parameters.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -91,56 +97,92 @@ def discover_rescalings(
 
     Source: this package's own.
     """
-    draws = Draws(model, loss, batch, generator)
-    laid_out = _entries if draws.size <= MOST_ENTRIES else _sums
-    unknowns = laid_out({name: torch.empty(1, *shape) for name, shape in draws.shapes.items()}).shape[1]
+    points = Points(model, loss, batch, generator)
+    layout = _entries if points.size <= MOST_ENTRIES else _sums
+    unknowns = layout({name: torch.empty(1, *shape) for name, shape in points.shapes.items()}).shape[1]
     if unknowns > MOST_UNKNOWNS:
         raise SettingsError(
             f"the parameters of this model have {unknowns} rows and columns altogether, and discover_rescalings can "
             f"look at {MOST_UNKNOWNS}. Use nf.find_symmetries, or a smaller model of the same architecture"
         )
-
-    largest = dict.fromkeys(draws.names, torch.zeros(()))
-
-    def products(params: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
-        for name, one in gradients.items():
-            largest[name] = torch.maximum(largest[name], one.abs().amax(0))
-        return laid_out({name: params[name] * gradients[name] for name in params})
-
-    rows = draws.rows(enough(unknowns), products, "equations", progress)
-    zero = _DEAD * max(float(one.max()) for one in largest.values())
-    reached = {name: (one > zero).double() for name, one in largest.items()}
-
-    def pretended(params: dict[str, Tensor], _: dict[str, Tensor]) -> Tensor:
-        return laid_out({name: one * reached[name] for name, one in params.items()})
-
-    trivial = null_space(draws.pretend(enough(unknowns), pretended)).vectors
-    found = null_space(rows, trivial)
+    products = _Products(layout, points.names)
+    solution = Search(points, products, unknowns, "equations", progress).run()
+    reached = products.reached
+    # Exponents of entries without a gradient, and sums over axes that cancel, change no loss.
+    params, _ = points.pretend(enough(unknowns))
+    pretended = layout({name: tensor * reached[name] for name, tensor in params.items()})
+    trivial = null_space(pretended.to("cpu", torch.float64), Thresholds.of(torch.float64)).vectors
+    vectors = without(solution.vectors, trivial)
     exponents, start = {}, 0
-    for name, shape in draws.shapes.items():
-        exponents[name] = torch.zeros(len(found.vectors), *shape, dtype=torch.float64)
-        for form in [shape] if laid_out is _entries else _along_axes(shape):
-            one = found.vectors[:, start : start + form.numel()]
-            exponents[name] += one.reshape(-1, *form)
+    for name, shape in points.shapes.items():
+        exponents[name] = torch.zeros(len(vectors), *shape, dtype=torch.float64)
+        for form in [shape] if layout is _entries else _along_axes(shape):
+            part = vectors[:, start : start + form.numel()]
+            exponents[name] += part.reshape(-1, *form)
             start += form.numel()
-        exponents[name] *= reached[name]
-    return Rescalings(exponents, reached, found.gap, found.decided)
+        exponents[name] *= reached[name].cpu()
+    undecided = solution.note or jump(points, len(vectors), lambda x, params: _move(exponents, x, params))
+    return Rescalings(
+        exponents,
+        {name: tensor.to("cpu", torch.float64) for name, tensor in reached.items()},
+        solution.gap,
+        not undecided,
+        "; ".join(filter(None, [undecided, points.note])),
+    )
 
 
-def _entries(products: dict[str, Tensor]) -> Tensor:
-    return torch.cat([one.flatten(1) for one in products.values()], 1)
+def _move(exponents: Tensors, coordinates: Tensor, params: Tensors) -> Tensors:
+    """Parameters of shape (m, *parameter) after a rescaling of entries by e^w with w = sum_k x_k w_k, at most 1."""
+    sums = {name: torch.tensordot(coordinates, exponent, 1) for name, exponent in exponents.items()}
+    largest = max(float(exponent.abs().max()) for exponent in sums.values())
+    factors = {name: (exponent / largest).exp() for name, exponent in sums.items()}
+    return {name: tensor * factors[name].to(tensor) for name, tensor in params.items()}
 
 
-def _sums(products: dict[str, Tensor]) -> Tensor:
-    """The sums over everything but one axis, of every tensor and each of its axes."""
-    found = []
-    for one in products.values():
-        for form in _along_axes(one.shape[1:]):
-            found.append(one.sum_to_size(len(one), *form).flatten(1))
-    return torch.cat(found, 1)
+@final
+class _Products:
+    """The equations: sums of theta_i g_i over entries of equal exponent; keeps which entries have gradients.
+
+    Args:
+        layout: The unknowns, as a function of products theta_i g_i of shape (m, *parameter).
+        names: The parameters.
+    """
+
+    def __init__(self, layout: Callable[[Tensors], Tensor], names: tuple[str, ...]) -> None:
+        self._layout = layout
+        self._largest = dict.fromkeys(names, torch.zeros(()))
+
+    def __call__(self, params: Tensors, gradients: Tensors) -> Tensor:
+        """The rows, shape (m, unknowns)."""
+        for name, gradient in gradients.items():
+            if len(gradient):
+                before = self._largest[name].to(gradient)
+                self._largest[name] = torch.maximum(before, gradient.abs().amax(0))
+        return self._layout({name: params[name] * gradients[name] for name in params})
+
+    @property
+    def reached(self) -> Tensors:
+        """For each parameter a mask of the entries with a gradient that is more than rounding."""
+        least = ROUNDING * max(float(tensor.max()) for tensor in self._largest.values())
+        return {name: tensor > least for name, tensor in self._largest.items()}
+
+
+def _entries(products: Tensors) -> Tensor:
+    """Every entry, shape (m, entries)."""
+    return torch.cat([product.flatten(1) for product in products.values()], 1)
+
+
+def _sums(products: Tensors) -> Tensor:
+    """The sums over all axes except one, for every tensor and each of its axes, shape (m, lengths of all axes)."""
+    sums = [
+        product.sum_to_size(len(product), *form).flatten(1)
+        for product in products.values()
+        for form in _along_axes(product.shape[1:])
+    ]
+    return torch.cat(sums, 1)
 
 
 def _along_axes(shape: torch.Size) -> list[torch.Size]:
-    """The shape of a tensor of that many dimensions that varies along one axis only, for each axis."""
+    """For each axis of a shape the shape of a tensor that varies along that axis only."""
     axes = range(max(1, len(shape)))
     return [torch.Size(length if other == dim else 1 for other, length in enumerate(shape)) for dim in axes]
