@@ -16,7 +16,6 @@ from model_table import Checkpointed, Net, Row
 from noetherflow import _model_function, _params, _verify
 from noetherflow._model_function import ModelFunction
 from noetherflow._precision import TOLERANCES, Watch
-from noetherflow.detect import walk
 
 SGD = nf.SGD(lr=0.1, batch_size=8, weight_decay=0.01)
 HALF = 12
@@ -258,21 +257,6 @@ def test_a_reentrant_checkpoint_that_cuts_the_gradient_is_refused() -> None:
         pytest.raises(nf.LossError, match=r"does not depend on \['inner\.weight', 'inner\.bias'\]"),
     ):
         noise_of(row, {"first": symmetry})
-
-
-def test_a_graph_inside_the_graph_is_entered_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Branching(Net):
-        def hidden(self, x: Tensor) -> Tensor:
-            return torch.cond(x.sum() > 0, lambda x: self.middle(x).relu(), lambda x: self.middle(x).abs(), (x,))
-
-    batch = model_table.row("checkpoint").batch
-    with pytest.raises(nf.TraceError, match=r"torch\.cond.*nf\.Axis"):
-        nf.find_symmetries(Branching(), squared_error, batch)
-    monkeypatch.setattr(walk, "_REGIONS", set())
-    for name in ("autocast in the model", "mask without gradient", "reentrant checkpoint"):
-        row = model_table.row(name)
-        with pytest.raises(nf.TraceError, match=r"declare symmetries by hand with nf\.Axis"):
-            nf.find_symmetries(row.model, row.loss, row.batch)
 
 
 # Twins: each mechanism taken away, and the check above that notices.

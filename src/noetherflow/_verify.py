@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow import _spd
-from noetherflow._batch import cast, select
+from noetherflow._batch import cast
 from noetherflow._dtype import announced_dtype
-from noetherflow._given import require_loss, require_model
+from noetherflow._given import examples_of, require_loss, require_model
 from noetherflow._model_function import ModelFunction
 from noetherflow._params import aliases
 from noetherflow._per_example import own_randomness, require_losses
@@ -151,8 +151,10 @@ def verify_symmetry(
     generator = generator or torch.Generator().manual_seed(0)
     with own_randomness(device, seed=0):
         size = require_losses(function.losses(function.params, batch), "verify_symmetry")
-        function.observe(select(batch, torch.zeros(1, dtype=torch.long, device=device), size))
-    tests = _Tests(symmetry, batch, size, draws, generator)
+    examples = examples_of(model, function, batch, size)
+    with own_randomness(device, seed=0):
+        function.observe(examples[0])
+    tests = _Tests(symmetry, batch, examples, draws, generator)
     residuals = [tests.at(function)[0]]
     tested = torch.zeros((), dtype=torch.bool)
     note = GIVEN_ONLY
@@ -205,15 +207,17 @@ class _Tests:
     Args:
         symmetry: The symmetry, with canonical names.
         batch: The batch, in the type of the model function.
-        size: The batch size B.
+        examples: The batches whose gradients are compared with directions: single examples if there are any.
         draws: The number of finite transformations.
         generator: Source of the random coordinates.
     """
 
-    def __init__(self, symmetry: Symmetry, batch: Batch, size: int, draws: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, symmetry: Symmetry, batch: Batch, examples: Sequence[Batch], draws: int, generator: torch.Generator
+    ) -> None:
         self._symmetry = symmetry
         self._batch = batch
-        self._size = size
+        self._examples = examples
         self._draws = draws
         self._generator = generator
 
@@ -247,8 +251,7 @@ class _Tests:
         direction = self._symmetry.generate(x, params)
         cosines, tested = [], []
         # One example at a time, because a large model leaves no memory for B gradients.
-        for index in range(self._size):
-            single = select(self._batch, torch.tensor([index], device=x.device), self._size)
+        for single in self._examples:
             with own_randomness(x.device, seed=0):
                 gradients = function.gradient(params, single)[1]
             cosines.append(cosine(gradients, direction))

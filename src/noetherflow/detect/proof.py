@@ -7,11 +7,11 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from noetherflow._batch import cast, select
+from noetherflow._batch import cast
 from noetherflow._dtype import announced_dtype
-from noetherflow._errors import CoupledExamplesError
+from noetherflow._given import examples_of
 from noetherflow._model_function import ModelFunction
-from noetherflow._per_example import own_randomness, require_losses, require_uncoupled
+from noetherflow._per_example import own_randomness, require_losses
 from noetherflow._perturbed import GIVEN_ONLY, generic_points
 from noetherflow._residual import active_rows, cosine, relative_change
 from noetherflow._types import Batch, Loss
@@ -54,14 +54,12 @@ def prove(
     function = ModelFunction(model, loss, dtype)
     device = next(iter(function.params.values())).device
     batch = cast(batch, dtype, device)
-    try:
-        require_uncoupled(model)
-        coupled = False
-    except CoupledExamplesError:
-        coupled = True
-    given = _Point(function, batch, coupled=coupled, draws=draws)
     with own_randomness(device, seed=0):
-        function.observe(given.examples[0])
+        size = require_losses(function.losses(function.params, batch), "find_symmetries")
+    examples = examples_of(model, function, batch, size)
+    with own_randomness(device, seed=0):
+        function.observe(examples[0])
+    given = _Point(function, batch, examples, draws=draws)
     residuals = [[residual] for residual in given.residuals(symmetries)[0]]
     del given
     tested = [torch.zeros((), dtype=torch.bool)] * len(symmetries)
@@ -69,7 +67,7 @@ def prove(
     for generic in generic_points(function, batch):
         note = generic.note
         missing = [index for index, rows in enumerate(tested) if not rows.all()]
-        point = _Point(generic.function, batch, coupled=coupled, draws=draws, perturbation=generic.size)
+        point = _Point(generic.function, batch, examples, draws=draws, perturbation=generic.size)
         for index, residual, rows in zip(missing, *point.residuals([symmetries[i] for i in missing]), strict=True):
             residuals[index].append(residual)
             tested[index] = tested[index] | rows
@@ -88,28 +86,29 @@ class _Point:
     Args:
         function: The model at these parameters and buffers.
         batch: The batch, in the type of the function.
-        coupled: Whether a layer normalises over the batch, so that only the batch as a unit has a gradient.
+        examples: The batches whose gradients are compared with directions.
         draws: The number of finite transformations.
         perturbation: The size of the perturbation that leads to this point; 0 for the given parameters.
-
-    Attributes:
-        examples: The batches whose gradients are compared with directions.
     """
 
     def __init__(
-        self, function: ModelFunction, batch: Batch, *, coupled: bool, draws: int, perturbation: float = 0.0
+        self,
+        function: ModelFunction,
+        batch: Batch,
+        examples: Sequence[Batch],
+        *,
+        draws: int,
+        perturbation: float = 0.0,
     ) -> None:
         self._function = function
         self._params = function.params
         self._device = next(iter(self._params.values())).device
         self._batch = batch
+        self._examples = examples
         self._draws = draws
         self._perturbation = perturbation
         self._generator = torch.Generator().manual_seed(0)
         self._before = self._evaluate(self._params)
-        size = require_losses(self._before, "find_symmetries")
-        indices = torch.arange(size, device=self._device)
-        self.examples = [batch] if coupled else [select(batch, index.reshape(1), size) for index in indices]
 
     def residuals(self, symmetries: list[Symmetry]) -> tuple[list[Residual], list[Tensor]]:
         """The residual of each symmetry at this point, and the rows of each symmetry that are tested."""
@@ -153,7 +152,7 @@ class _Point:
         moved = {name: self._params[name] for symmetry in symmetries for name in symmetry.names}
         columns = []
         tested = [torch.zeros((), dtype=torch.bool)] * len(symmetries)
-        for example in self.examples:
+        for example in self._examples:
             with own_randomness(self._device, seed=0):
                 gradients = self._function.gradient(moved, example)[1]
             columns.append(torch.stack([cosine(gradients, direction) for direction in directions]))

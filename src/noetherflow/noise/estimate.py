@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from noetherflow._batch import cast, peek, select
 from noetherflow._errors import EmptyDataError
+from noetherflow._given import require_loader
 from noetherflow._per_example import (
     own_randomness,
     require_differentiable,
@@ -19,7 +20,7 @@ from noetherflow._per_example import (
 from noetherflow._progress import track
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.detect import find_symmetries
-from noetherflow.noise.exact import Subject, exact_moments
+from noetherflow.noise.exact import Subject, exact_moments, single_examples
 from noetherflow.noise.fast import FastPass
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.symmetry import Action, Symmetry
@@ -90,14 +91,15 @@ def estimate_noise(
         (2024).
     """
     require_uncoupled(model)
+    first, batches = peek(loader)
+    require_loader(model, loss, loader, first)
     if symmetries is None:
-        first, loader = peek(loader)
         symmetries = find_symmetries(model, loss, first)
     estimate = Estimate(
         Subject.of(model, loss, symmetries, dtype), exact=exact, variances=variances, max_bytes=max_bytes
     )
     with own_randomness(estimate.device):
-        for index, batch in enumerate(track(loader, "gradient noise", total=_length(loader), shown=progress)):
+        for index, batch in enumerate(track(batches, "gradient noise", total=_length(loader), shown=progress)):
             estimate.add(batch, f"batch {index}")
     moments = estimate.take()
     if moments is None:
@@ -179,7 +181,8 @@ class Estimate:
         subject = self._subject
         together = subject.losses_of(batch)
         size = require_losses(together, where)
-        subject.function.observe(select(batch, torch.zeros(1, dtype=torch.long, device=subject.device), size))
+        with single_examples(batch, size, where):
+            subject.function.observe(select(batch, torch.zeros(1, dtype=torch.long, device=subject.device), size))
         unreached = subject.function.unreached(subject.trained, batch)
         require_differentiable(unreached, subject.trained, subject.moved, where)
         if subject.function.reentrant:

@@ -1,13 +1,15 @@
 """The oracle: the gradient of every example, formed and kept for a moment."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from noetherflow._errors import FrozenParameterError, NotASymmetryError, SettingsError
+from noetherflow._batch import tensors_of
+from noetherflow._errors import FrozenParameterError, LossError, NotASymmetryError, SettingsError
 from noetherflow._model_function import ModelFunction
 from noetherflow._params import aliases, require_finite, require_names
 from noetherflow._residual import cosine
@@ -151,9 +153,26 @@ def chunks(
     step = max(1, min(size, max_bytes // (_COPIES * per_example)))
     for start in range(0, size, step):
         examples = slice(start, min(start + step, size))
-        values, gradients = subject.function.example_gradients(subject.trained, batch, size, examples, where)
+        with single_examples(batch, size, where):
+            values, gradients = subject.function.example_gradients(subject.trained, batch, size, examples, where)
         require_finite(gradients, f"{where}: the per-example gradient of")
         yield start, values, gradients
+
+
+@contextmanager
+def single_examples(batch: Batch, size: int, where: str) -> Iterator[None]:
+    """A block that evaluates single examples; its errors say so if tensors of the batch have no row per example."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        shapes = [tuple(tensor.shape) for tensor in tensors_of(batch)]
+        if all(shape[:1] == (size,) for shape in shapes):
+            raise
+        raise LossError(
+            f"{where}: the loss of a single example cannot be computed ({type(error).__name__}: {error}). The loss has "
+            f"{size} examples, and the tensors of the batch have the shapes {shapes}. If examples cannot be taken out "
+            "of the batch, as with the nodes of all graphs in one tensor, use MicrobatchMeter"
+        ) from error
 
 
 def _running_mean(moments: NoiseMoments, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
