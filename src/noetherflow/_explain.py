@@ -1,6 +1,5 @@
 """The symmetries of a model with the reasons for those that it lacks, and symmetries that do not act along axes."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -12,9 +11,8 @@ from noetherflow._types import Batch, Loss
 from noetherflow._verify import verify_symmetry
 from noetherflow.detect import find
 from noetherflow.detect.explanation import Explanation
-from noetherflow.discover import Discovery, discover_generators
-from noetherflow.discover.equations import span, without
-from noetherflow.discover.spans import live_generators
+from noetherflow.discover import discover_generators
+from noetherflow.discover.spans import beyond
 from noetherflow.symmetry import DenseSymmetry, Symmetry
 
 # The search for generators of this many parameters takes about a second.
@@ -27,9 +25,7 @@ _LISTED = (
     "nf.discover_generators lists them. Those in explanation.off_axis can be declared: nf.analyze and nf.equilibrate "
     "take a dictionary of symmetries."
 )
-_BUFFERS = (
-    "Left out, because they hold only for the present values of the buffers, such as a running mean of zero: {count}."
-)
+_REFUTED = "Left out, because a loss changes at other values of parameters or buffers: {count}."
 _LARGE = (
     "Only symmetries along axes were searched for. nf.discover_blocks, nf.discover_rescalings and, up to 80 "
     "parameters, nf.discover_generators search further."
@@ -102,54 +98,25 @@ def _off_axis(
         return (), _LARGE
     try:
         discovery = discover_generators(model, loss, batch, progress=False)
-        other = _with_other_buffers(model)
-        again = discovery if other is model else discover_generators(other, loss, batch, progress=False)
-        if not (discovery.decided and again.decided):
-            return (), _UNDECIDED
+        if not discovery.decided:
+            return (), f"{_UNDECIDED} {discovery.note}".strip()
         params = ModelFunction(model, loss, torch.float64).trained
-        lasting = _common(discovery.symmetric, again.symmetric)
-        generators = _generators(_outside(lasting, discovery, symmetries, params), params)
-        if not all(_is_proved(model, loss, batch, generator) for generator in generators):
-            return (), _UNDECIDED
+        generators = _generators(beyond(discovery, symmetries, params), params)
+        proved = [generator for generator in generators if _is_proved(model, loss, batch, generator)]
     except Exception as error:
         # Code of a model may raise any exception for a single example, such as BatchNorm in train mode. The symmetries
         # along axes are known all the same.
         return (), _FAILED + " ".join(str(error).split())
-    sentences = [_LISTED if generators else _NONE]
-    if left_out := len(discovery.symmetric) - len(lasting):
-        sentences.append(_BUFFERS.format(count=left_out))
-    return tuple(generators), " ".join(sentences)
-
-
-def _common(first: Tensor, second: Tensor) -> Tensor:
-    """An orthonormal basis of the intersection of two spaces that orthonormal bases of shape (k, n, n) span."""
-    _, cosines, vectors = torch.linalg.svd(second.flatten(1) @ first.flatten(1).T, full_matrices=False)
-    return torch.einsum("km,mij->kij", vectors[cosines > 1 - _ZERO], first)
+    sentences = [_LISTED if proved else _NONE]
+    if left_out := len(generators) - len(proved):
+        sentences.append(_REFUTED.format(count=left_out))
+    return tuple(proved), " ".join(sentences)
 
 
 def _is_proved(model: nn.Module, loss: Loss, batch: Batch, symmetry: Symmetry) -> bool:
     """Whether the residual of a symmetry is rounding."""
     residual = verify_symmetry(model, loss, batch, symmetry)
     return residual <= TOLERANCES[residual.precision].proof
-
-
-def _with_other_buffers(model: nn.Module) -> nn.Module:
-    """The model, or a copy with other values of its floating-point buffers; variances stay positive."""
-    if not any(buffer.is_floating_point() for buffer in model.buffers()):
-        return model
-    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
-    for buffer in other.buffers():
-        if buffer.is_floating_point():
-            shift, factor = (0.5 * torch.rand(buffer.shape, generator=generator, dtype=torch.float64) for _ in range(2))
-            buffer.copy_(buffer * (1 + factor.to(buffer)) + shift.to(buffer))
-    return other
-
-
-def _outside(space: Tensor, discovery: Discovery, symmetries: Sequence[Symmetry], params: dict[str, Tensor]) -> Tensor:
-    """An orthonormal basis, shape (k, n, n), of the part of a space that is orthogonal to the symmetries."""
-    vectors = space.flatten(1)
-    known = live_generators(discovery, symmetries, params).flatten(1)
-    return without(vectors, span(known @ vectors.T) @ vectors).reshape(-1, *space.shape[1:])
 
 
 def _generators(basis: Tensor, params: dict[str, Tensor]) -> list[DenseSymmetry]:
