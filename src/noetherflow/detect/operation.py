@@ -97,6 +97,8 @@ class Operation:
         self, x: ScalingExponents, axes: Iterable[int], *, gauges: Iterable[str | None] = (), why: str = ""
     ) -> ScalingExponents:
         """Demand that a tensor scales alike at all indices along some axes; returns it with size 1 there."""
+        if not x.shape:
+            return x  # PyTorch takes a number for a tensor with a single axis of size 1.
         return self.demands.equal_along(x, axes, self._because(why), gauges=tuple(gauges))
 
     def allow_mixing(self, x: ScalingExponents, axis: int) -> None:
@@ -107,6 +109,13 @@ class Operation:
     def forbid_mixing(self, x: ScalingExponents) -> None:
         """Say that the operation treats every entry by itself, so that only factors may act."""
         self.demands.forbid_mixing(x.terms, self.reason)
+
+    def forbid_mixing_along(self, x: ScalingExponents, axes: Iterable[int]) -> None:
+        """Forbid to mix entries of x along some axes, because the operation tells their indices apart."""
+        chosen = {axis % max(1, len(x.shape)) for axis in axes}
+        for term in x.terms:
+            if any(varies_along(term.ids, axis) for axis in chosen):
+                self.demands.forbid_mixing([term], self.reason)
 
     def forbid_mixing_by(self, x: ScalingExponents, factor: ScalingExponents) -> None:
         """Forbid to mix entries of x that are multiplied by different entries of a factor."""
@@ -151,7 +160,7 @@ def unchanged(operation: Operation) -> ScalingExponents:
 def homogeneous(operation: Operation) -> ScalingExponents:
     """The rule of a function of every entry with f(c x) = c f(x) for all c > 0, such as a ReLU."""
     operation.forbid_mixing(operation.x)
-    return ScalingExponents(operation.shape, operation.x.terms)
+    return ScalingExponents(operation.shape, aligned(operation.x.terms, len(operation.shape)))
 
 
 def scale_invariant(operation: Operation) -> ScalingExponents:

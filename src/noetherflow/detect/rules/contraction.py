@@ -53,6 +53,8 @@ def contract(spec: str, operands: Sequence[ScalingExponents], demands: Demands, 
             lines = [axis for axis, label in enumerate(order) if varies_along(term.ids, axis) and label not in shared]
             for axis in lines:
                 demands.allow_mixing(term.ids, axis)
+                if names.count(order[axis]) > 1 or "".join(labels).count(order[axis]) > 2:
+                    demands.forbid_mixing([term], f"{reason} has more than two factors with an index")
             if not lines:
                 demands.forbid_mixing([term], f"{reason} treats each index of a batch by itself")
             if any(order[axis] in summed for axis in lines):

@@ -1,6 +1,8 @@
 """Functions of every entry, and sums, products and choices of two tensors entry by entry."""
 
+import math
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -18,9 +20,11 @@ from noetherflow.detect.operation import (
 from noetherflow.detect.rules.registry import Rule, exponent_rule
 
 # A clamp from below at such a number keeps a norm from vanishing, and does nothing else.
-_TINY = 1e-6
+TINY = 1e-6
+# Powers are quotients of whole numbers with a small denominator, up to rounding.
+_DENOMINATOR, _EQUAL = 12, 1e-12
 
-exponent_rule("aten::clone", "aten::alias", "aten::neg", "aten::lift_fresh_copy", "aten::tril", "aten::triu")(unchanged)
+exponent_rule("aten::clone", "aten::alias", "aten::neg", "aten::lift_fresh_copy")(unchanged)
 exponent_rule("aten::relu", "aten::leaky_relu", "aten::abs")(homogeneous)
 exponent_rule("aten::sign", "aten::sgn", "aten::isnan", "aten::isinf")(scale_invariant)
 # PyTorch would take these apart. Explanations shall name the function that the user has called.
@@ -29,6 +33,13 @@ exponent_rule(
     "aten::hardsigmoid", "aten::hardtanh", "aten::log_sigmoid_forward", "aten::tanh", "aten::sigmoid", "aten::exp",
     "aten::log", "aten::erf", "aten::sin", "aten::cos", "aten::round", "aten::floor", "aten::log_softmax",
 )(opaque)  # fmt: skip
+
+
+@exponent_rule("aten::tril", "aten::triu")
+def triangular(operation: Operation) -> ScalingExponents:
+    """A triangle of the last two axes; zeros elsewhere, which have any exponent."""
+    operation.forbid_mixing_along(operation.x, (-2, -1))
+    return unchanged(operation)
 
 
 @exponent_rule("aten::detach")
@@ -43,18 +54,25 @@ def converted(operation: Operation) -> Any:
     """Conversion to another type: to whole numbers it rounds, to bool it asks for zeros."""
     x = operation.x if operation.key == "aten::_to_copy" else exponents_of(operation.args[1])
     if operation.dtypes[0].is_floating_point or operation.dtypes[0].is_complex:
-        return replace(x, shape=operation.shape, terms=aligned(x.terms, len(operation.shape)))
-    return (scale_invariant if operation.dtypes[0] == torch.bool else opaque)(operation)
+        return replace(x, shape=operation.shape, terms=aligned(x.terms, len(operation.shape)), value=None)
+    if operation.dtypes[0] != torch.bool:
+        return opaque(operation)
+    operation.forbid_mixing(x)
+    return ScalingExponents(operation.shape)
 
 
 @exponent_rule("aten::add", "aten::sub", "aten::rsub")
 def added(operation: Operation) -> ScalingExponents:
     """A sum needs equal exponents; zeros have any exponent."""
     x, y = operation.x, exponents_of(operation.argument(1, "other"))
+    alpha = abs(operation.argument(2, "alpha", 1))
+    multiplied_by_alpha = x if operation.key == "aten::rsub" else y
     for scaled, constant in ((x, y), (y, x)):
         number = constant.number
         if number is not None and not constant.scale_free:
-            kept = operation.ignore_small(scaled, abs(number), f"adds {abs(number):g}")
+            # The size of the number beside a scaled tensor that is not multiplied by anything.
+            factor = alpha if constant is multiplied_by_alpha else 1 / alpha if alpha else math.inf
+            kept = operation.ignore_small(scaled, abs(number) * factor, f"adds {abs(number):g}")
             terms = aligned(scaled.terms, len(operation.shape)) if kept else ()
             return ScalingExponents(operation.shape, terms, scores=scaled.scores)
     return plus(operation, x, y)
@@ -81,7 +99,9 @@ def multiplied(operation: Operation) -> Any:
 def _raised(degree: float) -> Rule:
     """The rule of a fixed power."""
 
-    def rule(operation: Operation) -> ScalingExponents:
+    def rule(operation: Operation) -> Any:
+        if not math.isfinite(degree) or abs(Fraction(degree).limit_denominator(_DENOMINATOR) - degree) > _EQUAL:
+            return opaque(operation)  # Exponents of symmetries are whole numbers.
         operation.forbid_mixing(operation.x)
         return replace(power(operation.x, degree), shape=operation.shape)
 
@@ -148,7 +168,7 @@ def clamped(operation: Operation) -> Any:
     if all(bound.scale_free for bound in bounds):
         return homogeneous(operation)
     number = bounds[0].number
-    if high is None and number is not None and 0 < number <= _TINY:
+    if high is None and number is not None and 0 < number <= TINY:
         return homogeneous(operation)
     return opaque(operation)
 
@@ -164,7 +184,7 @@ def softmax(operation: Operation) -> ScalingExponents:
 @exponent_rule("aten::native_dropout", "aten::dropout")
 def dropped(operation: Operation) -> Any:
     """Dropout multiplies every entry by a random factor, unless it is switched off."""
-    if operation.argument(2, "train") and operation.argument(1, "p"):
+    if operation.argument(2, "train") is not False and operation.argument(1, "p"):
         operation.forbid_mixing(operation.x)
     results = operation.results(operation.x.terms)
     kept = unchanged(operation)

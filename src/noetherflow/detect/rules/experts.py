@@ -37,7 +37,7 @@ def matrices_of(operation: Operation, stack: ScalingExponents) -> list[ScalingEx
 def grouped_product(operation: Operation) -> Any:
     """Groups of rows of x, shape (N, K), each times a matrix of a stack of shape (E, K, M)."""
     x, stack, index = operation.args[0], exponents_of(operation.args[1]), operation.argument(2, "offs")
-    if not is_stack(stack) or len(x.shape) != 2:
+    if not is_stack(stack) or len(x.shape) != 2 or operation.argument(3, "bias") is not None:
         return opaque(operation)
     chosen = isinstance(x, Choice) and x.index is index and x.axes <= {0}
     if isinstance(x, Choice) and not chosen:

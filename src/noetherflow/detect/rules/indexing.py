@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.detect.choices import Choice
-from noetherflow.detect.exponents import ScalingExponents, Term, compressed, without
+from noetherflow.detect.exponents import ScalingExponents, Term, compressed, varies_along, without
 from noetherflow.detect.operation import Operation, exponents_of
 from noetherflow.detect.rules.experts import is_stack, matrices_of
 from noetherflow.detect.rules.moving import moved
@@ -22,13 +22,13 @@ class Layout(NamedTuple):
     width: int
 
 
-def layout_of(positions: Sequence[ScalingExponents | None], ndim: int, result: int) -> Layout:
+def layout_of(positions: Sequence[ScalingExponents | None], ndim: int, result: int | None) -> Layout:
     """Where the axes of indices stand in `x[positions]`.
 
     Args:
         positions: The indices; None for a complete axis.
         ndim: The number of dimensions of x.
-        result: The number of dimensions of the result.
+        result: The number of dimensions of the result, if it is known.
 
     Returns:
         The layout.
@@ -42,7 +42,8 @@ def layout_of(positions: Sequence[ScalingExponents | None], ndim: int, result: i
             size = len(index.shape)
             # A mask replaces as many axes as it has; it is told by its type, or else by the shape of the result.
             masks = torch.as_tensor(index.value).dtype in (torch.bool, torch.uint8) if index.constant else False
-            masks = masks or (not index.constant and len(given) == 1 and ndim - 1 + size != result)
+            if not index.constant and result is not None:
+                masks = len(given) == 1 and ndim - 1 + size != result
             covered, width = (size, max(width, 1)) if masks else (1, max(width, size))
             axes += range(axis, axis + covered)
         axis += covered
@@ -55,12 +56,16 @@ def indexed(operation: Operation) -> Any:
     """x[positions]: entries at positions that are not fixed scale alike along the axes that the positions replace."""
     x = operation.x
     positions = [None if index is None else exponents_of(index) for index in operation.args[1]]
+    layout = layout_of(positions, len(x.shape), len(operation.shape))
+    # Positions along several axes pair these axes up, so that lines along any of them are taken apart.
+    for term in x.terms:
+        if len({varies_along(term.ids, axis) for axis in layout.axes}) > 1:
+            operation.demands.forbid_mixing([term], operation.reason)
     if all(index is None or index.fixed for index in positions):
         return moved(operation)
     for index in positions:
         if index is not None:
             operation.require_zero(index)
-    layout = layout_of(positions, len(x.shape), len(operation.shape))
     if layout.axes == (0,) and is_stack(x) and len(positions) == 1:
         matrices = matrices_of(operation, x)
         variants = tuple(operation.results(_placed(each.terms, layout)) for each in matrices)
@@ -79,10 +84,24 @@ def _placed(terms: Iterable[Term], layout: Layout) -> list[Term]:
     return placed
 
 
+def axes_told_apart(index: ScalingExponents, dim: int) -> list[int]:
+    """The axes other than `dim` along which positions of the shape of a tensor may differ, as in `torch.gather`."""
+    shape = index.shape
+    if index.fixed:
+        shape = tuple(compressed(torch.as_tensor(index.value)).shape)
+    elif index.constant:
+        # Positions that the batch gives are equal along an axis only if they are expanded along it.
+        strides = torch.as_tensor(index.value).stride()
+        shape = tuple(1 if stride == 0 else size for size, stride in zip(index.shape, strides, strict=True))
+    return [axis for axis, size in enumerate(shape) if size > 1 and axis != dim % len(shape)]
+
+
 @exponent_rule("aten::index_select", "aten::gather")
 def selected(operation: Operation) -> Any:
     """Entries along one axis, at positions that are given by a tensor."""
     x, dim, index = operation.x, operation.args[1], exponents_of(operation.args[2])
+    if operation.key == "aten::gather":
+        operation.forbid_mixing_along(x, axes_told_apart(index, dim))
     if index.fixed:
         return moved(operation)
     operation.require_zero(index)
@@ -100,6 +119,8 @@ def selected(operation: Operation) -> Any:
 def embedded(operation: Operation) -> ScalingExponents:
     """Rows of a table: rows that the batch chooses scale alike, and a matrix may act on all of them."""
     table, index = operation.x, exponents_of(operation.args[1])
+    if operation.argument(3, "scale_grad_by_freq", False):
+        operation.require_zero(table, "has gradients that are no derivatives")
     if index.fixed:
         rows: Tensor = torch.as_tensor(index.value)
         terms = tuple(Term(factor, compressed(ids.expand(table.shape)[rows])) for factor, ids in table.terms)
@@ -114,6 +135,8 @@ def embedded(operation: Operation) -> ScalingExponents:
 @exponent_rule("aten::_embedding_bag")
 def bagged(operation: Operation) -> Any:
     """Sums, means or maxima of the rows of a table."""
+    if operation.argument(3, "scale_grad_by_freq", False):
+        operation.require_zero(operation.x, "has gradients that are no derivatives")
     if operation.argument(4, "mode", 0) == 2:
         operation.forbid_mixing(operation.x)
     weights = operation.tensor(6, "per_sample_weights")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from noetherflow.detect.exponents import ZERO, ScalingExponents, Term, aligned, compressed
 from noetherflow.detect.operation import Operation, exponents_of, opaque, values_of
+from noetherflow.detect.rules.indexing import axes_told_apart, layout_of
 from noetherflow.detect.rules.registry import exponent_rule
 
 
@@ -61,9 +62,35 @@ def joined(operation: Operation) -> ScalingExponents:
 def inserted(operation: Operation) -> ScalingExponents:
     """A tensor of which a part is replaced by another."""
     parts = [operation.x, exponents_of(operation.args[1])]
-    return assembled(
+    return replaced(
         operation, parts, lambda tensors: operation.target(*tensors, *operation.args[2:], **operation.kwargs)
     )
+
+
+def replaced(
+    operation: Operation, parts: Sequence[ScalingExponents], build: Callable[[list[Tensor]], Tensor]
+) -> ScalingExponents:
+    """A tensor into which another is written: no matrix may mix entries of which only a part is replaced.
+
+    Args:
+        operation: The operation.
+        parts: The two tensors.
+        build: Writes the second tensor of a list into the first.
+
+    Returns:
+        The exponents.
+    """
+    numbers = [torch.full((1,) * len(part.shape), float(number)) for number, part in enumerate(parts)]
+    sources = build([number.expand(part.shape).clone() for number, part in zip(numbers, parts, strict=True)])
+    for number, part in enumerate(parts):
+        region = sources == number
+        box = torch.ones((), dtype=torch.bool)
+        for axis in range(region.ndim):
+            others = [other for other in range(region.ndim) if other != axis]
+            box = box & (region.any(dim=others, keepdim=True) if others else region)
+        if not torch.equal(box.expand(region.shape), region):
+            operation.forbid_mixing(part)
+    return assembled(operation, parts, build)
 
 
 @exponent_rule("aten::scatter", "aten::scatter_add", "aten::scatter_reduce")
@@ -71,18 +98,30 @@ def scattered(operation: Operation) -> Any:
     """A tensor into which entries are written, or to which they are added, at positions along an axis."""
     base, axis = operation.x, operation.args[1] % max(1, len(operation.x.shape))
     positions, source = exponents_of(operation.args[2]), exponents_of(operation.args[3])
-    adds = operation.key == "aten::scatter_add"
-    if operation.key == "aten::scatter_reduce":
-        how = operation.argument(4, "reduce")
-        if how == "prod":
-            return opaque(operation)
-        adds = True
-        if how in ("amax", "amin"):
-            operation.forbid_mixing(base)
-            operation.forbid_mixing(source)
-    if operation.argument(4, "reduce") == "multiply":
+    how = operation.argument(4, "reduce", "sum" if operation.key == "aten::scatter_add" else None)
+    if how in ("prod", "multiply"):
         return opaque(operation)
-    return written(operation, base, source, [axis], positions, adds=adds)
+    told_apart = axes_told_apart(positions, axis) if positions.shape else []
+    for part in (base, source):
+        operation.forbid_mixing_along(part, range(len(part.shape)) if how in ("amax", "amin") else told_apart)
+    if source.shape != positions.shape:
+        if source.shape:  # Only as many entries as there are positions are read.
+            source = operation.require_equal_along(source, range(len(source.shape)))
+        value = torch.as_tensor(source.value).expand(positions.shape) if not source.shape and source.constant else None
+        terms = aligned(source.terms, len(positions.shape))
+        source = ScalingExponents(positions.shape, terms, value=value, varies=source.varies)
+    if positions.fixed and how is None:
+        index = torch.as_tensor(positions.value)
+        return replaced(operation, [base, source], lambda tensors: tensors[0].scatter(axis, index, tensors[1]))
+    if positions.fixed:
+        index = torch.as_tensor(positions.value)
+        return _added(operation, base, source, lambda ids: ids.gather(axis, index))
+    operation.require_zero(positions)
+    operation.forbid_mixing_along(base, [axis])
+    # Along the other axes, positions may reach a part of the base only.
+    partial = [other for other, size in enumerate(positions.shape) if size != base.shape[other]]
+    axes = {axis, *partial} if base.shape else set()
+    return _combined(operation, base, source, operation.require_equal_along(source, axes).terms, sorted(axes))
 
 
 @exponent_rule("aten::index_put")
@@ -90,48 +129,65 @@ def put(operation: Operation) -> Any:
     """A tensor into which entries are written, or to which they are added, at given indices."""
     base, source = operation.x, exponents_of(operation.args[2])
     positions = [None if index is None else exponents_of(index) for index in operation.args[1]]
-    axes = [axis for axis, index in enumerate(positions) if index is not None]
-    fixed = all(index.fixed for index in positions if index is not None)
-    if not operation.argument(3, "accumulate", False) and fixed:
-        indices = values_of(operation.args[1])
-        # Values are broadcast to the shape of the entries that they replace.
-        taken = torch.zeros(base.shape, dtype=torch.bool)[tuple(slice(None) if i is None else i for i in indices)]
-        spread = ScalingExponents(tuple(taken.shape), aligned(source.terms, taken.ndim), source.value, source.varies)
-        if spread.constant:
-            spread = ScalingExponents(spread.shape, value=torch.as_tensor(source.value).expand(spread.shape))
-        return assembled(operation, [base, spread], lambda tensors: operation.target(tensors[0], indices, tensors[1]))
-    if axes != list(range(axes[0], axes[0] + len(axes))) or any(
-        index is not None and index.terms for index in positions
-    ):
+    given = [index for index in positions if index is not None]
+    adds = operation.argument(3, "accumulate", False)
+    if all(index.fixed for index in given):
+        return _put_at_fixed_positions(operation, base, source, adds=adds)
+    if not all(index.constant for index in given):
+        # Positions or a mask: all entries scale alike, unless zeros are written.
+        operation.forbid_mixing(base)
+        operation.forbid_mixing(source)
+        for index in given:
+            operation.require_zero(index)
+        terms = operation.require_equal_along(source, range(len(source.shape))).terms
+        numbers = aligned([Term(factor, ids.reshape(())) for factor, ids in terms], len(base.shape))
+        return _combined(operation, base, source, numbers, range(len(base.shape)))
+    layout = layout_of(positions, len(base.shape), None)
+    if list(layout.axes) != list(range(layout.axes[0], layout.axes[-1] + 1)) :
         return opaque(operation)
+    operation.forbid_mixing_along(base, layout.axes)
     # The dimensions of the indices, broadcast, stand in the place of the axes.
-    width = max(len(index.shape) for index in positions if index is not None)
-    first = axes[0]
-    rest = len(base.shape) - first - len(axes)
-    spread = ScalingExponents(source.shape, aligned(source.terms, first + width + rest))
-    equal = operation.require_equal_along(spread, range(first, first + width))
+    first, width, count = layout.first, layout.width, len(layout.axes)
+    rest = len(base.shape) - first - count
+    spread = ScalingExponents(source.shape, aligned(source.terms, first + width + rest), source.value, source.varies)
+    equal = operation.require_equal_along(spread, range(first, first + width)) if spread.terms else spread
     kept = tuple(
-        Term(factor, ids.reshape(*ids.shape[:first], *(1,) * len(axes), *ids.shape[first + width :]))
+        Term(factor, ids.reshape(*ids.shape[:first], *(1,) * count, *ids.shape[first + width :]))
         for factor, ids in equal.terms
     )
-    return _combined(operation, base, source, kept, axes)
+    return _combined(operation, base, source, kept, layout.axes)
 
 
-def written(
-    operation: Operation,
-    base: ScalingExponents,
-    source: ScalingExponents,
-    axes: Sequence[int],
-    positions: ScalingExponents,
-    *,
-    adds: bool,
+def _put_at_fixed_positions(
+    operation: Operation, base: ScalingExponents, source: ScalingExponents, *, adds: bool
 ) -> ScalingExponents:
-    """Entries of a source, written into a base or added to it, along axes at positions of the shape of the source."""
-    if positions.fixed and not adds and source.shape == positions.shape:
-        index = torch.as_tensor(positions.value)
-        return assembled(operation, [base, source], lambda tensors: tensors[0].scatter(axes[0], index, tensors[1]))
-    operation.require_zero(positions)
-    return _combined(operation, base, source, operation.require_equal_along(source, axes).terms, axes)
+    """Entries written to known positions; what is added to entries scales as they do."""
+    indices = values_of(operation.args[1])
+    at = tuple(slice(None) if index is None else index for index in indices)
+    # Values are broadcast to the shape of the entries that they replace.
+    shape = torch.zeros(()).expand(base.shape)[at].shape
+    value = torch.as_tensor(source.value).expand(shape) if source.constant else None
+    spread = ScalingExponents(tuple(shape), aligned(source.terms, len(shape)), value, source.varies)
+    if not adds:
+        parts = [base, spread]
+        return replaced(operation, parts, lambda tensors: operation.target(tensors[0], indices, tensors[1]))
+    return _added(operation, base, spread, lambda ids: ids[at])
+
+
+def _added(
+    operation: Operation, base: ScalingExponents, source: ScalingExponents, taken: Callable[[Tensor], Tensor]
+) -> ScalingExponents:
+    """Entries of a source, added to those entries of a base that `taken` takes: both scale alike."""
+    if source.scale_free:
+        operation.forbid_mixing(base)
+        return ScalingExponents(operation.shape, base.terms)
+    if base.scale_free:
+        base = ScalingExponents(base.shape, (Term(1.0, operation.demands.unknowns.new(base.shape)),))
+    operation.forbid_mixing(base)
+    operation.forbid_mixing(source)
+    reached = tuple(Term(factor, taken(ids.expand(base.shape))) for factor, ids in base.terms)
+    operation.demands.equal(reached, source.terms, operation.reason)
+    return ScalingExponents(operation.shape, base.terms)
 
 
 def _combined(
@@ -143,7 +199,7 @@ def _combined(
 ) -> ScalingExponents:
     """Base and source at positions that are not known: all of both scale alike along the axes."""
     if source.scale_free:
-        return ScalingExponents(operation.shape, operation.require_equal_along(base, axes).terms)
+        return ScalingExponents(operation.shape, base.terms)
     common = ScalingExponents(operation.shape, tuple(terms))
     if base.scale_free:
         return common

@@ -5,9 +5,15 @@ from typing import Any
 
 import torch
 
-from noetherflow.detect.exponents import Term, compressed
-from noetherflow.detect.operation import Operation, opaque, values_of
+from noetherflow.detect.exponents import Term, compressed, varies_along
+from noetherflow.detect.operation import Operation, opaque, tensors_in, values_of
 from noetherflow.detect.rules.registry import exponent_rule
+
+# The position of the argument `dim` of operations that keep a part of the indices along an axis.
+_PARTS = {
+    "aten::slice": 1, "aten::select": 1, "aten::index_select": 1, "aten::gather": 1, "aten::unfold": 1,
+    "aten::unbind": 1, "aten::split": 2, "aten::split_with_sizes": 2,
+}  # fmt: skip
 
 
 @exponent_rule(
@@ -21,6 +27,8 @@ def moved(operation: Operation) -> Any:
     x = operation.x
     if any(isinstance(argument, torch.dtype) for argument in operation.args):
         return opaque(operation)  # view(dtype) reads the bits of numbers
+    if not all(other.fixed for other in tensors_in((operation.args[1:], operation.kwargs))):
+        return opaque(operation)  # numbers of repetitions that the batch gives
     # Unknowns that are expanded have no memory of their own, which `view` needs.
     viewed = operation.key in ("aten::view", "aten::_unsafe_view")
     target = torch.ops.aten.reshape.default if viewed else operation.target
@@ -28,12 +36,32 @@ def moved(operation: Operation) -> Any:
     results: list[list[Term]] = [[] for _ in operation.shapes]
     several = False
     for factor, ids in x.terms:
+        if _breaks_lines(operation, Term(factor, ids)):
+            operation.demands.forbid_mixing([Term(factor, ids)], operation.reason)
         moved_ids = target(ids.expand(x.shape), *arguments, **options)
         several = isinstance(moved_ids, (tuple, list))
         for result, part in zip(results, moved_ids if several else [moved_ids], strict=True):
             result.append(Term(factor, compressed(part)))
     made = [
-        replace(x, shape=shape, terms=tuple(terms), factors=None)
+        replace(x, shape=shape, terms=tuple(terms), value=None, factors=None)
         for shape, terms in zip(operation.shapes, results, strict=True)
     ]
     return made if several or operation.several else made[0]
+
+
+def _breaks_lines(operation: Operation, term: Term) -> bool:
+    """Whether entries that a matrix would mix with each other are no longer side by side, or not all of them."""
+    ndim, key = len(operation.x.shape), operation.key
+
+    def varies(axis: int) -> bool:
+        return varies_along(term.ids, axis % max(1, ndim))
+
+    if key == "aten::diagonal":
+        first, second = operation.argument(2, "dim1", 0), operation.argument(3, "dim2", 1)
+        return varies(first) != varies(second)
+    if key == "aten::roll":
+        return ndim > 1 and not operation.argument(2, "dims", ()) and term.ids.numel() > 1
+    if key not in _PARTS or not ndim or not varies(operation.argument(_PARTS[key], "dim", 0)):
+        return False
+    # An axis that another axis was merged into repeats its unknowns, and a part of it may cut through a repetition.
+    return term.ids.unique().numel() < term.ids.numel()

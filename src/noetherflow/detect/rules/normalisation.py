@@ -7,6 +7,7 @@ import torch
 
 from noetherflow.detect.exponents import ScalingExponents, Term, aligned, reshaped
 from noetherflow.detect.operation import Operation, exponents_of
+from noetherflow.detect.rules.elementwise import TINY
 from noetherflow.detect.rules.registry import exponent_rule
 
 
@@ -115,8 +116,9 @@ def batch_norm_of_running_statistics(operation: Operation) -> Any:
 def batch_norm_without_statistics(operation: Operation) -> Any:
     """BatchNorm that keeps no running statistics, and InstanceNorm."""
     x, gain, bias = operation.args[:3]
-    eps = operation.args[-1]
-    return _first(operation, _batch_norm(operation, x, gain, bias, eps, running=False))
+    with_statistics = len(operation.args) > 6  # (x, gain, bias, mean, variance, training, momentum, eps)
+    running = with_statistics and not operation.args[5]
+    return _first(operation, _batch_norm(operation, x, gain, bias, operation.args[-1], running=running))
 
 
 def _batch_norm(
@@ -144,13 +146,17 @@ def weight_norm(operation: Operation) -> Any:
     operation.forbid_mixing(v)
     operation.forbid_mixing(g)
     operation.require_equal_along(v, [other for other in range(len(v.shape)) if other != axis], gauges=[v.parameter])
-    return _first(operation, ScalingExponents(operation.shape, g.terms))
+    return _first(operation, ScalingExponents(operation.shape, aligned(g.terms, len(operation.shape))))
 
 
 @exponent_rule("aten::cosine_similarity")
 def cosine(operation: Operation) -> ScalingExponents:
     """Cosine similarity, which knows directions only."""
-    axis = operation.argument(2, "dim", 1)
-    for x in (operation.x, exponents_of(operation.args[1])):
-        normalised(operation, x, [axis % len(x.shape)], None)
+    tensors = operation.x, exponents_of(operation.args[1])
+    axis, eps = operation.argument(2, "dim", 1), operation.argument(3, "eps", 1e-8)
+    ndim = max(len(x.shape) for x in tensors)
+    for x in tensors:
+        placed = ScalingExponents((1,) * (ndim - len(x.shape)) + x.shape, aligned(x.terms, ndim))
+        # The norm is clamped at eps, which does nothing as long as eps is tiny.
+        normalised(operation, placed, [axis % ndim], eps if eps > TINY else None)
     return ScalingExponents(operation.shape)

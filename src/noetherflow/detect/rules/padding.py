@@ -3,9 +3,8 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from noetherflow.detect.exponents import ScalingExponents, Term, compressed, varies_along
+from noetherflow.detect.exponents import ZERO, ScalingExponents, Term, compressed, varies_along
 from noetherflow.detect.operation import Operation, exponents_of, opaque
 from noetherflow.detect.rules.registry import exponent_rule
 
@@ -16,7 +15,8 @@ def padded(operation: Operation) -> Any:
     x, widths = operation.x, operation.args[1]
     value = exponents_of(operation.argument(2, "value", 0))
     if not value.scale_free:
-        return opaque(operation) if any(widths) else ScalingExponents(operation.shape, x.terms)
+        if any(width > 0 for width in widths):
+            return opaque(operation)
     terms = x.terms
     for index in range(len(widths) // 2):
         before, after = widths[2 * index], widths[2 * index + 1]
@@ -28,17 +28,22 @@ def _padded_along(
     operation: Operation, terms: tuple[Term, ...], axis: int, before: int, after: int
 ) -> tuple[Term, ...]:
     """Terms with new unknowns before and after the indices along an axis; negative widths cut indices off."""
-
-    def unknowns(ids: Tensor, width: int) -> Tensor:
-        shape = [max(0, width) if other == axis else size for other, size in enumerate(ids.shape)]
-        return operation.demands.unknowns.new(shape)
-
     padded = []
+    first = True
     for factor, ids in terms:
         if varies_along(ids, axis):
             low, high = max(0, -before), ids.shape[axis] - max(0, -after)
-            parts = [unknowns(ids, before), ids.narrow(axis, low, high - low), unknowns(ids, after)]
-            ids = compressed(torch.cat(parts, axis))
+            ends = [
+                torch.Size([max(0, width) if other == axis else size for other, size in enumerate(ids.shape)])
+                for width in (before, after)
+            ]
+            # The exponent of a zero is the sum over all terms, so that unknowns in the first term suffice.
+            start, end = (
+                operation.demands.unknowns.new(shape) if first else torch.full(shape, ZERO, dtype=ids.dtype)
+                for shape in ends
+            )
+            ids = compressed(torch.cat([start, ids.narrow(axis, low, high - low), end], axis))
+            first = False
         padded.append(Term(factor, ids))
     return tuple(padded)
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from noetherflow.detect.exponents import ScalingExponents, Term, power, without
-from noetherflow.detect.operation import Operation, opaque
+from noetherflow.detect.operation import Operation
 from noetherflow.detect.rules.contraction import contract
+from noetherflow.detect.rules.elementwise import extreme
 from noetherflow.detect.rules.registry import Rule, exponent_rule
 
 
@@ -38,7 +39,7 @@ def reduced(*, degree: float = 1.0, linear: bool = True, position: int = 1) -> R
 
 def _axes(dims: Any, ndim: int) -> tuple[int, ...]:
     """Axes as numbers from 0; all of them for None and for an empty list."""
-    if dims is None or dims == []:
+    if dims is None or dims == [] or isinstance(dims, bool):  # var(x, unbiased)
         return tuple(range(ndim))
     return tuple(dim % max(1, ndim) for dim in ([dims] if isinstance(dims, int) else dims))
 
@@ -61,9 +62,18 @@ def _contracted(
 
 
 exponent_rule("aten::sum", "aten::mean")(reduced())
-exponent_rule("aten::amax", "aten::amin", "aten::max", "aten::min")(reduced(linear=False))
+exponent_rule("aten::amax", "aten::amin", "aten::median", "aten::nanmedian", "aten::mode")(reduced(linear=False))
+exponent_rule("aten::kthvalue")(reduced(linear=False, position=2))
 exponent_rule("aten::var")(reduced(linear=False, degree=2.0))
 exponent_rule("aten::argmax", "aten::argmin")(reduced(linear=False, degree=0.0))
+
+
+@exponent_rule("aten::max", "aten::min")
+def extreme_along(operation: Operation) -> Any:
+    """The largest entry along an axis, or of all entries; with a second tensor, the larger of two entries."""
+    if isinstance(operation.argument(1, "other"), ScalingExponents):
+        return extreme(operation)
+    return reduced(linear=False)(operation)
 
 
 @exponent_rule("aten::linalg_vector_norm")
@@ -90,12 +100,17 @@ def running(operation: Operation) -> ScalingExponents:
     return ScalingExponents(operation.shape, common.terms)
 
 
+@exponent_rule("aten::cummax", "aten::cummin")
+def running_extreme(operation: Operation) -> Any:
+    """The largest entry so far along an axis, and its position."""
+    operation.forbid_mixing(operation.x)
+    return operation.results(operation.require_equal_along(operation.x, [operation.argument(1, "dim")]).terms)
+
+
 @exponent_rule("aten::sort", "aten::topk")
 def ordered(operation: Operation) -> Any:
     """Entries along an axis in their order: all of them scale alike; the positions do not scale."""
     position = 2 if operation.key == "aten::topk" else 1
-    if any(isinstance(value, bool) for value in operation.args[1:2]):
-        return opaque(operation)  # sort(x, stable, dim)
     operation.forbid_mixing(operation.x)
     common = operation.require_equal_along(operation.x, [operation.argument(position, "dim", -1)])
     return operation.results(common.terms)
