@@ -154,7 +154,7 @@ def opaque(operation: Operation) -> Any:
 
 def unchanged(operation: Operation) -> ScalingExponents:
     """The rule of an operation that multiplies its first argument by fixed numbers at most: the exponents stay."""
-    return replace(operation.x, shape=operation.shape)
+    return replace(operation.x, shape=operation.shape, value=None)
 
 
 def homogeneous(operation: Operation) -> ScalingExponents:

@@ -30,4 +30,4 @@ def attention(operation: Operation) -> ScalingExponents:
 def _repeated(x: ScalingExponents, times: int) -> ScalingExponents:
     """Heads repeated along the third axis from the end."""
     terms = [Term(f, compressed(ids.expand(x.shape).repeat_interleave(times, -3))) for f, ids in x.terms]
-    return replace(x, shape=(*x.shape[:-3], x.shape[-3] * times, *x.shape[-2:]), terms=tuple(terms))
+    return ScalingExponents((*x.shape[:-3], x.shape[-3] * times, *x.shape[-2:]), tuple(terms), parameter=x.parameter)

@@ -6,7 +6,7 @@ from noetherflow.detect.exponents import ScalingExponents, Term
 from noetherflow.detect.operation import Operation, exponents_of, plus, unchanged
 from noetherflow.detect.rules.registry import exponent_rule
 
-exponent_rule("aten::real", "aten::imag", "aten::_conj", "aten::conj_physical", "aten::resolve_conj")(unchanged)
+exponent_rule("aten::_conj", "aten::_conj_physical")(unchanged)
 
 
 @exponent_rule("aten::view_as_complex")

@@ -100,6 +100,8 @@ def added(operation: Operation) -> ScalingExponents:
     """Beta b + alpha x W."""
     bias, x, weight = (exponents_of(argument) for argument in operation.args[:3])
     result = matrix_product(operation, x, weight)
+    if len(bias.shape) == 3:
+        _request_stacks("bij", bias, ["b"], operation.demands)
     ignored = operation.kwargs.get("beta", 1) == 0
     return plus(operation, result, None if ignored else bias, "adds a bias")
 

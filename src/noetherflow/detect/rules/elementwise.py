@@ -24,7 +24,7 @@ TINY = 1e-6
 # Powers are quotients of whole numbers with a small denominator, up to rounding.
 _DENOMINATOR, _EQUAL = 12, 1e-12
 
-exponent_rule("aten::clone", "aten::alias", "aten::neg", "aten::lift_fresh_copy")(unchanged)
+exponent_rule("aten::clone", "aten::alias", "aten::neg")(unchanged)
 exponent_rule("aten::relu", "aten::leaky_relu", "aten::abs")(homogeneous)
 exponent_rule("aten::sign", "aten::sgn", "aten::isnan", "aten::isinf")(scale_invariant)
 # PyTorch would take these apart. Explanations shall name the function that the user has called.
@@ -173,7 +173,7 @@ def clamped(operation: Operation) -> Any:
     return opaque(operation)
 
 
-@exponent_rule("aten::softmax", "aten::_softmax")
+@exponent_rule("aten::softmax")
 def softmax(operation: Operation) -> ScalingExponents:
     """Scores must not scale; those of two activations make attention."""
     operation.demands.label(operation.x.scores, "Q-K")
@@ -181,17 +181,15 @@ def softmax(operation: Operation) -> ScalingExponents:
     return ScalingExponents(operation.shape, attention=bool(operation.x.scores))
 
 
-@exponent_rule("aten::native_dropout", "aten::dropout")
+@exponent_rule("aten::native_dropout")
 def dropped(operation: Operation) -> Any:
     """Dropout multiplies every entry by a random factor, unless it is switched off."""
     if operation.argument(2, "train") is not False and operation.argument(1, "p"):
         operation.forbid_mixing(operation.x)
-    results = operation.results(operation.x.terms)
-    kept = unchanged(operation)
-    return [kept, *results[1:]] if isinstance(results, list) else kept
+    return [unchanged(operation), ScalingExponents(operation.shapes[1])]
 
 
-@exponent_rule("aten::_prelu_kernel", "aten::prelu")
+@exponent_rule("aten::prelu")
 def parametric(operation: Operation) -> ScalingExponents:
     """PReLU, whose slopes do not scale."""
     operation.require_zero(exponents_of(operation.args[1]), "has a slope, which is a number")

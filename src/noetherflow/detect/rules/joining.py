@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noetherflow.detect.exponents import ZERO, ScalingExponents, Term, aligned, compressed
+from noetherflow.detect.exponents import ZERO, ScalingExponents, Term, aligned, compressed, varies_along
 from noetherflow.detect.operation import Operation, exponents_of, opaque, values_of
 from noetherflow.detect.rules.indexing import axes_told_apart, layout_of
 from noetherflow.detect.rules.registry import exponent_rule
@@ -33,7 +33,7 @@ def assembled(
     columns = []
     for part in parts:
         if part.scale_free:
-            columns.append([operation.demands.unknowns.new(part.shape)])
+            columns.append([operation.demands.unknowns.new(_needed(part.shape, parts))])
         elif all(each == factor for each, _ in part.terms):
             columns.append([ids for _, ids in part.terms])
         else:
@@ -47,6 +47,15 @@ def assembled(
             tensors.append(ids.expand(part.shape))
         terms.append(Term(factor, compressed(build(tensors))))
     return ScalingExponents(operation.shape, tuple(terms))
+
+
+def _needed(shape: Sequence[int], parts: Sequence[ScalingExponents]) -> list[int]:
+    """The shape of unknowns of zeros: only along axes along which the exponents of other parts vary."""
+    axes = range(len(shape)) if all(len(part.shape) == len(shape) for part in parts) else range(1)
+    rigid = [
+        axis for axis in axes if not any(varies_along(ids, axis) for part in parts for _, ids in part.terms if ids.ndim)
+    ]
+    return [1 if axis in rigid else size for axis, size in enumerate(shape)]
 
 
 @exponent_rule("aten::cat", "aten::stack")

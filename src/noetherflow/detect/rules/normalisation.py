@@ -89,14 +89,6 @@ def group_norm(operation: Operation) -> ScalingExponents:
     return affine(operation, ScalingExponents(x.shape), gain, bias, 1)
 
 
-@exponent_rule("aten::batch_norm")
-def batch_norm(operation: Operation) -> ScalingExponents:
-    """BatchNorm, by the statistics of the batch or by running statistics."""
-    x, gain, bias, mean, _, training = (*operation.args, None, None, None, None, None)[:6]
-    eps = operation.argument(7, "eps", 1e-5)
-    return _batch_norm(operation, x, gain, bias, eps, running=not training and mean is not None)
-
-
 @exponent_rule("aten::_native_batch_norm_legit_functional")
 def batch_norm_of_a_batch(operation: Operation) -> Any:
     """BatchNorm in train mode, with the running statistics as further results."""
@@ -139,7 +131,7 @@ def _batch_norm(
     return affine(operation, result, gain, bias, 1)
 
 
-@exponent_rule("aten::_weight_norm", "aten::_weight_norm_interface")
+@exponent_rule("aten::_weight_norm")
 def weight_norm(operation: Operation) -> Any:
     """G v / |v|: v has no scale."""
     v, g, axis = operation.x, exponents_of(operation.args[1]), operation.argument(2, "dim", 0)

@@ -11,13 +11,14 @@ from noetherflow.detect.rules.elementwise import extreme
 from noetherflow.detect.rules.registry import Rule, exponent_rule
 
 
-def reduced(*, degree: float = 1.0, linear: bool = True, position: int = 1) -> Rule:
+def reduced(*, degree: float = 1.0, linear: bool = True, position: int = 1, default: int | None = None) -> Rule:
     """The rule of a reduction over axes.
 
     Args:
         degree: The power of a common factor that comes out.
         linear: Whether the reduction is linear, so that matrices may act on other axes.
         position: The position of the argument `dim`.
+        default: The axis if `dim` is not given; None for all axes.
 
     Returns:
         The rule.
@@ -25,7 +26,7 @@ def reduced(*, degree: float = 1.0, linear: bool = True, position: int = 1) -> R
 
     def rule(operation: Operation) -> Any:
         x = operation.x
-        axes = _axes(operation.argument(position, "dim"), len(x.shape))
+        axes = _axes(operation.argument(position, "dim", default), len(x.shape))
         if x.factors is not None:
             x = _contracted(operation, x.factors, axes)
         elif not linear:
@@ -62,8 +63,9 @@ def _contracted(
 
 
 exponent_rule("aten::sum", "aten::mean")(reduced())
-exponent_rule("aten::amax", "aten::amin", "aten::median", "aten::nanmedian", "aten::mode")(reduced(linear=False))
-exponent_rule("aten::kthvalue")(reduced(linear=False, position=2))
+exponent_rule("aten::amax", "aten::amin", "aten::median", "aten::nanmedian")(reduced(linear=False))
+exponent_rule("aten::mode")(reduced(linear=False, default=-1))
+exponent_rule("aten::kthvalue")(reduced(linear=False, position=2, default=-1))
 exponent_rule("aten::var")(reduced(linear=False, degree=2.0))
 exponent_rule("aten::argmax", "aten::argmin")(reduced(linear=False, degree=0.0))
 
