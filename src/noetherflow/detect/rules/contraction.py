@@ -95,7 +95,7 @@ def linear(operation: Operation) -> ScalingExponents:
     return plus(operation, result, operation.tensor(2, "bias"), "adds a bias")
 
 
-@exponent_rule("aten::addmm", "aten::baddbmm")
+@exponent_rule("aten::addmm", "aten::baddbmm", "aten::addmv")
 def added(operation: Operation) -> ScalingExponents:
     """Beta b + alpha x W."""
     bias, x, weight = (exponents_of(argument) for argument in operation.args[:3])

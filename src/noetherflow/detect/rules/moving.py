@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from noetherflow.detect.exponents import Term, compressed, varies_along
 from noetherflow.detect.operation import Operation, opaque, tensors_in, values_of
@@ -63,5 +64,26 @@ def _breaks_lines(operation: Operation, term: Term) -> bool:
         return ndim > 1 and not operation.argument(2, "dims", ()) and term.ids.numel() > 1
     if key not in _PARTS or not ndim or not varies(operation.argument(_PARTS[key], "dim", 0)):
         return False
-    # An axis that another axis was merged into repeats its unknowns, and a part of it may cut through a repetition.
-    return term.ids.unique().numel() < term.ids.numel()
+    # An axis that another axis was merged into repeats its unknowns. A part of it may cut through a repetition: then
+    # the repetitions that are kept are not those of each unknown.
+    ids = term.ids.expand(operation.x.shape) if key == "aten::gather" else term.ids
+    dim = operation.argument(_PARTS[key], "dim", 0) % ndim
+    arguments, options = values_of(operation.args[1:]), values_of(operation.kwargs)
+    kept, numbers = (operation.target(each, *arguments, **options) for each in (ids, _repetitions(ids, dim)))
+    pairs = zip(kept, numbers, strict=True) if isinstance(kept, (tuple, list)) else [(kept, numbers)]
+    return any(not _rectangular(*pair) for pair in pairs)
+
+
+def _repetitions(ids: Tensor, dim: int) -> Tensor:
+    """For every index along an axis, how often its unknown has already come before along that axis."""
+    rows = ids.movedim(dim, -1)
+    ordered, order = rows.sort(dim=-1, stable=True)
+    positions = torch.arange(rows.shape[-1]).expand(rows.shape)
+    starts = torch.where(ordered.diff(dim=-1, prepend=ordered[..., :1] - 1) != 0, positions, 0).cummax(-1).values
+    return torch.empty_like(ids).movedim(dim, -1).contiguous().scatter(-1, order, positions - starts).movedim(-1, dim)
+
+
+def _rectangular(ids: Tensor, numbers: Tensor) -> bool:
+    """Whether each unknown comes with each number."""
+    pairs = torch.stack([ids.reshape(-1), numbers.reshape(-1)])
+    return pairs.unique(dim=1).shape[1] == ids.unique().numel() * numbers.unique().numel()

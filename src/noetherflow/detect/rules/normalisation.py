@@ -150,5 +150,5 @@ def cosine(operation: Operation) -> ScalingExponents:
     for x in tensors:
         placed = ScalingExponents((1,) * (ndim - len(x.shape)) + x.shape, aligned(x.terms, ndim))
         # The norm is clamped at eps, which does nothing as long as eps is tiny.
-        normalised(operation, placed, [axis % ndim], eps if eps > TINY else None)
+        normalised(operation, placed, [axis % max(1, ndim)], eps if eps > TINY else None)
     return ScalingExponents(operation.shape)

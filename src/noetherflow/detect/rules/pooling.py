@@ -25,6 +25,7 @@ exponent_rule(
     "aten::adaptive_avg_pool1d", "aten::_adaptive_avg_pool2d", "aten::_adaptive_avg_pool3d",
     "aten::upsample_nearest1d", "aten::upsample_nearest2d", "aten::upsample_nearest3d",
     "aten::upsample_linear1d", "aten::upsample_bilinear2d", "aten::upsample_trilinear3d", "aten::upsample_bicubic2d",
+    "aten::_upsample_bilinear2d_aa", "aten::_upsample_bicubic2d_aa",
 )(spatial(linear=True))  # fmt: skip
 exponent_rule(
     "aten::max_pool2d_with_indices", "aten::max_pool3d_with_indices",

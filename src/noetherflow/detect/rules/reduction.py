@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from noetherflow.detect.exponents import ScalingExponents, Term, power, without
-from noetherflow.detect.operation import Operation
+from noetherflow.detect.operation import Operation, exponents_of
 from noetherflow.detect.rules.contraction import contract
 from noetherflow.detect.rules.elementwise import extreme
 from noetherflow.detect.rules.registry import Rule, exponent_rule
@@ -83,6 +83,17 @@ def norm(operation: Operation) -> Any:
     """A norm of order p; of order 0 it counts entries."""
     order = operation.argument(1, "ord", 2)
     return reduced(linear=False, position=2, degree=1.0 if order else 0.0)(operation)
+
+
+@exponent_rule("aten::_cdist_forward")
+def distances(operation: Operation) -> ScalingExponents:
+    """Distances between points of two sets, which scale alike."""
+    common = []
+    for x in (operation.x, exponents_of(operation.args[1])):
+        operation.forbid_mixing(x)
+        common.append(operation.require_equal_along(x, (-2, -1)))
+    terms = operation.require_equal(*common)
+    return ScalingExponents(operation.shape, terms if operation.argument(2, "p") else ())
 
 
 @exponent_rule("aten::prod")
