@@ -235,13 +235,17 @@ def _fallback(x: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _grid(x: Tensor, dims: int) -> Tensor:
-    return torch.linspace(-1, 1, len(x) * 2**dims * dims).to(x).reshape(len(x), *(2,) * dims, dims)
+    return (
+        torch.linspace(-1, 1, 2**dims * dims).to(x).reshape(1, *(2,) * dims, dims).expand(len(x), *(-1,) * (dims + 1))
+    )
 
 
 # Sums of products.
 case("mm", "two matrices", 6, written(lambda m, x: x.mm(m.a).mm(m.b), numbers(2), a=parameter(2, 3), b=parameter(3, 2)))
 case("matmul", "tokens", 6, written(lambda m, x: x @ m.a @ m.b, numbers(3, 2), a=parameter(2, 3), b=parameter(3, 2)))
-case("matmul", "a vector", 1, written(lambda m, x: (x @ m.a)[:, None] * m.b, numbers(2), a=parameter(2), b=parameter(2)))
+case(
+    "matmul", "a vector", 1, written(lambda m, x: (x @ m.a)[:, None] * m.b, numbers(2), a=parameter(2), b=parameter(2))
+)
 case("bmm", "a stack of matrices", 6, written(
     lambda m, x: torch.bmm(torch.bmm(x.expand(2, -1, -1), m.a), m.b).transpose(0, 1).flatten(1),
     numbers(2), a=parameter(2, 2, 2), b=parameter(2, 2, 2)))  # fmt: skip
@@ -254,7 +258,12 @@ _ADDED = {"a": parameter(2, 3), "b": parameter(3), "c": parameter(3, 2)}
 case("addmm", "a bias", 6, written(lambda m, x: torch.addmm(m.b, x, m.a, beta=2, alpha=3) @ m.c, numbers(2), **_ADDED))
 case("addmm", "a bias that does not count", 6, written(
     lambda m, x: torch.addmm(torch.ones(3).to(x), x, m.a, beta=0) @ m.c, numbers(2), **_ADDED))  # fmt: skip
-case("addmm", "a fixed bias", 0, written(lambda m, x: torch.addmm(torch.ones(3).to(x), x, m.a).relu() @ m.c, numbers(2), **_ADDED))
+case(
+    "addmm",
+    "a fixed bias",
+    0,
+    written(lambda m, x: torch.addmm(torch.ones(3).to(x), x, m.a).relu() @ m.c, numbers(2), **_ADDED),
+)
 _STACKED = {"a": parameter(2, 2, 2), "b": parameter(2, 1, 2), "c": parameter(2, 2, 2)}
 case("baddbmm", "a bias", 6, written(
     lambda m, x: torch.baddbmm(m.b, x.expand(2, -1, -1), m.a).bmm(m.c).transpose(0, 1).flatten(1),
@@ -263,7 +272,8 @@ case("baddbmm", "a bias that does not count", 6, written(
     lambda m, x: torch.baddbmm(m.b, x.expand(2, -1, -1), m.a, beta=0).bmm(m.c).transpose(0, 1).flatten(1),
     numbers(2), **_STACKED))  # fmt: skip
 case("addmv", "a bias", 1, written(
-    lambda m, x: torch.addmv(m.c, x, m.p, alpha=2)[:, None] * m.q, numbers(2), p=parameter(2), q=parameter(2), c=parameter(1)))  # fmt: skip
+    lambda m, x: torch.addmv(m.c, x, m.p, alpha=2)[:, None] * m.q, numbers(2),
+        p=parameter(2), q=parameter(2), c=parameter(1)))  # fmt: skip
 case("bilinear", "two maps before", 6, written(
     lambda m, x: m.map(m.left(x), m.right(x)), numbers(2),
     left=linear(2, 2, bias=False), right=linear(2, 2, bias=False), map=lambda: nn.Bilinear(2, 2, 2)))  # fmt: skip
@@ -296,12 +306,16 @@ _pairs = lambda x: torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # noqa: E731
 case("view_as_complex", "absolute values", 2, units(lambda x: _pairs(x).abs(), 4, 2))
 case("view_as_complex", "a sigmoid", 0, units(lambda x: _pairs(x).abs().sigmoid(), 4, 2))
 case("view_as_real", "squares", 2, units(lambda x: torch.view_as_real(_pairs(x) * _pairs(x).abs()).flatten(1), 4))
-case("complex", "both parts", 3, branches(lambda a, b: torch.complex(a, b).real.relu() + torch.complex(a, b).imag.relu()))
+case(
+    "complex", "both parts", 3, branches(lambda a, b: torch.complex(a, b).real.relu() + torch.complex(a, b).imag.relu())
+)
 case("_conj _conj_physical", "both parts", 3, branches(lambda a, b: _conjugates(torch.complex(a, b)).abs()))
 case("polar", "fixed angles", 3, units(lambda x: torch.polar(x.abs(), torch.tensor([1.0, 2.0, 3.0]).to(x)).real))
 case("polar", "angles that scale", 0, units(lambda x: torch.polar(torch.ones_like(x), x).real))
 case("_fft_r2c", "along tokens", 3, tokens(lambda x: torch.fft.rfft(x, dim=1).abs(), 6))
-case("_fft_c2c", "along tokens", 3, tokens(lambda x: torch.fft.ifft(torch.fft.fft(x, dim=1).abs() + 0j, dim=1).abs(), 9))
+case(
+    "_fft_c2c", "along tokens", 3, tokens(lambda x: torch.fft.ifft(torch.fft.fft(x, dim=1).abs() + 0j, dim=1).abs(), 9)
+)
 case("_fft_c2r", "there and back", 3, tokens(lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1), n=3, dim=1).abs(), 9))
 case("_fft_c2c", "along units", 1, tokens(lambda x: torch.fft.fft(_pairs(x.relu().repeat(1, 1, 2)), dim=2).abs(), 9))
 
@@ -329,8 +343,18 @@ case("convolution", "transposed", 3, written(
 case("clone", "copied", 6, units(torch.clone))
 case("alias", "renamed", 6, units(torch.ops.aten.alias.default))
 case("neg", "negative", 6, units(torch.neg))
-case("tril", "of a parameter", 3, written(lambda m, x: m.last(x @ m.p.tril()), numbers(3), p=parameter(3, 3), last=linear(3, 2)))
-case("triu", "of a parameter", 3, written(lambda m, x: m.last(x @ m.p.triu()), numbers(3), p=parameter(3, 3), last=linear(3, 2)))
+case(
+    "tril",
+    "of a parameter",
+    3,
+    written(lambda m, x: m.last(x @ m.p.tril()), numbers(3), p=parameter(3, 3), last=linear(3, 2)),
+)
+case(
+    "triu",
+    "of a parameter",
+    3,
+    written(lambda m, x: m.last(x @ m.p.triu()), numbers(3), p=parameter(3, 3), last=linear(3, 2)),
+)
 case("relu", "a layer", 3, units(torch.relu))
 case("leaky_relu", "a layer", 3, units(lambda x: functional.leaky_relu(x, 0.2)))
 case("abs", "a layer", 3, units(torch.abs))
@@ -365,7 +389,8 @@ case("add", "one times zero", 0, units(lambda x: torch.add(torch.relu(x), 1.0, a
      reason="a number that is added is not multiplied by alpha first")  # fmt: skip
 case("add", "a bias", 3, with_parameter(lambda x, p: torch.relu(x) + p, 3))
 case("add", "numbers of the batch", 0, written(
-    lambda m, x: m.last(m.first(x).relu() + x.sum(1, keepdim=True)), numbers(2), first=linear(2, 3), last=linear(3, 2)))  # fmt: skip
+    lambda m, x: m.last(m.first(x).relu() + x.sum(1, keepdim=True)), numbers(2), first=linear(2, 3),
+        last=linear(3, 2)))  # fmt: skip
 case("sub", "branches", 6, branches(torch.sub))
 case("sub", "one", 0, units(lambda x: x.relu() - 1))
 case("rsub", "branches", 6, branches(lambda a, b: torch.rsub(a, b, alpha=2)))
@@ -385,12 +410,18 @@ case("pow", "roots", 3, units(lambda x: x.abs() ** 1.5))
 case("pow", "of a number", 0, units(lambda x: 2.0**x))
 case("pow", "learnt exponents", 0, with_parameter(lambda x, p: x.abs() ** p.abs(), 3))
 case("maximum minimum", "branches", 3, branches(lambda a, b: torch.maximum(a, b) + torch.minimum(a, 2 * b)))
-case("maximum minimum", "one", 0, units(lambda x: torch.minimum(torch.maximum(x, -torch.ones_like(x)), torch.ones_like(x))))
+case(
+    "maximum minimum",
+    "one",
+    0,
+    units(lambda x: torch.minimum(torch.maximum(x, -torch.ones_like(x)), torch.ones_like(x))),
+)
 case("gt ge lt le", "branches", 3, branches(
     lambda a, b: torch.where(a > b, a, 0.1 * b) + torch.where(a >= b, a, 0.2 * b) + torch.where(a < b, 0.3 * a, b)
     + torch.where(a <= b, a, 0.1 * b)))  # fmt: skip
 case("gt ge lt le", "one", 0, units(
-    lambda x: (x > 1) * x + (x >= 1) * x.relu() + (x < 1) * x.abs() + (x <= 1) * x), missing=3, reason=_JUMP)  # fmt: skip
+    lambda x: (x > 1) * x + (x >= 1) * x.relu() + (x < 1) * x.abs() + (x <= 1) * x), missing=3,
+        reason=_JUMP)  # fmt: skip
 case("eq ne", "zero", 3, units(lambda x: torch.where(x == 0, 0.0, x.abs()) + torch.where(x != 0, x, 0.0)))
 case("where", "zero", 3, units(lambda x: torch.where(x > 0, x, 0.1 * x)))
 case("where", "a number", 0, units(lambda x: torch.where(x > 0, x, 1.0)))
@@ -417,7 +448,13 @@ case("ones_like", "added", 0, units(lambda x: x.relu() + torch.ones_like(x)))
 case("full_like", "a factor", 3, units(lambda x: x.relu() * torch.full_like(x, 2.0)))
 case("full_like", "added", 0, units(lambda x: x.relu() + torch.full_like(x, 2.0)))
 case("empty_like", "filled", 3, units(lambda x: torch.empty_like(x).copy_(x.relu())))
-case("rand_like randn_like", "added", 0, units(lambda x: x.relu() + torch.rand_like(x) + torch.randn_like(x)), random=True)
+case(
+    "rand_like randn_like",
+    "added",
+    0,
+    units(lambda x: x.relu() + torch.rand_like(x) + torch.randn_like(x)),
+    random=True,
+)
 
 # Entries that only move.
 _MOVES: dict[str, tuple[Function, int]] = {
@@ -451,8 +488,14 @@ for _key, (_move, _out) in _MOVES.items():
         case(_key, "between linear maps", 3 if reordered else 6, units(_move),
              missing=3 if reordered else 0, reason=_REORDERED if reordered else "")  # fmt: skip
 case("view", "as bits", 0, units(lambda x: (x.view(torch.int32) > 0).sum(1, keepdim=True) + x.relu()))  # fmt: skip
-case("diagonal", "of units as a square", 2, units(lambda x: x.view(-1, 2, 2).diagonal(dim1=1, dim2=2), 4, 2),
-     missing=1, reason=_REORDERED)
+case(
+    "diagonal",
+    "of units as a square",
+    2,
+    units(lambda x: x.view(-1, 2, 2).diagonal(dim1=1, dim2=2), 4, 2),
+    missing=1,
+    reason=_REORDERED,
+)
 case("diagonal", "of tokens and units", 3, tokens(lambda x: x.diagonal(dim1=1, dim2=2)))
 case("roll", "of all entries", 3, tokens(lambda x: torch.stack([y.roll(1) for y in x]), 9),
      missing=3, reason="a unit of a token becomes a unit of another token")  # fmt: skip
@@ -471,7 +514,9 @@ case("index", "tokens that the batch chooses", 6, written(
 case("index", "units that the batch chooses", 1, written(
     lambda m, x: m.last(m.first(x)[torch.arange(len(x)), (x[:, 0] > 0).long()][:, None]),
     numbers(2), first=linear(2, 2), last=linear(1, 2)))  # fmt: skip
-case("index_select", "fixed positions", 2, units(lambda x: x.index_select(1, _ORDER), 3, 2), missing=1, reason=_REORDERED)
+case(
+    "index_select", "fixed positions", 2, units(lambda x: x.index_select(1, _ORDER), 3, 2), missing=1, reason=_REORDERED
+)
 case("index_select", "rows that the batch chooses", 6, table(lambda x, p: p.index_select(0, x)))
 case("gather", "the tokens are others for each unit", 3, tokens(
     lambda x: x.gather(1, torch.tensor([[[0, 1, 2]]]).expand(len(x), -1, -1))))  # fmt: skip
@@ -509,10 +554,15 @@ case("diagonal_scatter", "zeros", 3, tokens(lambda x: x.diagonal_scatter(torch.z
 case("scatter", "zeros at fixed positions", 2, units(lambda x: x.relu().scatter(1, torch.zeros(len(x), 1).long(), 0.0)))
 case("scatter", "a branch at fixed positions", 3, branches(
     lambda a, b: a.relu().scatter(1, torch.tensor([[2, 0]]).expand(len(a), -1), b.relu()[:, :2])))  # fmt: skip
+case("scatter", "two entries in one place", 0, branches(
+    lambda a, b: a.relu().scatter(1, torch.tensor([[2, 2]]).expand(len(a), -1), b.relu()[:, :2])),
+    missing=3, reason="all of several writes to a place get gradients")  # fmt: skip
 case("scatter", "zeros that the batch places", 3, written(
-    lambda m, x: m.last(m.first(x).scatter(1, (x[:, :1] > 0).long(), 0.0)), numbers(2), first=linear(2, 3), last=linear(3, 2)))  # fmt: skip
+    lambda m, x: m.last(m.first(x).scatter(1, (x[:, :1] > 0).long(), 0.0)), numbers(2), first=linear(2, 3),
+        last=linear(3, 2)))  # fmt: skip
 case("scatter", "ones that the batch places", 0, written(
-    lambda m, x: m.last(m.first(x).relu().scatter(1, (x[:, :1] > 0).long(), 1.0)), numbers(2), first=linear(2, 3), last=linear(3, 2)),
+    lambda m, x: m.last(m.first(x).relu().scatter(1, (x[:, :1] > 0).long(), 1.0)), numbers(2),
+        first=linear(2, 3), last=linear(3, 2)),  # fmt: skip
     missing=1, reason="positions that the batch gives may be any unit")  # fmt: skip
 case("scatter_add", "at fixed positions", 3, branches(
     lambda a, b: a.relu().scatter_add(1, torch.tensor([[2, 0]]).expand(len(a), -1), b.relu()[:, :2])))  # fmt: skip
@@ -531,19 +581,25 @@ case("index_put", "zero at a token of a unit", 3, tokens(lambda x: _put(x, 0.0, 
      missing=1, reason="a matrix may mix the units of which no entry is replaced")  # fmt: skip
 case("index_put", "ones at fixed positions", 2, units(lambda x: _put(x.relu(), 1.0, slice(None), [0])))
 case("index_put", "zeros by a mask of the batch", 6, written(
-    lambda m, x: m.last(_put(m.first(x), 0.0, x[:, 0] > 0)), numbers(2), first=linear(2, 3), last=linear(3, 2)))  # fmt: skip
+    lambda m, x: m.last(_put(m.first(x), 0.0, x[:, 0] > 0)), numbers(2), first=linear(2, 3),
+        last=linear(3, 2)))  # fmt: skip
 case("index_put", "ones by a mask of the batch", 0, written(
-    lambda m, x: m.last(_put(m.first(x).relu(), 1.0, x[:, 0] > 0)), numbers(2), first=linear(2, 3), last=linear(3, 2)))  # fmt: skip
+    lambda m, x: m.last(_put(m.first(x).relu(), 1.0, x[:, 0] > 0)), numbers(2), first=linear(2, 3),
+        last=linear(3, 2)))  # fmt: skip
 case("index_put", "zeros by a mask of the units", 3, units(lambda x: _put(x, 0.0, x < 0)))
 case("index_put", "added at fixed positions", 3, branches(
-    lambda a, b: a.relu().index_put((torch.arange(len(a))[:, None], torch.tensor([[2, 0, 2]])), b.relu(), accumulate=True)))  # fmt: skip
+    lambda a, b: a.relu().index_put((torch.arange(len(a))[:, None],
+        torch.tensor([[2, 0, 2]])), b.relu(), accumulate=True)))  # fmt: skip
 
 # Normalisations.
 case("layer_norm", "gain and bias", 3, written(
-    lambda m, x: m.last(m.norm(m.first(x))), numbers(2), first=linear(2, 3), norm=lambda: nn.LayerNorm(3), last=linear(3, 2)))  # fmt: skip
+    lambda m, x: m.last(m.norm(m.first(x))), numbers(2), first=linear(2, 3), norm=lambda: nn.LayerNorm(3),
+        last=linear(3, 2)))  # fmt: skip
 case("layer_norm", "without eps", 1, units(lambda x: functional.layer_norm(x, (3,), eps=0.0).tanh()))
-case("layer_norm", "with eps", 0, units(lambda x: functional.layer_norm(x, (3,), eps=0.1)) )
-case("native_layer_norm", "without eps", 1, units(lambda x: torch.native_layer_norm(x, (3,), None, None, 0.0)[0].tanh()))
+case("layer_norm", "with eps", 0, units(lambda x: functional.layer_norm(x, (3,), eps=0.1)))
+case(
+    "native_layer_norm", "without eps", 1, units(lambda x: torch.native_layer_norm(x, (3,), None, None, 0.0)[0].tanh())
+)
 case("native_layer_norm", "with eps", 0, units(lambda x: torch.native_layer_norm(x, (3,), None, None, 0.1)[0].tanh()))
 case("rms_norm", "a gain", 3, with_parameter(lambda x, p: functional.rms_norm(x, (3,), p, 0.1), 3))
 case("rms_norm", "without eps", 1, units(lambda x: functional.rms_norm(x, (3,), None, 0.0).tanh()))
@@ -554,11 +610,13 @@ case("group_norm", "groups without eps", 2, units(lambda x: _group(x, 2, eps=0.0
 case("group_norm", "with eps", 0, units(lambda x: _group(x, 2, eps=0.1).tanh(), 6))
 case("group_norm", "a gain", 6, with_parameter(lambda x, p: _group(x, 2, p, eps=0.1), 6, hidden=6))
 case("_native_batch_norm_legit_no_training", "running statistics", 3, written(
-    lambda m, x: m.last(m.norm(m.first(x))), numbers(2), first=linear(2, 3), norm=_moved_norm, last=linear(3, 2)))  # fmt: skip
+    lambda m, x: m.last(m.norm(m.first(x))), numbers(2), first=linear(2, 3), norm=_moved_norm,
+        last=linear(3, 2)))  # fmt: skip
 _instances = {"first": lambda: nn.Conv1d(2, 2, 1), "last": lambda: nn.Conv1d(2, 2, 1)}
 for _name, _eps, _count in (("statistics of each example", 0.0, 2), ("with eps", 0.1, 0)):
     case("_native_batch_norm_legit", _name, _count, written(
-        lambda m, x, eps=_eps: m.last(functional.instance_norm(m.first(x), eps=eps).tanh()), numbers(2, 4), **_instances))  # fmt: skip
+        lambda m, x, eps=_eps: m.last(functional.instance_norm(m.first(x), eps=eps).tanh()),
+            numbers(2, 4), **_instances))  # fmt: skip
 case("_native_batch_norm_legit_functional", "statistics of the batch", 3, written(
     lambda m, x: m.last(m.norm.train()(m.first(x))), numbers(2),
     first=linear(2, 3), norm=lambda: nn.BatchNorm1d(3), last=linear(3, 2)), coupled=True)  # fmt: skip
@@ -579,11 +637,23 @@ case("constant_pad_nd", "zeros", 3, channels(lambda x: functional.pad(x, (1, 1))
 case("constant_pad_nd", "ones", 0, channels(lambda x: functional.pad(x, (1, 1), value=1.0).relu(), 1))
 case("constant_pad_nd", "zeros beside units", 3, units(lambda x: functional.pad(x.relu(), (1, 1)), 3, 5))
 case("constant_pad_nd", "units cut off", 2, units(lambda x: functional.pad(x.relu(), (-1, 1)), 3, 3))
-case("constant_pad_nd", "less than nothing of ones", 2, units(lambda x: functional.pad(x.relu(), (-1, 0), value=1.0), 3, 2))
+case(
+    "constant_pad_nd",
+    "less than nothing of ones",
+    2,
+    units(lambda x: functional.pad(x.relu(), (-1, 0), value=1.0), 3, 2),
+)
 for _dims in (1, 2, 3):
     _pad = (1,) * 2 * _dims
-    case(f"reflection_pad{_dims}d", "a border", 3, channels(lambda x, p=_pad: functional.pad(x, p, "reflect"), _dims, 3))
-    case(f"replication_pad{_dims}d", "a border", 3, channels(lambda x, p=_pad: functional.pad(x, p, "replicate"), _dims, 3))
+    case(
+        f"reflection_pad{_dims}d", "a border", 3, channels(lambda x, p=_pad: functional.pad(x, p, "reflect"), _dims, 3)
+    )
+    case(
+        f"replication_pad{_dims}d",
+        "a border",
+        3,
+        channels(lambda x, p=_pad: functional.pad(x, p, "replicate"), _dims, 3),
+    )
 
 # Neighbouring positions.
 _LINEAR_POOLS = {
@@ -592,8 +662,18 @@ _LINEAR_POOLS = {
 for _dims in (1, 2, 3):
     _average, _adaptive = (getattr(functional, f"{name}{_dims}d") for name in ("avg_pool", "adaptive_avg_pool"))
     case(f"avg_pool{_dims}d", "two channels", 3, channels(lambda x, f=_average: f(x, 2, padding=1), _dims))
-    case(f"{'_' if _dims > 1 else ''}adaptive_avg_pool{_dims}d", "two channels", 3, channels(lambda x, f=_adaptive: f(x, 3), _dims))
-    case(f"upsample_nearest{_dims}d", "two channels", 3, channels(lambda x: functional.interpolate(x, scale_factor=2), _dims, 2))
+    case(
+        f"{'_' if _dims > 1 else ''}adaptive_avg_pool{_dims}d",
+        "two channels",
+        3,
+        channels(lambda x, f=_adaptive: f(x, 3), _dims),
+    )
+    case(
+        f"upsample_nearest{_dims}d",
+        "two channels",
+        3,
+        channels(lambda x: functional.interpolate(x, scale_factor=2), _dims, 2),
+    )
 for _key, _dims in {"linear1d": 1, "bilinear2d": 2, "trilinear3d": 3, "bicubic2d": 2}.items():
     case(f"upsample_{_key}", "two channels", 3, channels(
         lambda x, mode=_key[:-2]: functional.interpolate(x, scale_factor=2, mode=mode), _dims, 2))  # fmt: skip
@@ -605,8 +685,18 @@ case("max_pool2d_with_indices", "in one dimension", 2, channels(lambda x: functi
 for _mode in ("bilinear", "bicubic"):
     case(f"_upsample_{_mode}2d_aa", "two channels", 3, channels(
         lambda x, mode=_mode: functional.interpolate(x, (3, 3), mode=mode, antialias=True), 2))  # fmt: skip
-case("grid_sampler_2d", "fixed positions", 3, channels(lambda x: functional.grid_sample(x, _grid(x, 2), align_corners=False), 2))
-case("grid_sampler_3d", "fixed positions", 3, channels(lambda x: functional.grid_sample(x, _grid(x, 3), align_corners=False), 3))
+case(
+    "grid_sampler_2d",
+    "fixed positions",
+    3,
+    channels(lambda x: functional.grid_sample(x, _grid(x, 2), align_corners=False), 2),
+)
+case(
+    "grid_sampler_3d",
+    "fixed positions",
+    3,
+    channels(lambda x: functional.grid_sample(x, _grid(x, 3), align_corners=False), 3),
+)
 case("grid_sampler_2d", "positions that scale", 0, channels(
     lambda x: functional.grid_sample(torch.ones_like(x), x.tanh().permute(0, 2, 3, 1), align_corners=False), 2))  # fmt: skip
 case("im2col", "windows", 2, written(
@@ -636,7 +726,9 @@ case("max min", "without an axis", 1, units(lambda x: torch.stack([y.max() - 2 *
 case("argmax argmin", "of units", 3, branches(
     lambda a, b: b.relu() * (a.argmax(1, keepdim=True) + a.argmin(1, keepdim=True) + 1)))  # fmt: skip
 for _order in (1, 3, float("inf")):
-    case("linalg_vector_norm", f"of order {_order}", 3, tokens(lambda x, p=_order: torch.linalg.vector_norm(x, p, dim=1)))
+    case(
+        "linalg_vector_norm", f"of order {_order}", 3, tokens(lambda x, p=_order: torch.linalg.vector_norm(x, p, dim=1))
+    )
 case("linalg_vector_norm", "of order 0", 3, branches(
     lambda a, b: b.relu() * torch.linalg.vector_norm(a.relu(), 0, dim=1, keepdim=True)))  # fmt: skip
 case("_cdist_forward", "of units", 1, with_parameter(lambda x, p: torch.cdist(x.relu(), p)[:, :3], 3, 3))

@@ -69,11 +69,13 @@ TAKEN_APART: dict[str, RuleCase] = {
     "outer": RuleCase(1, written(
         lambda m, x: torch.outer(x[:, 0], m.p) * m.q.abs().amax(), numbers(2), p=parameter(2), q=parameter(1))),
     "addmv": RuleCase(1, written(
-        lambda m, x: torch.addmv(m.c, x, m.p)[:, None] * m.q, numbers(2), p=parameter(2), q=parameter(2), c=parameter(1))),
+        lambda m, x: torch.addmv(m.c, x, m.p)[:, None] * m.q, numbers(2),
+            p=parameter(2), q=parameter(2), c=parameter(1))),
     "addr": RuleCase(1, written(
         lambda m, x: torch.addr(torch.zeros(2).to(x), x[:, 0], m.p) * m.q, numbers(2), p=parameter(2), q=parameter(1))),
     "tensordot": RuleCase(6, written(
-        lambda m, x: torch.tensordot(torch.tensordot(x, m.p, 1), m.q, 1), numbers(2), p=parameter(2, 3), q=parameter(3, 2))),
+        lambda m, x: torch.tensordot(torch.tensordot(x, m.p, 1), m.q, 1), numbers(2),
+            p=parameter(2, 3), q=parameter(3, 2))),
     "multi_dot": RuleCase(6, written(
         lambda m, x: torch.linalg.multi_dot([x, m.p, m.q]), numbers(2), p=parameter(2, 3), q=parameter(3, 2))),
     "renorm": RuleCase(0, units(lambda x: x.relu().renorm(2, 0, 1.0))),
@@ -81,7 +83,8 @@ TAKEN_APART: dict[str, RuleCase] = {
     "softshrink": RuleCase(0, units(lambda x: functional.softshrink(x, 0.2))),
     "softmin": RuleCase(0, units(lambda x: functional.softmin(x, 1))),
     "normalize": RuleCase(1, units(lambda x: functional.normalize(x, p=1, dim=1).tanh())),
-    "nan_to_num": RuleCase(0, units(lambda x: x.relu().nan_to_num()), missing=3, reason="infinite entries become numbers"),
+    "nan_to_num": RuleCase(0, units(lambda x: x.relu().nan_to_num()), missing=3,
+        reason="infinite entries become numbers"),
     "bucketize": RuleCase(0, units(lambda x: torch.bucketize(x, torch.tensor([-0.1, 0.3]).to(x)) + x.relu())),
     "fold": RuleCase(3, channels(lambda x: functional.fold(functional.unfold(x, 1), (4, 4), 1), 2)),
     "area": RuleCase(3, channels(lambda x: functional.interpolate(x, 2, mode="area"), 2)),

@@ -68,7 +68,7 @@ def joined(operation: Operation) -> ScalingExponents:
 
 
 @exponent_rule("aten::slice_scatter", "aten::select_scatter", "aten::diagonal_scatter")
-def inserted(operation: Operation) -> ScalingExponents:
+def inserted(operation: Operation) -> Any:
     """A tensor of which a part is replaced by another."""
     parts = [operation.x, exponents_of(operation.args[1])]
     return replaced(
@@ -76,9 +76,7 @@ def inserted(operation: Operation) -> ScalingExponents:
     )
 
 
-def replaced(
-    operation: Operation, parts: Sequence[ScalingExponents], build: Callable[[list[Tensor]], Tensor]
-) -> ScalingExponents:
+def replaced(operation: Operation, parts: Sequence[ScalingExponents], build: Callable[[list[Tensor]], Tensor]) -> Any:
     """A tensor into which another is written: no matrix may mix entries of which only a part is replaced.
 
     Args:
@@ -91,6 +89,8 @@ def replaced(
     """
     numbers = [torch.full((1,) * len(part.shape), float(number)) for number, part in enumerate(parts)]
     sources = build([number.expand(part.shape).clone() for number, part in zip(numbers, parts, strict=True)])
+    if int((sources == 1).sum()) < math.prod(parts[1].shape):
+        return opaque(operation)  # Of several writes to a place one counts, but all of them get gradients.
     for number, part in enumerate(parts):
         region = sources == number
         box = torch.ones((), dtype=torch.bool)
@@ -152,7 +152,7 @@ def put(operation: Operation) -> Any:
         numbers = aligned([Term(factor, ids.reshape(())) for factor, ids in terms], len(base.shape))
         return _combined(operation, base, source, numbers, range(len(base.shape)))
     layout = layout_of(positions, len(base.shape), None)
-    if list(layout.axes) != list(range(layout.axes[0], layout.axes[-1] + 1)) :
+    if list(layout.axes) != list(range(layout.axes[0], layout.axes[-1] + 1)):
         return opaque(operation)
     operation.forbid_mixing_along(base, layout.axes)
     # The dimensions of the indices, broadcast, stand in the place of the axes.
@@ -169,7 +169,7 @@ def put(operation: Operation) -> Any:
 
 def _put_at_fixed_positions(
     operation: Operation, base: ScalingExponents, source: ScalingExponents, *, adds: bool
-) -> ScalingExponents:
+) -> Any:
     """Entries written to known positions; what is added to entries scales as they do."""
     indices = values_of(operation.args[1])
     at = tuple(slice(None) if index is None else index for index in indices)

@@ -14,9 +14,8 @@ def padded(operation: Operation) -> Any:
     """A fixed number around a tensor. Zeros have any exponent, so each of them gets an unknown."""
     x, widths = operation.x, operation.args[1]
     value = exponents_of(operation.argument(2, "value", 0))
-    if not value.scale_free:
-        if any(width > 0 for width in widths):
-            return opaque(operation)
+    if not value.scale_free and any(width > 0 for width in widths):
+        return opaque(operation)
     terms = x.terms
     for index in range(len(widths) // 2):
         before, after = widths[2 * index], widths[2 * index + 1]
