@@ -251,7 +251,7 @@ case("bmm", "a stack of matrices", 6, written(
     numbers(2), a=parameter(2, 2, 2), b=parameter(2, 2, 2)))  # fmt: skip
 case("mv", "a vector", 1, written(lambda m, x: x.mv(m.a)[:, None] * m.b, numbers(2), a=parameter(2), b=parameter(2)))
 case("dot", "two vectors", 6, written(lambda m, x: x * m.a.dot(m.b), numbers(2), a=parameter(3), b=parameter(3)),
-     missing=3, reason="entries of one vector that are mixed with entries of the other are not along an axis")  # fmt: skip
+     missing=3, reason="entries of a vector that are mixed with those of another are along no axis")  # fmt: skip
 case("linear", "with biases", 6, units(lambda x: x))
 case("linear", "without biases", 6, tokens(lambda x: x, 9))
 _ADDED = {"a": parameter(2, 3), "b": parameter(3), "c": parameter(3, 2)}
@@ -562,7 +562,7 @@ case("scatter", "zeros that the batch places", 3, written(
         last=linear(3, 2)))  # fmt: skip
 case("scatter", "ones that the batch places", 0, written(
     lambda m, x: m.last(m.first(x).relu().scatter(1, (x[:, :1] > 0).long(), 1.0)), numbers(2),
-        first=linear(2, 3), last=linear(3, 2)),  # fmt: skip
+        first=linear(2, 3), last=linear(3, 2)),
     missing=1, reason="positions that the batch gives may be any unit")  # fmt: skip
 case("scatter_add", "at fixed positions", 3, branches(
     lambda a, b: a.relu().scatter_add(1, torch.tensor([[2, 0]]).expand(len(a), -1), b.relu()[:, :2])))  # fmt: skip
@@ -572,7 +572,7 @@ case("scatter_add", "where the batch says", 1, written(
     lambda m, x: m.last(m.first(x).relu().scatter_add(1, (x > 0).long(), m.first(x).abs())),
     numbers(2), first=linear(2, 2), last=linear(2, 2)))  # fmt: skip
 case("scatter_reduce", "largest at fixed positions", 3, branches(
-    lambda a, b: a.relu().scatter_reduce(1, torch.tensor([[2, 0]]).expand(len(a), -1), b.relu()[:, :2], "amax")))  # fmt: skip
+    lambda a, b: a.relu().scatter_reduce(1, _ORDER[None].expand(len(a), -1), b.relu()[:, :2], "amax")))  # fmt: skip
 case("scatter_reduce", "products", 0, units(
     lambda x: x.scatter_reduce(1, torch.tensor([[2, 0, 2]]).expand(len(x), -1), x.abs(), "prod")),
     missing=3, reason="products of entries of different units")  # fmt: skip
@@ -636,6 +636,8 @@ case("cosine_similarity", "a large eps", 0, units(
 case("constant_pad_nd", "zeros", 3, channels(lambda x: functional.pad(x, (1, 1)), 1))
 case("constant_pad_nd", "ones", 0, channels(lambda x: functional.pad(x, (1, 1), value=1.0).relu(), 1))
 case("constant_pad_nd", "zeros beside units", 3, units(lambda x: functional.pad(x.relu(), (1, 1)), 3, 5))
+case("constant_pad_nd", "zeros added to a branch", 3, branches(
+    lambda a, b: functional.pad(a.relu()[:, :2].flip(1), (0, 1)) + b.relu()))  # fmt: skip
 case("constant_pad_nd", "units cut off", 2, units(lambda x: functional.pad(x.relu(), (-1, 1)), 3, 3))
 case(
     "constant_pad_nd",
@@ -698,7 +700,7 @@ case(
     channels(lambda x: functional.grid_sample(x, _grid(x, 3), align_corners=False), 3),
 )
 case("grid_sampler_2d", "positions that scale", 0, channels(
-    lambda x: functional.grid_sample(torch.ones_like(x), x.tanh().permute(0, 2, 3, 1), align_corners=False), 2))  # fmt: skip
+    lambda x: functional.grid_sample(torch.ones_like(x), x.tanh().movedim(1, 3), align_corners=False), 2))  # fmt: skip
 case("im2col", "windows", 2, written(
     lambda m, x: m.last(functional.unfold(m.first(x).relu(), 2).flatten(1)),
     numbers(1, 2, 3), first=lambda: nn.Conv2d(1, 2, 1), last=linear(16, 2)))  # fmt: skip
@@ -712,7 +714,8 @@ _OVER_TOKENS: dict[str, tuple[Function, int]] = {
     "amin": (lambda x: x.amin(1), 3), "max": (lambda x: x.max(1).values, 3), "min": (lambda x: x.min(1).values, 3),
     "median": (lambda x: x.median(1).values, 3), "nanmedian": (lambda x: x.nanmedian(1).values, 3),
     "kthvalue": (lambda x: x.kthvalue(2, 1).values, 3), "mode": (lambda x: x.mode(1).values, 3),
-    "var": (lambda x: x.var(1), 3), "prod": (lambda x: x.prod(1), 3), "linalg_vector_norm": (lambda x: x.norm(dim=1), 3),
+    "var": (lambda x: x.var(1), 3), "prod": (lambda x: x.prod(1), 3),
+    "linalg_vector_norm": (lambda x: x.norm(dim=1), 3),
 }  # fmt: skip
 for _key, (_function, _count) in _OVER_TOKENS.items():
     case(_key, "of tokens", _count, tokens(_function))

@@ -2,11 +2,13 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 import checks
 import noetherflow as nf
@@ -14,7 +16,7 @@ import oracles
 from noetherflow.detect import walk
 from noetherflow.detect.rules import RULES
 from noetherflow.discover import completeness
-from rule_cases import CASES, RuleCase
+from rule_cases import CASES, RuleCase, linear, numbers, parameter, units, written
 
 VARIANTS = [(key, name) for key, variants in CASES.items() for name in variants]
 
@@ -140,3 +142,26 @@ def test_noise_of_parameters_around_an_operation(key: str) -> None:
     for exact in (False, None):
         noise = nf.estimate_noise(model, loss, [batch], {}, exact=exact, progress=False)
         checks.noise_is(noise, expected)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda p: p.cumsum(0),
+        lambda p: p.sum(0),
+        lambda p: p.amax(0),
+        lambda p: p.sort(0).values,
+        lambda p: p.topk(1).values,
+        lambda p: p.index_select(0, torch.tensor([0])).squeeze(),
+        lambda p: functional.cosine_similarity(p, p, 0) * p,
+    ],
+)
+def test_numbers_without_axes(function: Callable[[Tensor], Tensor]) -> None:
+    model = written(lambda m, x: m.last(x) * function(m.p.abs()), numbers(2), p=parameter(), last=linear(2, 2))
+    found = nf.find_symmetries(*model())
+    assert [each.label for each in found.values()] == ["scalar"]
+
+
+def test_dropout_that_is_switched_on_forbids_rotations() -> None:
+    (symmetry,) = nf.find_symmetries(*units(lambda x: torch.dropout(x, 0.5, True))()).values()
+    assert isinstance(symmetry, nf.DiagonalSymmetry)

@@ -88,11 +88,13 @@ def norm(operation: Operation) -> Any:
 @exponent_rule("aten::_cdist_forward")
 def distances(operation: Operation) -> ScalingExponents:
     """Distances between points of two sets, which scale alike."""
-    common = []
-    for x in (operation.x, exponents_of(operation.args[1])):
-        operation.forbid_mixing(x)
-        common.append(operation.require_equal_along(x, (-2, -1)))
-    terms = operation.require_equal(*common)
+    first, second = (exponents_of(points) for points in operation.args[:2])
+    for points in (first, second):
+        operation.forbid_mixing(points)
+    axes = (-2, -1)
+    terms = operation.require_equal(
+        operation.require_equal_along(first, axes), operation.require_equal_along(second, axes)
+    )
     return ScalingExponents(operation.shape, terms if operation.argument(2, "p") else ())
 
 
