@@ -427,6 +427,9 @@ case("where", "zero", 3, units(lambda x: torch.where(x > 0, x, 0.1 * x)))
 case("where", "a number", 0, units(lambda x: torch.where(x > 0, x, 1.0)))
 case("where", "zeros by a fixed mask", 3, units(
     lambda x: torch.where(torch.tensor([True, False, True]), x.abs(), 0.0) + x))  # fmt: skip
+case("where", "ones by a fixed mask", 2, units(lambda x: x.relu().masked_fill(torch.tensor([True, False, False]), 1.0)))
+case("where", "a branch by a fixed mask", 3, branches(
+    lambda a, b: torch.where(torch.tensor([True, False, False]), a.relu(), b.relu())))  # fmt: skip
 case("where", "a condition of the batch", 3, written(
     lambda m, x: m.last(torch.where(x[:, :1] > torch.zeros(3).to(x), m.first(x), m.first(x).abs())),
     numbers(2), first=linear(2, 3), last=linear(3, 2)))  # fmt: skip
@@ -630,7 +633,7 @@ case("cosine_similarity", "vectors of fewer dimensions", 3, written(
     lambda m, x: m.last(functional.cosine_similarity(m.first(x).unflatten(1, (2, 2)), m.p, 1)),
     numbers(2), first=linear(2, 4), p=parameter(2, 1), last=linear(2, 2)))  # fmt: skip
 case("cosine_similarity", "a large eps", 0, units(
-    lambda x: functional.cosine_similarity(x[:, :, None], torch.ones(3, 2).to(x), 1, 100.0), 3, 2))  # fmt: skip
+    lambda x: functional.cosine_similarity(x[:, :, None], torch.eye(3, 2).to(x), 1, 0.5), 3, 2))  # fmt: skip
 
 # Numbers around a tensor.
 case("constant_pad_nd", "zeros", 3, channels(lambda x: functional.pad(x, (1, 1)), 1))

@@ -157,9 +157,10 @@ def test_noise_of_parameters_around_an_operation(key: str) -> None:
     ],
 )
 def test_numbers_without_axes(function: Callable[[Tensor], Tensor]) -> None:
-    model = written(lambda m, x: m.last(x) * function(m.p.abs()), numbers(2), p=parameter(), last=linear(2, 2))
-    found = nf.find_symmetries(*model())
-    assert [each.label for each in found.values()] == ["scalar"]
+    model = written(lambda m, x: m.last(x) * function(m.p.abs()[0]), numbers(2), p=parameter(1), last=linear(2, 2))
+    # The scale of p is undone by the rows of the linear map.
+    (symmetry,) = nf.find_symmetries(*model()).values()
+    assert {axis.name for axis in symmetry.plus + symmetry.minus} == {"p", "last.weight", "last.bias"}
 
 
 def test_dropout_that_is_switched_on_forbids_rotations() -> None:

@@ -17,6 +17,7 @@ from noetherflow.detect.operation import (
     scale_invariant,
     unchanged,
 )
+from noetherflow.detect.rules.joining import assembled
 from noetherflow.detect.rules.registry import Rule, exponent_rule
 
 # A clamp from below at such a number keeps a norm from vanishing, and does nothing else.
@@ -149,7 +150,11 @@ def chosen(operation: Operation) -> Any:
     for branch in (x, y):
         if not branch.scale_free:
             operation.forbid_mixing_by(branch, condition)
-    return plus(operation, x, y)
+    if not condition.fixed or x.scale_free or y.scale_free:
+        return plus(operation, x, y)
+    mask = torch.as_tensor(condition.value, dtype=torch.bool)
+    result = assembled(operation, [x, y], lambda tensors: torch.where(mask, *tensors))
+    return replace(result, scores=x.scores or y.scores)
 
 
 @exponent_rule("aten::threshold")
