@@ -329,6 +329,8 @@ for _dims in (1, 2, 3):
     case(f"conv_transpose{_dims}d", "in groups", 2, filtered(
         _dims, 2, lambda kind=_back: kind(2, 2, 2, groups=2, dilation=2, stride=2)))  # fmt: skip
 case("conv1d", "padded as it was", 3, filtered(1, 3, lambda: nn.Conv1d(2, 2, 3, padding="same")))
+case("conv1d", "of zeros", 3, channels(
+    lambda x: x + functional.conv1d(torch.zeros_like(x), x.new_ones(2, 2, 1)).mul(x), 1))  # fmt: skip
 case("conv1d", "a sigmoid between", 0, channels(torch.sigmoid, 1))
 case("convolution", "channels in groups", 2, written(
     lambda m, x: torch.convolution(torch.convolution(x, m.a, m.c, [1], [0], [1], False, [0], 1),

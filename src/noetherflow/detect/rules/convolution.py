@@ -3,6 +3,8 @@
 import math
 from dataclasses import replace
 
+import torch
+
 from noetherflow.detect.exponents import ScalingExponents, Term, reshaped
 from noetherflow.detect.operation import Operation, exponents_of, plus
 from noetherflow.detect.rules.contraction import contract
@@ -46,4 +48,5 @@ def _convolution(operation: Operation, groups: int, *, transposed: bool) -> Scal
         terms = tuple(Term(factor, ids.reshape(-1, *(1,) * count)) for factor, ids in bias.terms)
         value = None if bias.value is None else bias.value.reshape(-1, *(1,) * count)  # type: ignore[attr-defined]
         bias = replace(bias, shape=(*bias.shape, *(1,) * count), terms=terms, value=value)
-    return plus(operation, replace(result, shape=operation.shape), bias, "adds a bias")
+    value = None if result.value is None else torch.zeros(operation.shape)
+    return plus(operation, replace(result, shape=operation.shape, value=value), bias, "adds a bias")
