@@ -117,7 +117,7 @@ def test_the_finder_agrees_with_null_spaces_and_with_finite_transformations(
     moved = moved_away(model, dtype)
     for symmetry in symmetries.values():
         change = change_of_losses(symmetry, moved, loss, converted(batch, dtype))
-        assert change < (1e-9 if dtype == torch.float64 else 3e-2), symmetry
+        assert change < (1e-9 if dtype == torch.float64 else 1e-4), symmetry
 
 
 def test_a_transformation_that_is_no_symmetry_changes_losses() -> None:
