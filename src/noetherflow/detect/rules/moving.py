@@ -12,8 +12,8 @@ from noetherflow.detect.rules.registry import exponent_rule
 
 # The position of the argument `dim` of operations that keep a part of the indices along an axis.
 _PARTS = {
-    "aten::slice": 1, "aten::select": 1, "aten::index_select": 1, "aten::gather": 1, "aten::unfold": 1,
-    "aten::unbind": 1, "aten::split": 2, "aten::split_with_sizes": 2,
+    "slice": 1, "select": 1, "index_select": 1, "gather": 1, "unfold": 1,
+    "unbind": 1, "split": 2, "split_with_sizes": 2,
 }  # fmt: skip
 
 
@@ -52,21 +52,21 @@ def moved(operation: Operation) -> Any:
 
 def _breaks_lines(operation: Operation, term: Term) -> bool:
     """Whether entries that a matrix would mix with each other are no longer side by side, or not all of them."""
-    ndim, key = len(operation.x.shape), operation.key
+    ndim, key = len(operation.x.shape), operation.key.removeprefix("aten::")
 
     def varies(axis: int) -> bool:
         return varies_along(term.ids, axis % max(1, ndim))
 
-    if key == "aten::diagonal":
+    if key == "diagonal":
         first, second = operation.argument(2, "dim1", 0), operation.argument(3, "dim2", 1)
         return varies(first) != varies(second)
-    if key == "aten::roll":
+    if key == "roll":
         return ndim > 1 and not operation.argument(2, "dims", ()) and term.ids.numel() > 1
     if key not in _PARTS or not ndim or not varies(operation.argument(_PARTS[key], "dim", 0)):
         return False
     # An axis that another axis was merged into repeats its unknowns. A part of it may cut through a repetition: then
     # the repetitions that are kept are not those of each unknown.
-    ids = term.ids.expand(operation.x.shape) if key == "aten::gather" else term.ids
+    ids = term.ids.expand(operation.x.shape) if key == "gather" else term.ids
     dim = operation.argument(_PARTS[key], "dim", 0) % ndim
     arguments, options = values_of(operation.args[1:]), values_of(operation.kwargs)
     kept, numbers = (operation.target(each, *arguments, **options) for each in (ids, _repetitions(ids, dim)))
