@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, default_decompositions
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction
 
 from noetherflow._batch import tensors_of, with_tensors
 from noetherflow._errors import TraceError
@@ -66,7 +67,7 @@ def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
     # The forward pass of DistributedDataParallel cannot be exported. It is that of the module inside.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     try:
-        with _quiet(), torch.enable_grad():
+        with _quiet(), _checkpoints_as_calls(), torch.enable_grad():
             program = torch.export.export(_Holder(inner, loss, batch), tuple(tensors_of(batch)), strict=False)
             _mark_regions_without_gradients(program.graph_module)
             program = program.run_decompositions(_decompositions())
@@ -175,3 +176,17 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+@contextlib.contextmanager
+def _checkpoints_as_calls() -> Iterator[None]:
+    """A block in which a reentrant checkpoint calls its function, so that no region without gradients is seen."""
+
+    def called(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        return function(*args)
+
+    CheckpointFunction.apply = staticmethod(called)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply  # The method of torch.autograd.Function is inherited again.
