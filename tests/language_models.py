@@ -75,12 +75,12 @@ TRANSFORMERS = [
            num_hidden_layers=1, new_decoder_architecture=True, num_kv_heads=2, alibi=False, **HEADS),
     # Three norms, the norms of the latent queries and keys, 12 neurons; one key of two frequencies for all heads, whose
     # rows are not adjacent.
-    animal("DeepSeek-V3", "DeepseekV3", {("diagonal", 16): 3, ("diagonal", 6): 1, ("diagonal", 4): 1, ("diagonal", 12): 1,
-           ("scalar", 1): 2, ("matrix", 10): 4}, **LAYER, **DEEPSEEK),
+    animal("DeepSeek-V3", "DeepseekV3", {("diagonal", 16): 3, ("diagonal", 6): 1, ("diagonal", 4): 1,
+           ("diagonal", 12): 1, ("scalar", 1): 2, ("matrix", 10): 4}, **LAYER, **DEEPSEEK),
     animal("GPT-J", "GPTJ", {("diagonal", 16): 2, ("diagonal", 2): 2, ("matrix", 10): 2, ("matrix", 36): 2},
            n_embd=16, n_layer=1, n_head=2, n_positions=16, rotary_dim=4),
-    animal("Mixtral, two experts", "Mixtral", {**GATED_ROTARY, ("diagonal", 12): 2}, num_local_experts=2,
-           experts="batched_mm", **MIXTRAL),
+    animal("Mixtral, two experts", "Mixtral", {("diagonal", 16): 3, ("diagonal", 2): 2, ("matrix", 10): 2,
+           ("diagonal", 6): 2}, num_local_experts=2, experts="batched_mm", **{**MIXTRAL, "intermediate_size": 6}),
     animal("Mixtral, two of four experts", "Mixtral", {**GATED_ROTARY, ("diagonal", 12): 4}, num_local_experts=4,
            **MIXTRAL),
     animal("OPT", "OPT", {**PLAIN, ("diagonal", 12): 1}, hidden_size=16, ffn_dim=12, num_hidden_layers=1,

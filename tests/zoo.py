@@ -1,4 +1,4 @@
-"""Architectures, each with the exact set of symmetries that it has."""
+"""Architectures, each with the exact set of symmetries that it has: ZOO, and the textbook part of it, CLASSIC."""
 
 import logging
 import warnings
@@ -213,7 +213,7 @@ def normed(size: int = 4) -> nn.BatchNorm2d:
 
 
 Linear, ReLU = nn.Linear, nn.ReLU
-ZOO = [
+CLASSIC = [
     Animal("ReLU MLP", lambda: sequential((4,), (2,), Linear(4, 3), ReLU(), Linear(3, 5), ReLU(), Linear(5, 2)),
            {("diagonal", 3): 1, ("diagonal", 5): 1}),
     Animal("leaky ReLU in place", lambda: sequential(
@@ -297,6 +297,5 @@ ZOO = [
     Animal("Llama", lambda: hugging("llama"),
            {("matrix", 10): 2, ("diagonal", 2): 2, ("diagonal", 16): 3, ("diagonal", 6): 1}, coarse=True),
     Animal("BERT", lambda: hugging("bert"), {("matrix", 10): 8, ("diagonal", 8): 1}),
-    *EVERYDAY,
-    *TRANSFORMERS,
 ]  # fmt: skip
+ZOO = [*CLASSIC, *EVERYDAY, *TRANSFORMERS]

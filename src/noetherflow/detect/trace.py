@@ -185,7 +185,7 @@ def _checkpoints_as_calls() -> Iterator[None]:
     def called(function: Callable[..., Any], _: bool, *args: Any) -> Any:
         return function(*args)
 
-    CheckpointFunction.apply = staticmethod(called)  # type: ignore[assignment, method-assign]
+    CheckpointFunction.apply = staticmethod(called)  # type: ignore[method-assign]
     try:
         yield
     finally:
