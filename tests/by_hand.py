@@ -24,7 +24,9 @@ def elsewhere(model: nn.Module, seed: int) -> nn.Module:
     with torch.no_grad():
         for name, tensor in (*other.named_parameters(), *other.named_buffers()):
             if tensor.is_complex():
-                tensor.mul_(torch.exp(0.3 * noise(tensor))).add_(torch.complex(0.1 * noise(tensor), 0.1 * noise(tensor)))
+                tensor.mul_(torch.exp(0.3 * noise(tensor))).add_(
+                    torch.complex(0.1 * noise(tensor), 0.1 * noise(tensor))
+                )
             elif tensor.is_floating_point():
                 tensor.mul_(torch.exp(0.3 * noise(tensor)))
                 if "var" not in name:  # a variance stays positive

@@ -97,7 +97,9 @@ class Result(nn.Module):
 class With(nn.Module):
     """A function of x and of tensors that are parameters, frozen parameters or buffers."""
 
-    def __init__(self, function: Callable[..., Tensor], *, buffers: Any = (), frozen: Any = (), trained: Any = ()) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], *, buffers: Any = (), frozen: Any = (), trained: Any = ()
+    ) -> None:
         super().__init__()
         self.function, self.names = function, []
         for kind, tensors in (("buffer", buffers), ("frozen", frozen), ("trained", trained)):
@@ -168,7 +170,7 @@ def added(x: Tensor) -> Tensor:
 
 def halves(x: Tensor) -> Tensor:
     y = x.clone()
-    first, second = y.chunk(2, -1)
+    first, second = y[..., :3], y.narrow(-1, 3, 3)
     first.add_(second)
     second.mul_(0.5)
     return y
@@ -330,7 +332,8 @@ LEAVES: list[Callable[[], nn.Module]] = [
     lambda: With(lambda x, w: x @ functional.normalize(w, dim=-1), trained=[torch.randn(SIZE, SIZE)]),
     lambda: With(lambda x, w: torch.einsum("bti,hij->btj", x, w), trained=[torch.randn(2, SIZE, SIZE)]),
     lambda: With(
-        lambda x, a, b: torch.einsum("bti,hio,hoj->btj", x, a, b), trained=[torch.randn(2, SIZE, 2), torch.randn(2, 2, SIZE)]
+        lambda x, a, b: torch.einsum("bti,hio,hoj->btj", x, a, b),
+        trained=[torch.randn(2, SIZE, 2), torch.randn(2, 2, SIZE)],
     ),
     # Positions that are given by tensors.
     function(scattered),
