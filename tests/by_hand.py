@@ -1,4 +1,4 @@
-"""Finite transformations and other points, written out by hand: what a symmetry claims, without the code that finds it."""
+"""Finite transformations and other points, written out by hand, without the code that finds symmetries."""
 
 import copy
 from typing import Any

@@ -388,10 +388,8 @@ def planted(tree: Any, seed: int, *, training: bool) -> tuple[nn.Module, Any, An
     """A tree between two linear maps in float64, its loss and its batch."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(SIZE, SIZE), grown(tree), nn.Linear(SIZE, 2)).train(training)
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
-                    tensor.data = tensor.data.to(torch.complex128 if tensor.is_complex() else torch.float64)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() or tensor.is_complex():
+            tensor.data = tensor.data.to(torch.complex128 if tensor.is_complex() else torch.float64)
     _, loss, batch = regression(model, (LENGTH, SIZE), (LENGTH, 2))
     return model, loss, tuple(tensor.double() for tensor in batch)

@@ -70,6 +70,7 @@ def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
         with _quiet(), _checkpoints_as_calls(), torch.enable_grad():
             program = torch.export.export(_Holder(inner, loss, batch), tuple(tensors_of(batch)), strict=False)
             _mark_regions_without_gradients(program.graph_module)
+            _separate_shared_buffers(program)
             program = program.run_decompositions(_decompositions())
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -134,6 +135,17 @@ def _mark_regions_without_gradients(module: fx.GraphModule) -> None:
                 detached.meta = dict(result.meta)
                 result.replace_all_uses_with(detached, delete_user_cb=lambda user, kept=detached: user is not kept)
         graph.recompile()
+
+
+def _separate_shared_buffers(program: ExportedProgram) -> None:
+    """Copy a buffer of a module that is used under two names: PyTorch refuses writes to an input of two names."""
+    seen: set[int] = set()
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.BUFFER and spec.target in program.state_dict:
+            buffer = program.state_dict[spec.target]
+            if id(buffer) in seen:
+                program.state_dict[spec.target] = buffer.clone()
+            seen.add(id(buffer))
 
 
 def _keep_the_loss(program: ExportedProgram) -> None:
