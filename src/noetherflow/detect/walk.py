@@ -149,7 +149,7 @@ class _Walk:
         if isinstance(node.meta["val"], torch.SymInt):
             raise TraceError(f"{_reason(key, node)}: a whole number that parameters enter decides on shapes, {BY_HAND}")
         for x in tensors:
-            self._demands.vanish(x.terms, f"{_reason(key, node)} lets no gradient pass")
+            self._demands.vanish(x.terms, f"{_reason('aten::item', node)} lets no gradient pass")
         return ScalingExponents(())
 
     def _constant(self, node: fx.Node, key: str, args: Any, kwargs: Any, *, varies: bool) -> Any:
