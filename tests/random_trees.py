@@ -384,12 +384,13 @@ def grown(tree: Any) -> nn.Module:
     return KINDS[kind](grown(first), grown(second))
 
 
-def planted(tree: Any, seed: int, *, training: bool) -> tuple[nn.Module, Any, Any]:
-    """A tree between two linear maps in float64, its loss and its batch."""
+def planted(tree: Any, seed: int, *, training: bool, small: bool = False) -> tuple[nn.Module, Any, Any]:
+    """A tree between two linear maps in float64, its loss and its batch; between small maps if `small`."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), grown(tree), nn.Linear(SIZE, 2)).train(training)
+    inputs, outputs = (2, 1) if small else (SIZE, 2)
+    model = nn.Sequential(nn.Linear(inputs, SIZE, bias=not small), grown(tree), nn.Linear(SIZE, outputs)).train(training)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() or tensor.is_complex():
             tensor.data = tensor.data.to(torch.complex128 if tensor.is_complex() else torch.float64)
-    _, loss, batch = regression(model, (LENGTH, SIZE), (LENGTH, 2))
+    _, loss, batch = regression(model, (LENGTH, inputs), (LENGTH, outputs))
     return model, loss, tuple(tensor.double() for tensor in batch)

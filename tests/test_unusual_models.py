@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops import map as higher_order_map
+from torch._higher_order_ops import while_loop
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -175,8 +177,30 @@ def test_a_straight_through_gradient_is_refuted_by_its_gradients() -> None:
 
 
 def by_branch(net: Net, x: Tensor) -> Tensor:
-    h = torch.cond(x.sum() > 0, lambda h: 2 * h, lambda h: 3 * h, (hidden(net, x),))
+    return net.b(torch.cond(x.sum() > 0, lambda h: 2 * h, lambda h: 3 * h, (hidden(net, x),)))
+
+
+def by_loop(net: Net, x: Tensor) -> Tensor:
+    start = torch.zeros((), dtype=torch.long)
+    _, h = while_loop(lambda count, _: count < 3, lambda count, h: (count + 1, 0.9 * h), (start, hidden(net, x)))
     return net.b(h)
+
+
+def by_row(net: Net, x: Tensor) -> Tensor:
+    return net.b(higher_order_map(lambda row: 2 * row, hidden(net, x)))
+
+
+@pytest.mark.parametrize("function", [by_branch, by_loop, by_row])
+def test_a_graph_inside_the_graph_is_opaque_or_refused_in_a_sentence(function: Callable[[Net, Tensor], Tensor]) -> None:
+    try:
+        explanation = nf.explain(Net(function), squared, (X, Y))
+    except nf.TraceError as error:
+        assert "by hand" in str(error)  # noqa: PT017 - both are right
+    else:
+        assert not explanation.symmetries
+        assert not explanation.rejected
+        reasons = {(note.parameter, note.axis): note.reason for note in explanation.axes}
+        assert re.search("cond|while_loop|map", reasons["a.weight", 0]), reasons
 
 
 def lengths_of_the_batch(net: Net, x: Tensor) -> Tensor:
@@ -190,7 +214,6 @@ def positions_that_parameters_choose(net: Net, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, Callable[[], nn.Module]] = {
-    "torch.cond": lambda: Net(by_branch),
     "a shape that the batch decides": lambda: Net(lengths_of_the_batch),
     "positions that parameters choose": lambda: Net(positions_that_parameters_choose),
     "numpy": lambda: Net(lambda net, x: net.b(hidden(net, x)) + torch.from_numpy(net.a.weight.detach().numpy()).sum()),
