@@ -388,7 +388,9 @@ def planted(tree: Any, seed: int, *, training: bool, small: bool = False) -> tup
     """A tree between two linear maps in float64, its loss and its batch; between small maps if `small`."""
     torch.manual_seed(seed)
     inputs, outputs = (2, 1) if small else (SIZE, 2)
-    model = nn.Sequential(nn.Linear(inputs, SIZE, bias=not small), grown(tree), nn.Linear(SIZE, outputs)).train(training)
+    model = nn.Sequential(nn.Linear(inputs, SIZE, bias=not small), grown(tree), nn.Linear(SIZE, outputs)).train(
+        training
+    )
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() or tensor.is_complex():
             tensor.data = tensor.data.to(torch.complex128 if tensor.is_complex() else torch.float64)
