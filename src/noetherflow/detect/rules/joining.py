@@ -32,7 +32,7 @@ def assembled(
     columns = []
     for part in parts:
         if part.scale_free:
-            columns.append([operation.demands.unknowns.new(part.shape)])
+            columns.append([zeros(operation, part.shape)])
         elif all(each == factor for each, _ in part.terms):
             columns.append([ids for _, ids in part.terms])
         else:
@@ -46,6 +46,14 @@ def assembled(
             tensors.append(ids.expand(part.shape))
         terms.append(Term(factor, compressed(build(tensors))))
     return ScalingExponents(operation.shape, tuple(terms))
+
+
+def zeros(operation: Operation, shape: Sequence[int]) -> Tensor:
+    """Unknowns of entries that are zero: they have any exponent, but no matrix mixes them with other entries."""
+    ids = operation.demands.unknowns.new(shape)
+    if ids.numel():
+        operation.demands.allow_mixing(ids.reshape(-1), 0)
+    return ids
 
 
 @exponent_rule("aten::cat", "aten::stack")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from noetherflow.detect.exponents import ScalingExponents, Term, compressed, varies_along
 from noetherflow.detect.operation import Operation, exponents_of, opaque
+from noetherflow.detect.rules.joining import zeros
 from noetherflow.detect.rules.registry import exponent_rule
 
 
@@ -31,7 +32,7 @@ def _padded_along(
 
     def unknowns(ids: Tensor, width: int) -> Tensor:
         shape = [max(0, width) if other == axis else size for other, size in enumerate(ids.shape)]
-        return operation.demands.unknowns.new(shape)
+        return zeros(operation, shape)
 
     padded = []
     for factor, ids in terms:
