@@ -335,6 +335,23 @@ def test_what_is_left_of_a_gauge_is_kept_where_most_exponents_are_equal(gate_fir
     assert kinds(nf.find_symmetries(model, loss, batch), model) == {("diagonal", 5): 1, ("diagonal", 4): 2}
 
 
+class Centred(nn.Module):
+    """A running mean by hand, which is zero before the first step of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x - self.mean)
+
+
+def test_a_running_mean_that_is_zero_now_ties_what_it_is_subtracted_from() -> None:
+    explanation = nf.explain(*sequential((3,), (2,), nn.Linear(3, 4), Centred(), nn.Linear(4, 2)))
+    assert not explanation.symmetries
+    assert not explanation.rejected
+
+
 class Given(nn.Module):
     """Activations divided by their largest absolute value, which is computed without gradients."""
 

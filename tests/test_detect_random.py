@@ -20,6 +20,7 @@ ONCE_WRONG: list[tuple[Any, int, bool]] = [
     (("twice", ("sum", 43, 39), 43), 65100, False),  # a padded zero beside a number that a matrix would mix with it
     (("again", 61, ("twice", 85, 49)), 33147, True),  # buffers of a shared module that are written to twice
     (("twice", ("chain", 77, 0), ("product", 83, ("twice", 2, 0))), 21896, False),  # gradients of 1e-17 are rounding
+    (("twice", ("again", 77, 53), ("chain", 5, 27)), 37938, False),  # gradients of 1e-31, likewise
 ]
 
 

@@ -20,10 +20,13 @@ def trainable(animal: Animal) -> int:
 SIZES = {animal.name: trainable(animal) for animal in ZOO}
 # With more parameters than this, all generators of a model take more than five seconds.
 LONG = 46
+# A scale without gradients: a null space of gradients says nothing, and is undecided. A parameter without axes: the
+# null space refuses it today.
+LEFT_OUT = {"a scale without gradients", "cosine classifier"}
 SMALL = [
     pytest.param(animal, marks=[pytest.mark.slow] if SIZES[animal.name] > LONG else [], id=animal.name)
     for animal in ZOO
-    if SIZES[animal.name] <= 80
+    if SIZES[animal.name] <= 80 and animal.name not in LEFT_OUT
 ]
 MIDDLE = [animal for animal in ZOO if 80 < SIZES[animal.name] <= 1500]
 
