@@ -1,142 +1,75 @@
-"""Random architectures: nothing false is found, and nothing breaks the search."""
+"""Random trees of modules: no false symmetry, no candidate that the numbers refute, no crash, and not nothing."""
 
 import warnings
+from collections import Counter
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
+import by_hand
 import noetherflow as nf
-from zoo import Attention, Call, Gated, RMSNorm, regression
+from random_trees import TREES, planted
 
-SIZE = 6
-
-
-class Sum(nn.Module):
-    """Two branches added."""
-
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.first(x) + self.second(x)
-
-
-class Side(nn.Module):
-    """Two branches side by side, and a map back."""
-
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second, self.back = first, second, nn.Linear(2 * SIZE, SIZE)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.back(torch.cat([self.first(x), self.second(x)], -1))
-
-
-class Wide(nn.Module):
-    """A gate that fits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.gated, self.after = nn.Linear(SIZE, 3), Gated(torch.relu), nn.Linear(3, SIZE, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.gated(self.before(x)))
-
-
-class Convolved(nn.Module):
-    """Convolutions along the positions."""
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv1d(SIZE, 4, 3, padding=1), nn.Conv1d(4, SIZE, 1, groups=groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.relu(self.first(x.mT))).mT
-
-
-LEAVES = [
-    lambda: nn.Linear(SIZE, SIZE),
-    lambda: nn.Linear(SIZE, SIZE, bias=False),
-    nn.ReLU,
-    nn.Tanh,
-    nn.Identity,
-    lambda: nn.LeakyReLU(0.2),
-    lambda: nn.PReLU(1),
-    lambda: nn.LayerNorm(SIZE),
-    lambda: nn.RMSNorm(SIZE),
-    lambda: RMSNorm(SIZE),
-    lambda: nn.Dropout(0.3),
-    lambda: Call(lambda x: 2 * x),
-    lambda: Call(lambda x: x.abs() + x),
-    lambda: Call(lambda x: x + 1),
-    lambda: Call(lambda x: x.flip(-1)),
-    lambda: Call(lambda x: x.softmax(-1)),
-    lambda: Call(lambda x: x * x.mean(-1, keepdim=True)),
-    lambda: Call(lambda x: torch.cat([x[..., 2:], x[..., :2]], -1)),
-    lambda: Attention(2, 1),
-    lambda: Attention(2, 2, "half"),
-    lambda: Attention(2, 2, "interleaved", 2, norm=True),
-    lambda: nn.MultiheadAttention(SIZE, 2, batch_first=True),
-    lambda: nn.utils.parametrizations.weight_norm(nn.Linear(SIZE, SIZE)),
-    Wide,
-    lambda: Convolved(1),
-    lambda: Convolved(2),
+# Seeds at which something was wrong once: (tree, seed, training).
+ONCE_WRONG: list[tuple[Any, int, bool]] = [
+    (("twice", ("twice", 16, 16), ("chain", 16, 16)), 0, False),  # activations of 1e-113
+    (("twice", ("twice", 16, 0), ("chain", 16, 16)), 0, False),  # a module under two names
+    (("twice", ("sum", 43, 39), 43), 65100, False),  # a padded zero beside a number that a matrix would mix with it
+    (("again", 61, ("twice", 85, 49)), 33147, True),  # buffers of a shared module that are written to twice
+    (("twice", ("chain", 77, 0), ("product", 83, ("twice", 2, 0))), 21896, False),  # gradients of 1e-17 are rounding
+    (("twice", ("again", 77, 53), ("chain", 5, 27)), 37938, False),  # gradients of 1e-31, likewise
 ]
-TREES = st.recursive(
-    st.sampled_from(range(len(LEAVES))),
-    lambda parts: st.tuples(st.sampled_from(["chain", "sum", "side", "twice"]), parts, parts),
-    max_leaves=6,
-)
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x, x, x, need_weights=False)[0]
-
-
-def grown(tree: Any) -> nn.Module:
-    if isinstance(tree, int):
-        made = LEAVES[tree]()
-        return SelfAttention(made) if isinstance(made, nn.MultiheadAttention) else made
-    kind, first, second = tree
-    one, other = grown(first), grown(second)
-    if kind == "twice":
-        return nn.Sequential(one, other, one)
-    return {"chain": nn.Sequential, "sum": Sum, "side": Side}[kind](one, other)
-
-
-def check(tree: Any, seed: int, *, training: bool) -> None:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), grown(tree), nn.Linear(SIZE, 2)).double().train(training)
-    _, loss, batch = regression(model, (3, SIZE), (3, 2))
-    batch = tuple(one.double() for one in batch)
+def check(tree: Any, seed: int, training: bool) -> int:
+    """The number of symmetries of a tree, each compared with losses at other parameters, buffers and examples."""
+    model, loss, batch = planted(tree, seed, training=training)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a candidate that is rejected is a rule that is wrong
-        found = nf.find_symmetries(model, loss, batch)
-    for name, symmetry in found.items():
-        residual = nf.verify_symmetry(model, loss, batch, symmetry, draws=1)
-        assert residual < 1e-9, (name, residual)
+        symmetries = nf.find_symmetries(model, loss, batch)
+    generator = torch.Generator().manual_seed(seed)
+    fresh = tuple(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) for tensor in batch)
+    for name, symmetry in symmetries.items():
+        for point in (seed + 1, seed + 2):
+            change = by_hand.change(model, loss, fresh, symmetry, point)
+            assert change is None or change < by_hand.ROUNDING, (name, change)
+    return len(symmetries)
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
-@hypothesis.given(TREES, st.integers(0, 2**16), st.booleans())
-@hypothesis.example(("twice", ("twice", 16, 16), ("chain", 16, 16)), 0, False)  # activations of 1e-113
-@hypothesis.example(("twice", ("twice", 16, 0), ("chain", 16, 16)), 0, False)  # a module under two names
-def test_nothing_false_is_found(tree: Any, seed: int, training: bool) -> None:
-    check(tree, seed, training=training)
+def sweep(count: int, **settings: Any) -> tuple[int, int]:
+    """How many trees were tested, and how many of these have a symmetry."""
+    seen: Counter[bool] = Counter()
+
+    @hypothesis.settings(max_examples=count, deadline=None, database=None, **settings)
+    @hypothesis.given(TREES, st.integers(0, 2**16), st.booleans())
+    def run(tree: Any, seed: int, training: bool) -> None:
+        seen[check(tree, seed, training) > 0] += 1
+
+    run()
+    return seen.total(), seen[True]
+
+
+@pytest.mark.parametrize(("tree", "seed", "training"), ONCE_WRONG)
+def test_what_was_wrong_once_is_right(tree: Any, seed: int, training: bool) -> None:
+    check(tree, seed, training)
+
+
+def test_nothing_false_is_found() -> None:
+    total, with_symmetry = sweep(60, derandomize=True)
+    assert total >= 60
+    # Where nothing is found, nothing can be false.
+    assert with_symmetry >= 0.4 * total, (with_symmetry, total)
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=1000, deadline=None)
-@hypothesis.given(TREES, st.integers(0, 2**16), st.booleans())
-def test_nothing_false_is_found_in_a_thousand(tree: Any, seed: int, training: bool) -> None:
-    check(tree, seed, training=training)
+@pytest.mark.parametrize("part", range(8))
+def test_nothing_false_is_found_in_two_thousand(part: int) -> None:
+    @hypothesis.seed(part)
+    def run() -> tuple[int, int]:
+        return sweep(250)
+
+    total, with_symmetry = run()
+    assert with_symmetry >= 0.4 * total, (with_symmetry, total)

@@ -20,9 +20,9 @@ import oracles
 from noetherflow.noise import passes
 from noetherflow.noise.capture import Capture
 from test_fast_noise import TIGHT, Recurrent, classify, examples, in_double, large
-from zoo import ZOO, Animal, regression
+from zoo import CLASSIC, Animal, regression
 
-ALONG_AXES = [animal for animal in ZOO if animal.name != "stacked maps"]
+ALONG_AXES = [animal for animal in CLASSIC if animal.name != "stacked maps"]
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:

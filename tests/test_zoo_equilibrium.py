@@ -27,7 +27,7 @@ decays = pytest.mark.parametrize("decay", resting.DECAYS)
 
 
 def test_the_short_sweep_is_a_part_of_the_zoo() -> None:
-    assert len(names) == 50
+    assert len(names) == 88
     assert set(names) > SHORT
 
 

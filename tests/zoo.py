@@ -1,9 +1,8 @@
-"""Architectures, each with the exact set of symmetries that it has."""
+"""Architectures, each with the exact set of symmetries that it has: ZOO, and the textbook part of it, CLASSIC."""
 
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import peft
@@ -12,54 +11,9 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-Kinds = dict[tuple[str, int], int]
-
-
-@dataclass(frozen=True)
-class Animal:
-    """One architecture.
-
-    Args:
-        name: What it is.
-        build: Model, loss and batch.
-        expected: How many symmetries there are of each kind and dimension, such as {("diagonal", 4): 1}.
-        total: All generators together.
-        silent: Whether float64 is cast to float32 inside, so that a check in float64 says nothing about rounding.
-    """
-
-    name: str
-    build: Callable[[], tuple[nn.Module, Any, Any]]
-    expected: Kinds = field(default_factory=dict)
-
-    @property
-    def dimension(self) -> int:
-        return sum(size * count for (_, size), count in self.expected.items())
-
-
-def squared(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    x, y = batch
-    return (model(x) - y).square().flatten(1).mean(1)
-
-
-def regression(model: nn.Module, inputs: tuple[int, ...], outputs: tuple[int, ...], count: int = 4) -> Any:
-    generator = torch.Generator().manual_seed(1)
-    x, y = (torch.randn(count, *shape, generator=generator) for shape in (inputs, outputs))
-    return model, squared, (x, y)
-
-
-def sequential(inputs: tuple[int, ...], outputs: tuple[int, ...], *layers: nn.Module) -> Any:
-    return regression(nn.Sequential(*layers).eval(), inputs, outputs)
-
-
-class Call(nn.Module):
-    """A function as a layer."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+from animals import Animal, Call, ids, language, regression, sequential, tokens_of
+from everyday import EVERYDAY
+from language_models import TRANSFORMERS
 
 
 class Gated(nn.Module):
@@ -221,19 +175,6 @@ class Adapted(nn.Module):
         return self.base(x) + self.b(self.a(x))
 
 
-def tokens_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    return functional.cross_entropy(model(tokens).transpose(1, 2), tokens.roll(1, 1), reduction="none").mean(1)
-
-
-def language(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits = model(input_ids=tokens).logits
-    return functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
-
-
-def ids(count: int, *shape: int) -> Tensor:
-    return torch.randint(count, shape, generator=torch.Generator().manual_seed(2))
-
-
 def hugging(kind: str) -> tuple[nn.Module, Any, Any]:
     logging.disable(logging.WARNING)
     small = {"vocab_size": 11, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
@@ -272,7 +213,7 @@ def normed(size: int = 4) -> nn.BatchNorm2d:
 
 
 Linear, ReLU = nn.Linear, nn.ReLU
-ZOO = [
+CLASSIC = [
     Animal("ReLU MLP", lambda: sequential((4,), (2,), Linear(4, 3), ReLU(), Linear(3, 5), ReLU(), Linear(5, 2)),
            {("diagonal", 3): 1, ("diagonal", 5): 1}),
     Animal("leaky ReLU in place", lambda: sequential(
@@ -354,6 +295,7 @@ ZOO = [
     Animal("GPT-2 with LoRA", lambda: hugging("lora"), {("matrix", 3): 4}),
     Animal("GPT-2", lambda: hugging("gpt2"), {("matrix", 10): 8, ("diagonal", 8): 4}),
     Animal("Llama", lambda: hugging("llama"),
-           {("matrix", 10): 2, ("diagonal", 2): 2, ("diagonal", 16): 3, ("diagonal", 6): 1}),
+           {("matrix", 10): 2, ("diagonal", 2): 2, ("diagonal", 16): 3, ("diagonal", 6): 1}, coarse=True),
     Animal("BERT", lambda: hugging("bert"), {("matrix", 10): 8, ("diagonal", 8): 1}),
 ]  # fmt: skip
+ZOO = [*CLASSIC, *EVERYDAY, *TRANSFORMERS]

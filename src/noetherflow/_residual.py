@@ -72,6 +72,34 @@ def active_rows(symmetry: Symmetry, gradients: Params, params: Params) -> Tensor
     return torch.stack([entries.any() for entries in rows]).any().reshape(1)
 
 
+def is_rounding(losses: Tensor, gradients: Params, direction: Params, precision: torch.dtype) -> bool:
+    r"""Whether rounding explains the slope of a loss along a direction: $|g|\,|v| < 64\,\epsilon\,|\ell|$.
+
+    The gradient of a unit vector that has only one entry vanishes. What is computed is 1e-17, in any direction.
+
+    Args:
+        losses: The losses whose sum has the gradient g, shape (B,).
+        gradients: g by name.
+        direction: v by name.
+        precision: The coarsest type in which the losses were computed.
+
+    Returns:
+        Whether the cosine of g and v says nothing.
+    """
+    size = losses.abs().sum().double()
+    g, v = (_length([_real(tensors[name]) for name in direction]) for tensors in (gradients, direction))
+    # A loss that vanishes, or a length that is not finite, is never rounding.
+    return bool(g / size * v < min(64 * torch.finfo(precision).eps, 1e-3))
+
+
+def _length(tensors: list[Tensor]) -> Tensor:
+    """The norm of several tensors, of which the squares may underflow."""
+    largest = torch.stack([tensor.abs().max() for tensor in tensors if tensor.numel()]).max().double()
+    if not largest > 0:
+        return largest
+    return largest * torch.stack([(tensor / largest).norm().double() for tensor in tensors]).norm()
+
+
 def relative_change(before: Tensor, after: Tensor) -> Tensor:
     """|after - before| / max(|before|, mean |before|) of every loss, shape (B,); infinity for NaN."""
     scale = torch.maximum(before.abs(), before.abs().mean()).clamp_min(torch.finfo(before.dtype).tiny)

@@ -13,7 +13,7 @@ from noetherflow._given import examples_of
 from noetherflow._model_function import ModelFunction
 from noetherflow._per_example import own_randomness, require_losses
 from noetherflow._perturbed import GIVEN_ONLY, generic_points
-from noetherflow._residual import active_rows, cosine, relative_change
+from noetherflow._residual import active_rows, cosine, is_rounding, relative_change
 from noetherflow._types import Batch, Loss
 from noetherflow._verify import Residual, random_coordinates, worst_of
 from noetherflow.symmetry import Symmetry
@@ -154,11 +154,16 @@ class _Point:
         tested = [torch.zeros((), dtype=torch.bool)] * len(symmetries)
         for example in self._examples:
             with own_randomness(self._device, seed=0):
-                gradients = self._function.gradient(moved, example)[1]
-            columns.append(torch.stack([cosine(gradients, direction) for direction in directions]))
-            for index, symmetry in enumerate(symmetries):
+                losses, gradients = self._function.gradient(moved, example)
+            column = []
+            for index, (symmetry, direction) in enumerate(zip(symmetries, directions, strict=True)):
+                rounding = is_rounding(losses, gradients, direction, self._function.precision)
+                slope = cosine(gradients, direction)
+                column.append(torch.zeros_like(slope) if rounding else slope)
                 if not tested[index].all():
-                    tested[index] = tested[index] | active_rows(symmetry, gradients, self._params).cpu()
+                    rows = active_rows(symmetry, gradients, self._params).cpu()
+                    tested[index] = tested[index] | (torch.zeros_like(rows) if rounding else rows)
+            columns.append(torch.stack(column))
         return list(torch.stack(columns, 1)), tested
 
     def _evaluate(self, params: dict[str, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import NamedTuple, final
 
 import numpy as np
+import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
@@ -64,15 +65,16 @@ def solve(demands: Demands) -> Solution:
     """
     first = _solve(demands, ())
 
-    def equal(ids: Tensor) -> bool:
-        unknowns = ids.numpy()
-        expected = first.combination(int(unknowns[0]))
-        return all(first.combination(unknown) == expected for unknown in unknowns.tolist())
+    def alike(ids: Tensor) -> Tensor:
+        groups: dict[tuple[tuple[int, Fraction], ...], list[int]] = defaultdict(list)
+        for unknown in ids.tolist():
+            groups[tuple(sorted(first.combination(unknown).items()))].append(unknown)
+        return torch.tensor(max(groups.values(), key=len))
 
     def zero(ids: Tensor) -> bool:
         return bool(first.zero[ids.numpy()].all())
 
-    chosen = demands.unknowns.use_remaining_gauges(equal, zero)
+    chosen = demands.unknowns.use_remaining_gauges(alike, zero)
     return _solve(demands, chosen) if chosen else first
 
 

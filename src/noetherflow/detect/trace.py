@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, default_decompositions
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction
 
 from noetherflow._batch import tensors_of, with_tensors
 from noetherflow._errors import TraceError
@@ -66,9 +67,10 @@ def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
     # The forward pass of DistributedDataParallel cannot be exported. It is that of the module inside.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     try:
-        with _quiet(), torch.enable_grad():
+        with _quiet(), _checkpoints_as_calls(), torch.enable_grad():
             program = torch.export.export(_Holder(inner, loss, batch), tuple(tensors_of(batch)), strict=False)
             _mark_regions_without_gradients(program.graph_module)
+            _separate_shared_buffers(program)
             program = program.run_decompositions(_decompositions())
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -135,6 +137,17 @@ def _mark_regions_without_gradients(module: fx.GraphModule) -> None:
         graph.recompile()
 
 
+def _separate_shared_buffers(program: ExportedProgram) -> None:
+    """Copy a buffer of a module that is used under two names: PyTorch refuses writes to an input of two names."""
+    seen: set[int] = set()
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.BUFFER and spec.target in program.state_dict:
+            buffer = program.state_dict[spec.target]
+            if id(buffer) in seen:
+                program.state_dict[spec.target] = buffer.clone()
+            seen.add(id(buffer))
+
+
 def _keep_the_loss(program: ExportedProgram) -> None:
     """Remove all that the loss does not depend on: updates of buffers, assertions, heads that are not used."""
     graph = program.graph_module.graph
@@ -175,3 +188,17 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+@contextlib.contextmanager
+def _checkpoints_as_calls() -> Iterator[None]:
+    """A block in which a reentrant checkpoint calls its function, so that no region without gradients is seen."""
+
+    def called(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        return function(*args)
+
+    CheckpointFunction.apply = staticmethod(called)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply  # The method of torch.autograd.Function is inherited again.

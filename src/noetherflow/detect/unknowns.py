@@ -103,11 +103,14 @@ class Unknowns:
         sizes.remove(size)
         return True
 
-    def use_remaining_gauges(self, equal: Callable[[Tensor], bool], zero: Callable[[Tensor], bool]) -> list[Tensor]:
-        """Use what gauge freedom is left, on axes along which all exponents are equal if there are any.
+    def use_remaining_gauges(self, alike: Callable[[Tensor], Tensor], zero: Callable[[Tensor], bool]) -> list[Tensor]:
+        """Use what gauge freedom is left, on axes along which many exponents are equal if there are any.
+
+        Of the rows of a gate, which silu forbids to scale, and of its columns, which scale as a norm before it, the
+        rows are kept where they are.
 
         Args:
-            equal: Whether unknowns are equal, as far as is known.
+            alike: The largest part of some unknowns that are equal, as far as is known.
             zero: Whether unknowns vanish, because a gauge freedom has been used on them.
 
         Returns:
@@ -124,10 +127,14 @@ class Unknowns:
                     if stack.parameter == name and stack.parts == size and len(axes.get(stack.over, ())) == 1:
                         (ids,) = axes[stack.over]
                         axes[stack.over] = list(ids.reshape(size, -1))
-                fitting = [axis for axis, ids in axes.items() if len(ids) == size and not all(map(zero, ids))]
+                fitting = {
+                    axis: parts for axis, parts in axes.items() if len(parts) == size and not all(map(zero, parts))
+                }
                 if fitting:
-                    axis = min(fitting, key=lambda axis: (not all(map(equal, axes[axis])), len(axes[axis][0]), -axis))
-                    chosen += [ids[:1] for ids in axes.pop(axis)]
+                    equal = {axis: [alike(ids) for ids in parts] for axis, parts in fitting.items()}
+                    axis = min(fitting, key=lambda axis: (*_different(fitting[axis], equal[axis]), -axis))
+                    chosen += [ids[:1] for ids in equal[axis]]
+                    del axes[axis]
             sizes.clear()
         return chosen
 
@@ -158,3 +165,10 @@ class Unknowns:
         """Whether unknowns are those of an axis of a parameter, or a common value that came out of them."""
         axis = self._axis_of(ids)
         return axis is None or axis.parameter == name
+
+
+def _different(parts: Sequence[Tensor], equal: Sequence[Tensor]) -> tuple[bool, bool, int]:
+    """How little the unknowns of an axis are alike, smaller if they are more alike: all, many, or a short axis."""
+    all_equal = all(len(part) == len(most) for part, most in zip(parts, equal, strict=True))
+    several = all(len(most) > 1 for most in equal)
+    return not all_equal, not several, len(parts[0])

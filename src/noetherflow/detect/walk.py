@@ -11,7 +11,7 @@ from noetherflow._errors import TraceError
 from noetherflow.detect.choices import apply_to_choices, choices_in
 from noetherflow.detect.demands import Demands
 from noetherflow.detect.exponents import ScalingExponents
-from noetherflow.detect.operation import Operation, opaque, tensors_in, values_of
+from noetherflow.detect.operation import Operation, exponents_of, opaque, tensors_in, values_of
 from noetherflow.detect.rules import RULES
 from noetherflow.detect.rules.experts import grouped_product
 from noetherflow.detect.trace import BY_HAND, Graph, key_of
@@ -86,6 +86,10 @@ class _Walk:
         if not choices_in((args, kwargs)) and all(x.constant for x in tensors):
             return self._constant(node, key, args, kwargs, varies=any(x.varies for x in tensors))
         value = node.meta.get("val")
+        if key == "aten::sym_size":
+            return exponents_of(args[0]).shape[args[1]]
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self._number(node, key, tensors)
         several = isinstance(value, (list, tuple))
         values: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value]
         results = [each for each in values if isinstance(each, Tensor)]
@@ -94,7 +98,7 @@ class _Walk:
             target=node.target,  # type: ignore[arg-type]
             args=tuple(args),
             kwargs=kwargs,
-            shapes=tuple(tuple(map(_size, each.shape)) for each in results),
+            shapes=self._shapes(node, results),
             dtypes=tuple(each.dtype for each in results),
             reason=_reason(key, node),
             demands=self._demands,
@@ -105,6 +109,48 @@ class _Walk:
         if choices_in((args, kwargs)) and rule is not grouped_product:
             return apply_to_choices(operation, rule)
         return rule(operation)
+
+    def _shapes(self, node: fx.Node, results: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+        """The shapes of results; where a mask decides, those of this mask."""
+        if all(isinstance(size, int) for each in results for size in each.shape):
+            return tuple(tuple(each.shape) for each in results)
+        tensors = [source for source in node.all_input_nodes if isinstance(self._results[source], ScalingExponents)]
+        unknown = [source for source in tensors if not self._results[source].constant]
+        decides = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
+        if choices_in([self._results[source] for source in node.all_input_nodes]) or (
+            decides and (unknown == tensors or any(_is_discrete(source) for source in unknown))
+        ):
+            raise TraceError(
+                f"{_reason(key_of(node.target), node)}: the shape of a tensor in this computation depends on values "
+                f"that parameters enter, {BY_HAND}"
+            )
+        blank = {
+            source: torch.zeros(
+                self._results[source].shape, dtype=source.meta["val"].dtype, device=source.meta["val"].device
+            )
+            for source in unknown
+        }
+        args, kwargs = self._values(node.args, blank), self._values(dict(node.kwargs), blank)
+        with torch.no_grad():
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        given = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(tuple(each.shape) for each in given if isinstance(each, Tensor))
+
+    def _values(self, value: Any, blank: Mapping[fx.Node, Tensor]) -> Any:
+        """Nested arguments with numbers for all tensors."""
+        if isinstance(value, fx.Node):
+            return blank[value] if value in blank else values_of(self._results[value])
+        if isinstance(value, dict):
+            return {key: self._values(each, blank) for key, each in value.items()}
+        return type(value)(self._values(each, blank) for each in value) if isinstance(value, (list, tuple)) else value
+
+    def _number(self, node: fx.Node, key: str, tensors: Sequence[ScalingExponents]) -> ScalingExponents:
+        """A Python number that is read out of a tensor, as by `item`. No gradient passes, so it must not scale."""
+        if isinstance(node.meta["val"], torch.SymInt):
+            raise TraceError(f"{_reason(key, node)}: a whole number that parameters enter decides on shapes, {BY_HAND}")
+        for x in tensors:
+            self._demands.vanish(x.terms, f"{_reason('aten::item', node)} lets no gradient pass")
+        return ScalingExponents(())
 
     def _constant(self, node: fx.Node, key: str, args: Any, kwargs: Any, *, varies: bool) -> Any:
         """The value of an operation on constants."""
@@ -129,15 +175,15 @@ class _Walk:
 def _constants(value: Any, varies: bool) -> Any:
     if isinstance(value, (list, tuple)):
         return [_constants(each, varies) for each in value]
+    if isinstance(value, float) and varies:
+        value = torch.tensor(value)  # A number that is read out of the batch.
     if not isinstance(value, Tensor):
         return value
     return ScalingExponents(tuple(value.shape), value=value, varies=varies)
 
 
-def _size(size: int | torch.SymInt) -> int:
-    if isinstance(size, int):
-        return size
-    raise TraceError(f"the shape of a tensor in this computation depends on the values of the batch, {BY_HAND}")
+def _is_discrete(node: fx.Node) -> bool:
+    return not (node.meta["val"].is_floating_point() or node.meta["val"].is_complex())
 
 
 def _reason(key: str, node: fx.Node) -> str:

@@ -153,7 +153,7 @@ def chosen(operation: Operation) -> Any:
     if not condition.fixed or x.scale_free or y.scale_free:
         return plus(operation, x, y)
     mask = torch.as_tensor(condition.value, dtype=torch.bool)
-    result = assembled(operation, [x, y], lambda tensors: torch.where(mask, *tensors))
+    result = assembled(operation, [x, y], lambda tensors: torch.where(mask, tensors[0], tensors[1]))
     return replace(result, scores=x.scores or y.scores)
 
 

@@ -33,7 +33,7 @@ def assembled(
     columns = []
     for part in parts:
         if part.scale_free:
-            columns.append([operation.demands.unknowns.new(_needed(part.shape, parts))])
+            columns.append([zeros(operation, _needed(part.shape, parts))])
         elif all(each == factor for each, _ in part.terms):
             columns.append([ids for _, ids in part.terms])
         else:
@@ -56,6 +56,14 @@ def _needed(shape: Sequence[int], parts: Sequence[ScalingExponents]) -> list[int
         axis for axis in axes if not any(varies_along(ids, axis) for part in parts for _, ids in part.terms if ids.ndim)
     ]
     return [1 if axis in rigid else size for axis, size in enumerate(shape)]
+
+
+def zeros(operation: Operation, shape: Sequence[int]) -> Tensor:
+    """Unknowns of entries that are zero: they have any exponent, but no matrix mixes them with other entries."""
+    ids = operation.demands.unknowns.new(shape)
+    if ids.numel():
+        operation.demands.allow_mixing(ids.reshape(-1), 0)
+    return ids
 
 
 @exponent_rule("aten::cat", "aten::stack")

@@ -6,6 +6,7 @@ import torch
 
 from noetherflow.detect.exponents import ZERO, ScalingExponents, Term, compressed, varies_along
 from noetherflow.detect.operation import Operation, exponents_of, opaque
+from noetherflow.detect.rules.joining import zeros
 from noetherflow.detect.rules.registry import exponent_rule
 
 
@@ -38,8 +39,7 @@ def _padded_along(
             ]
             # The exponent of a zero is the sum over all terms, so that unknowns in the first term suffice.
             start, end = (
-                operation.demands.unknowns.new(shape) if first else torch.full(shape, ZERO, dtype=ids.dtype)
-                for shape in ends
+                zeros(operation, shape) if first else torch.full(shape, ZERO, dtype=ids.dtype) for shape in ends
             )
             ids = compressed(torch.cat([start, ids.narrow(axis, low, high - low), end], axis))
             first = False
