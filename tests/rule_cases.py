@@ -294,8 +294,8 @@ case("einsum", "the diagonal of a matrix", 3, written(
 _sdpa = functional.scaled_dot_product_attention
 case("scaled_dot_product_attention", "a head", 6, attention(lambda q, k, v: _sdpa(q, k, v, is_causal=True)))
 case("scaled_dot_product_attention", "two heads", 12, attention(_sdpa, 2, 2))
-case("scaled_dot_product_attention", "queries in groups", 6, attention(
-    lambda q, k, v: _sdpa(q, k, v, enable_gqa=True), 2))  # fmt: skip
+case("scaled_dot_product_attention", "queries in groups", 12, attention(
+    lambda q, k, v: _sdpa(q, k, v, enable_gqa=True), 4, 2))  # fmt: skip
 case("scaled_dot_product_attention", "a mask", 6, attention(
     lambda q, k, v: _sdpa(q, k, v, torch.ones(3, 3, dtype=torch.bool).tril(), scale=0.5)))  # fmt: skip
 case("scaled_dot_product_attention", "keys that are also values", 0, attention(
@@ -380,7 +380,7 @@ for _key, _function in {"round": torch.round, "floor": torch.floor}.items():
 case("softmax", "scores of attention", 6, attention(lambda q, k, v: (q @ k.mT).softmax(-1) @ v))
 case("detach", "of a branch", 3, branches(lambda a, b: a.detach().relu() * b.relu()))
 case("_to_copy", "to numbers of more digits", 3, units(lambda x: x.relu().double().to(x.dtype)))
-case("_to_copy", "to whole numbers", 0, units(lambda x: (4 * x).int() + x.relu()))
+case("_to_copy", "to whole numbers", 3, branches(lambda a, b: (4 * a).int() * b.relu()))
 case("_to_copy", "to truth values", 3, branches(lambda a, b: a.bool() * b.abs()))
 case("copy", "in place", 3, units(lambda x: torch.zeros_like(x).copy_(x.relu())))
 case("copy", "a fixed row over a part", 2, units(lambda x: _with_part(x.relu(), torch.zeros(1).to(x))))
@@ -429,6 +429,9 @@ case("where", "zero", 3, units(lambda x: torch.where(x > 0, x, 0.1 * x)))
 case("where", "a number", 0, units(lambda x: torch.where(x > 0, x, 1.0)))
 case("where", "zeros by a fixed mask", 3, units(
     lambda x: torch.where(torch.tensor([True, False, True]), x.abs(), 0.0) + x))  # fmt: skip
+case("where", "other units by the batch", 3, written(
+    lambda m, x: m.last(torch.where(x[:, :1] > torch.tensor([0.0, 0.5, -0.5]).to(x), m.first(x), 0.0)),
+    numbers(2), first=linear(2, 3), last=linear(3, 2)))  # fmt: skip
 case("where", "ones by a fixed mask", 2, units(lambda x: x.relu().masked_fill(torch.tensor([True, False, False]), 1.0)))
 case("where", "a branch by a fixed mask", 3, branches(
     lambda a, b: torch.where(torch.tensor([True, False, False]), a.relu(), b.relu())))  # fmt: skip
@@ -443,6 +446,9 @@ case("clamp", "one", 0, units(lambda x: x.clamp(-1, 1)))
 case("clamp_min", "one", 0, units(lambda x: x.clamp_min(1)))
 case("native_dropout", "switched off", 6, units(lambda x: torch.native_dropout(x, 0.5, False)[0]))
 case("prelu", "slopes of units", 3, with_parameter(functional.prelu, 3))
+case("prelu", "slopes that are products", 6, written(
+    lambda m, x: m.last(functional.prelu(m.first(x), m.p * m.q)),
+    numbers(2), first=linear(2, 3), p=parameter(3), q=parameter(3), last=linear(3, 2)))  # fmt: skip
 case("glu", "two halves", 3, units(functional.glu, 6, 3))
 
 
