@@ -590,6 +590,10 @@ case("scatter_reduce", "products", 0, units(
 case("index_put", "zeros at fixed positions", 2, units(lambda x: _put(x.relu(), 0.0, slice(None), [0])))
 case("index_put", "zero at a token of a unit", 3, tokens(lambda x: _put(x, 0.0, slice(None), [0], [1]), 9),
      missing=1, reason="a matrix may mix the units of which no entry is replaced")  # fmt: skip
+case("index_put", "zero at a token of a unit, before a map of tokens", 3, written(
+    lambda m, x: m.last(_put(m.first(x), 0.0, slice(None), [0], [1])),
+    numbers(3, 2), first=linear(2, 3), last=linear(3, 2)),
+    missing=1, reason="a matrix may mix the units of which no entry is replaced")  # fmt: skip
 case("index_put", "ones at fixed positions", 2, units(lambda x: _put(x.relu(), 1.0, slice(None), [0])))
 case("index_put", "zeros by a mask of the batch", 6, written(
     lambda m, x: m.last(_put(m.first(x), 0.0, x[:, 0] > 0)), numbers(2), first=linear(2, 3),
@@ -711,7 +715,7 @@ case(
     channels(lambda x: functional.grid_sample(x, _grid(x, 3), align_corners=False), 3),
 )
 case("grid_sampler_2d", "positions that scale", 0, channels(
-    lambda x: functional.grid_sample(torch.ones_like(x), x.tanh().movedim(1, 3), align_corners=False), 2))  # fmt: skip
+    lambda x: functional.grid_sample(torch.ones_like(x).cumsum(-1), x.movedim(1, 3), align_corners=False), 2))  # fmt: skip
 case("im2col", "windows", 2, written(
     lambda m, x: m.last(functional.unfold(m.first(x).relu(), 2).flatten(1)),
     numbers(1, 2, 3), first=lambda: nn.Conv2d(1, 2, 1), last=linear(16, 2)))  # fmt: skip
@@ -734,7 +738,7 @@ for _key, (_function, _count) in _OVER_TOKENS.items():
         lambda x, f=_function: torch.stack([f(y.reshape(1, -1, 1)) for y in x.abs()]).flatten(1), 1),
         missing=2 if _key == "prod" else 0,
         reason="the factors of a product need not scale alike" if _key == "prod" else "")  # fmt: skip
-case("var", "of everything", 1, units(lambda x: torch.stack([torch.var(y, False) for y in x])[:, None], 3, 1))
+case("var", "of everything", 1, units(lambda x: torch.stack([torch.var(y[None], False) for y in x])[:, None], 3, 1))
 case("max min", "of two branches", 3, branches(lambda a, b: torch.max(a, b) + torch.min(a, 2 * b)))
 case("max min", "without an axis", 1, units(lambda x: torch.stack([y.max() - 2 * y.min() for y in x])[:, None], 3, 1))
 case("argmax argmin", "of units", 3, branches(
