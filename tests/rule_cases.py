@@ -715,7 +715,8 @@ case(
     channels(lambda x: functional.grid_sample(x, _grid(x, 3), align_corners=False), 3),
 )
 case("grid_sampler_2d", "positions that scale", 0, channels(
-    lambda x: functional.grid_sample(torch.ones_like(x).cumsum(-1), x.movedim(1, 3), align_corners=False), 2))  # fmt: skip
+    lambda x: functional.grid_sample(
+        torch.ones_like(x).cumsum(-1), x.movedim(1, 3), align_corners=False), 2))  # fmt: skip
 case("im2col", "windows", 2, written(
     lambda m, x: m.last(functional.unfold(m.first(x).relu(), 2).flatten(1)),
     numbers(1, 2, 3), first=lambda: nn.Conv2d(1, 2, 1), last=linear(16, 2)))  # fmt: skip
