@@ -46,7 +46,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 def _unit(stacks: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """Stacks flattened to (B, n) and divided by the largest entry of each example, and that entry, shape (B,)."""
-    flat = [stack.flatten(1).to(dtype) for stack in stacks]
+    flat = [stack.reshape(len(stack), -1).to(dtype) for stack in stacks]
     largest = torch.stack([rows.abs().amax(1) for rows in flat if rows.numel()]).amax(0)
     return [rows / largest[:, None] for rows in flat], largest
 

@@ -40,7 +40,7 @@ def axis_notes(
         unknowns.setdefault((axis.parameter, axis.axis), []).extend(axis.ids.tolist())
     notes = []
     for name, parameter in parameters.items():
-        for dim in range(parameter.ndim):
+        for dim in range(max(1, parameter.ndim)):
             names, reason = acting.get((name, dim), []), ""
             if not parameter.requires_grad:
                 reason = "frozen"

@@ -154,7 +154,7 @@ def asked_of(params: Params, symmetries: Mapping[str, AxisSymmetry], *, variance
                 entries.add(axis.name)
             elif _is_whole(axis, tensor, symmetry):
                 continue
-            elif axis.dim % tensor.ndim == 0:
+            elif axis.dim % max(1, tensor.ndim) == 0:
                 rows.add(axis.name)
             else:
                 columns.add(axis.name)
@@ -186,7 +186,7 @@ def _along(symmetry: AxisSymmetry, axis: Axis, squares: Squares, tensor: Tensor)
         return symmetry.reduce(axis.rows(squares.entries)).double()
     if _is_whole(axis, tensor, symmetry):
         return squares.total
-    sums = squares.rows if axis.dim % tensor.ndim == 0 else squares.columns
+    sums = squares.rows if axis.dim % max(1, tensor.ndim) == 0 else squares.columns
     assert sums is not None
     return symmetry.reduce(axis.rows(sums))
 
@@ -197,7 +197,7 @@ def _is_whole(axis: Axis, tensor: Tensor, symmetry: AxisSymmetry) -> bool:
         not symmetry.per_row
         and axis.within is None
         and (axis.start or 0) == 0
-        and axis.stop in (None, tensor.shape[axis.dim])
+        and (not tensor.ndim or axis.stop in (None, tensor.shape[axis.dim]))
     )
 
 

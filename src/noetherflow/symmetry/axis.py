@@ -16,7 +16,8 @@ class Axis:
 
     Args:
         name: The parameter, as in `named_parameters()`.
-        dim: Which dimension of it is the axis; negative counts from the end.
+        dim: Which dimension of it is the axis; negative counts from the end. A parameter without dimensions is a row
+            of one entry, along dimension 0.
         start: First index of a slice (a head of a packed projection, an input of a concatenation); None is the
             beginning.
         stop: One past the last index of the slice; None is the end.
@@ -43,10 +44,11 @@ class Axis:
 
     def size(self, tensor: Tensor) -> int:
         """Number of rows of this axis in a tensor; raises if the tensor has no such axis."""
-        shape = tuple(tensor.shape)
-        if not -tensor.ndim <= self.dim < tensor.ndim:
+        shape = tuple(tensor.shape) or (1,)
+        ndim = len(shape)
+        if not -ndim <= self.dim < ndim:
             raise ParameterShapeError(
-                f"{self}: {self.name!r} has shape {shape}, so dim must lie in [{-tensor.ndim}, {tensor.ndim})"
+                f"{self}: {self.name!r} has shape {tuple(tensor.shape)}, so dim must lie in [{-ndim}, {ndim})"
             )
         length = shape[self.dim]
         start, stop = self._bounds(length)
@@ -79,11 +81,13 @@ class Axis:
         """The inverse of `rows`: the slice in the shape that it has in the tensor."""
         part, dim = self._part(like, 0)
         moved = part.movedim(dim, 0).shape
-        return rows.reshape(moved).movedim(0, dim)
+        return rows.reshape(moved).movedim(0, dim) if like.ndim else rows.reshape(())
 
     def replace(self, tensor: Tensor, rows: Tensor) -> Tensor:
         """A copy of the tensor with the rows of this axis replaced."""
         folded = self.fold(rows, tensor)
+        if not tensor.ndim:
+            return folded
         if self.within is not None:
             other, first, last = self.within
             inner = tensor.narrow(other, first, last - first)
@@ -100,6 +104,8 @@ class Axis:
         return self.start or 0, length if self.stop is None else self.stop
 
     def _part(self, tensor: Tensor, batch_dims: int) -> tuple[Tensor, int]:
+        if tensor.ndim == batch_dims:
+            tensor = tensor.unsqueeze(-1)
         dim = self.dim % (tensor.ndim - batch_dims) + batch_dims
         start, stop = self._bounds(tensor.shape[dim])
         if self.within is not None:
