@@ -78,7 +78,9 @@ def test_nothing_false_is_found_in_two_thousand(part: int) -> None:
 # Leaves for which a null space of gradients has more than the finder gives: fixed maps whose symmetries are not along
 # axes (sums with a permuted copy, differences from a mean, x + 1, permutations, which no slice expresses), sorts and
 # largest entries, which jump, frozen numbers that happen to be equal, and gradients that are cut.
-NOT_ALONG_AXES = {13, 14, 16, 17, 27, 28, 30, 31, 32, 33, 35, 38, 39, 40, 46, 47, 53, 55, 56, 57, 58, 65, 67, 68, 69, 70, 74, 78, 80}  # fmt: skip
+NOT_ALONG_AXES = {
+    13, 14, 16, 17, 27, 28, 30, 31, 32, 33, 35, 38, 39, 40, 46, 47, 53, 55, 56, 57, 58, 65, 67, 68, 69, 70, 74, 78, 80,
+}  # fmt: skip
 
 
 def leaves(tree: Any) -> set[int]:
