@@ -1,5 +1,6 @@
 """A comparison of the symmetries that the finder returns with all generators of a model."""
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -109,7 +110,7 @@ def _exponents(model: nn.Module, symmetries: list[Symmetry], rescalings: Rescali
 
 def _joined(tensors: dict[str, Tensor]) -> Tensor:
     """Tensors of shape (k, *parameter) as vectors, shape (k, entries)."""
-    return torch.cat([tensor.flatten(1) for tensor in tensors.values()], 1)
+    return torch.cat([tensor.reshape(len(tensor), math.prod(tensor.shape[1:])) for tensor in tensors.values()], 1)
 
 
 def _compare(detected: Tensor, discovered: Tensor, discovery: Discovery | Rescalings) -> Completeness:

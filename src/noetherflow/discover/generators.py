@@ -4,6 +4,7 @@ A matrix A generates a symmetry if $\nabla\ell(\theta, z) \cdot A\theta = 0$ for
 equations for the entries of A, one for each pair of a parameter vector and an example, both drawn at random.
 """
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -215,4 +216,6 @@ def _complement(dead: Tensor) -> Tensor:
 
 def flat(tensors: Tensors) -> Tensor:
     """Tensors of shape (m, *parameter) as the rows of a matrix in float64, shape (m, n)."""
-    return torch.cat([tensor.flatten(1) for tensor in tensors.values()], 1).to("cpu", torch.float64)
+    return torch.cat([tensor.reshape(len(tensor), math.prod(tensor.shape[1:])) for tensor in tensors.values()], 1).to(
+        "cpu", torch.float64
+    )

@@ -1,5 +1,6 @@
 """Parameters, buffers and examples that are drawn at random, and the gradients of single examples there."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, final
@@ -148,7 +149,7 @@ class Points:
             _, gradients = self._draw_function().at_points(params, leaves, self._rebuild)
         finite = torch.ones(count, dtype=torch.bool, device=self._device)
         for gradient in gradients.values():
-            finite &= gradient.isfinite().flatten(1).all(1)
+            finite &= gradient.isfinite().reshape(len(gradient), math.prod(gradient.shape[1:])).all(1)
         params, gradients = ({name: t[finite] for name, t in tensors.items()} for tensors in (params, gradients))
         return Sample(params, gradients, chosen[finite.cpu()], count)
 

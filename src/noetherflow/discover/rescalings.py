@@ -6,6 +6,7 @@ $w_{ij} = r_i + c_j$: then the unknowns are its rows and columns, and the equati
 of $\theta \odot \nabla\ell$.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -169,7 +170,7 @@ class _Products:
 
 def _entries(products: Tensors) -> Tensor:
     """Every entry, shape (m, entries)."""
-    return torch.cat([product.flatten(1) for product in products.values()], 1)
+    return torch.cat([product.reshape(len(product), math.prod(product.shape[1:])) for product in products.values()], 1)
 
 
 def _sums(products: Tensors) -> Tensor:
