@@ -171,4 +171,4 @@ def _different(parts: Sequence[Tensor], equal: Sequence[Tensor]) -> tuple[bool, 
     """How little the unknowns of an axis are alike, smaller if they are more alike: all, many, or a short axis."""
     all_equal = all(len(part) == len(most) for part, most in zip(parts, equal, strict=True))
     several = all(len(most) > 1 for most in equal)
-    return not all_equal, not several, len(parts[0])
+    return not all_equal, not (all_equal or several), len(parts[0])

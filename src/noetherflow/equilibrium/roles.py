@@ -47,7 +47,9 @@ def roles_of(symmetry: AxisSymmetry, params: Params) -> list[Role]:
 
 def unused_dims(tensor: Tensor, axes: Sequence[Axis]) -> tuple[int, ...]:
     """The dimensions of a tensor along which none of its axes runs, or is limited to a part."""
-    used = {axis.dim % max(1, tensor.ndim) for axis in axes} | {axis.within[0] for axis in axes if axis.within is not None}
+    used = {axis.dim % max(1, tensor.ndim) for axis in axes} | {
+        axis.within[0] for axis in axes if axis.within is not None
+    }
     return tuple(dim for dim in range(tensor.ndim) if dim not in used)
 
 

@@ -188,20 +188,21 @@ def _put_at_fixed_positions(
     if not adds:
         parts = [base, spread]
         return replaced(operation, parts, lambda tensors: operation.target(tensors[0], indices, tensors[1]))
+    layout = layout_of([None if i is None else exponents_of(i) for i in operation.args[1]], len(base.shape), len(shape))
+    operation.forbid_mixing_along(base, layout.axes)
+    operation.forbid_mixing_along(spread, range(layout.first, layout.first + layout.width))
     return _added(operation, base, spread, lambda ids: ids[at])
 
 
 def _added(
     operation: Operation, base: ScalingExponents, source: ScalingExponents, taken: Callable[[Tensor], Tensor]
 ) -> ScalingExponents:
-    """Entries of a source, added to those entries of a base that `taken` takes: both scale alike."""
+    """Entries of a source, added to the entries of a base that `taken` takes: both scale alike."""
+    # Callers forbid to mix entries along axes along which only a part of the base is taken.
     if source.scale_free:
-        operation.forbid_mixing(base)
         return ScalingExponents(operation.shape, base.terms)
     if base.scale_free:
         base = ScalingExponents(base.shape, (Term(1.0, operation.demands.unknowns.new(base.shape)),))
-    operation.forbid_mixing(base)
-    operation.forbid_mixing(source)
     reached = tuple(Term(factor, taken(ids.expand(base.shape))) for factor, ids in base.terms)
     operation.demands.equal(reached, source.terms, operation.reason)
     return ScalingExponents(operation.shape, base.terms)
