@@ -418,6 +418,12 @@ case(
     0,
     units(lambda x: torch.minimum(torch.maximum(x, -torch.ones_like(x)), torch.ones_like(x))),
 )
+case("atan2", "branches", 3, branches(torch.atan2))
+case("atan2", "halves", 2, units(lambda x: torch.atan2(x[:, :2], x[:, 2:]), 4, 2))
+case("atan2", "one for all", 1, units(lambda x: torch.atan2(x, x[:, :1])))
+case("atan2", "above zero", 3, units(lambda x: torch.atan2(x, torch.zeros_like(x)) * x))
+case("atan2", "beside a linear map", 3, branches(lambda a, b: torch.cat([a, b, torch.atan2(a, b)], 1), 3, 9))
+case("atan2", "above one", 0, units(lambda x: torch.atan2(x, torch.ones_like(x))))
 case("gt ge lt le", "branches", 3, branches(
     lambda a, b: torch.where(a > b, a, 0.1 * b) + torch.where(a >= b, a, 0.2 * b) + torch.where(a < b, 0.3 * a, b)
     + torch.where(a <= b, a, 0.1 * b)))  # fmt: skip

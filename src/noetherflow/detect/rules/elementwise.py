@@ -130,6 +130,16 @@ def extreme(operation: Operation) -> ScalingExponents:
     return plus(operation, operation.x, y)
 
 
+@exponent_rule("aten::atan2")
+def angle(operation: Operation) -> Any:
+    """The angle of the point (x, y), entry by entry: it does not scale if both coordinates scale alike."""
+    x = exponents_of(operation.argument(1, "other"))
+    operation.require_equal(operation.x, x)
+    operation.forbid_mixing(operation.x)
+    operation.forbid_mixing(x)
+    return operation.results()
+
+
 @exponent_rule("aten::gt", "aten::ge", "aten::lt", "aten::le", "aten::eq", "aten::ne")
 def compared(operation: Operation) -> ScalingExponents:
     """Whether an entry is larger than another does not depend on the scale if both scale alike."""
