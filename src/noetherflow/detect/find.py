@@ -137,7 +137,7 @@ def _proved(
         raise
     except (RuntimeError, NotImplementedError) as error:
         raise TraceError(
-            "the symmetries that the graph allows cannot be proved, because the loss or its gradient cannot be computed "
+            "symmetries that the graph allows cannot be proved, because the loss or its gradient cannot be computed "
             f"at the parameters of the proof ({type(error).__name__}: {error})"
         ) from error
 
