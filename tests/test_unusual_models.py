@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import noetherflow as nf
 from animals import squared
+from noetherflow.detect.rules import RULES
 
 X, Y = (torch.randn(6, size, generator=torch.Generator().manual_seed(size)) for size in (4, 2))
 HIDDEN = nf.DiagonalSymmetry([nf.Axis("a.weight", 0), nf.Axis("a.bias", 0)], [nf.Axis("b.weight", 1)])
@@ -292,3 +293,21 @@ def test_labelled_tokens_only() -> None:
         "table -> inner": nf.MatrixSymmetry,
         "inner -> head": nf.DiagonalSymmetry,
     }
+
+
+def test_a_rule_that_fails_lets_nothing_through_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(operation: nf.Operation) -> nf.ScalingExponents:
+        return operation.args[7]
+
+    assert list(nf.find_symmetries(Net(), squared, (X, Y))) == ["a -> b"]
+    monkeypatch.setitem(RULES, "aten::relu", failing)
+    with pytest.warns(UserWarning, match=r"relu \(act\): the exponent rule of aten::relu failed \(IndexError.*missing"):
+        assert not nf.find_symmetries(Net(), squared, (X, Y))
+
+
+def test_a_loss_without_a_derivative_is_refused_in_a_sentence() -> None:
+    def stepped(net: Net, x: Tensor) -> Tensor:
+        return net.b(torch.relu(net.a(x))) + torch.heaviside(net.b.bias, x.new_ones(()))
+
+    with pytest.raises(nf.TraceError, match=r"cannot be proved.*derivative for aten::heaviside"):
+        nf.find_symmetries(Net(stepped), squared, (X, Y))

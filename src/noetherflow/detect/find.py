@@ -1,15 +1,17 @@
 """Finding the symmetries of a model: what its graph allows, proved by its numbers."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
+from noetherflow._errors import NoetherflowError, TraceError
 from noetherflow._given import require_loss
 from noetherflow._per_example import own_randomness
 from noetherflow._precision import TOLERANCES
 from noetherflow._types import Batch, Loss
+from noetherflow._verify import Residual
 from noetherflow.detect.explanation import Explanation, Finding
 from noetherflow.detect.families import candidates
 from noetherflow.detect.names import named
@@ -114,7 +116,7 @@ def explain(
     allowed = candidates(demands, solution, _order(graph, parameters))
     names = named(allowed)
     symmetries = [candidate.symmetry for candidate in allowed]
-    residuals = prove(symmetries, model, loss, batch, dtype=dtype) if allowed else []
+    residuals = _proved(symmetries, model, loss, batch, dtype) if allowed else []
     findings = [
         Finding(name, candidate.symmetry, residual, candidate.diagonal, candidate.small)
         for name, candidate, residual in zip(names, allowed, residuals, strict=True)
@@ -123,6 +125,21 @@ def explain(
     rejected = tuple(finding for finding in findings if not _is_proved(finding))
     notes = axis_notes(parameters, graph.unreached, demands.unknowns.axes, solution, proved, rejected)
     return Explanation(proved, rejected, tuple(notes))
+
+
+def _proved(
+    symmetries: Sequence[Symmetry], model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype | None
+) -> list[Residual]:
+    """The residuals of symmetries; a loss without a derivative is refused."""
+    try:
+        return prove(symmetries, model, loss, batch, dtype=dtype)
+    except NoetherflowError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise TraceError(
+            "symmetries that the graph allows cannot be proved, because the loss or its gradient cannot be computed "
+            f"at the parameters of the proof ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _is_proved(finding: Finding) -> bool:

@@ -1,19 +1,21 @@
 """Walks through a graph and collects what every operation demands of the exponents."""
 
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from noetherflow._errors import TraceError
+from noetherflow._errors import NoetherflowError, TraceError
 from noetherflow.detect.choices import apply_to_choices, choices_in
 from noetherflow.detect.demands import Demands
 from noetherflow.detect.exponents import ScalingExponents
 from noetherflow.detect.operation import Operation, exponents_of, opaque, tensors_in, values_of
 from noetherflow.detect.rules import RULES
-from noetherflow.detect.rules.experts import grouped_product
+from noetherflow.detect.rules.experts import GROUPED
+from noetherflow.detect.rules.registry import Rule
 from noetherflow.detect.trace import BY_HAND, Graph, key_of
 from noetherflow.detect.unknowns import Stack, Unknowns
 
@@ -71,10 +73,10 @@ class _Walk:
                 return self._demands.unknowns.parameter(name, shape)
             # Frozen numbers do not scale, but may be others in another checkpoint. Frozen indices and masks are known.
             discrete = not (parameter.is_floating_point() or parameter.is_complex())
-            return ScalingExponents(shape, value=parameter.detach() if discrete else None)
+            return ScalingExponents(shape, value=parameter.detach().cpu() if discrete else None)
         if node.name not in self._graph.values:
             return None
-        value = self._graph.values[node.name].detach().clone()
+        value = self._graph.values[node.name].detach().cpu().clone()
         return ScalingExponents(tuple(value.shape), value=value, varies=node.name in self._graph.varying)
 
     def _call(self, node: fx.Node) -> Any:
@@ -105,10 +107,18 @@ class _Walk:
             summed=[key_of(user.target) for user in node.users] in (["aten::sum"], ["aten::mean"]),
             several=several,
         )
-        rule = RULES.get(key, opaque)
-        if choices_in((args, kwargs)) and rule is not grouped_product:
-            return apply_to_choices(operation, rule)
-        return rule(operation)
+        try:
+            return _apply(RULES.get(key, opaque), operation)
+        except NoetherflowError:
+            raise
+        except Exception as error:
+            # What a rule has demanded so far stays: more demands are never wrong.
+            warnings.warn(
+                f"{operation.reason}: the exponent rule of {key} failed ({type(error).__name__}: {error}), so nothing "
+                "scales through this operation. Symmetries may be missing",
+                stacklevel=2,
+            )
+            return _apply(opaque, operation)
 
     def _shapes(self, node: fx.Node, results: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
         """The shapes of results; where a mask decides, those of this mask."""
@@ -124,12 +134,7 @@ class _Walk:
                 f"{_reason(key_of(node.target), node)}: the shape of a tensor in this computation depends on values "
                 f"that parameters enter, {BY_HAND}"
             )
-        blank = {
-            source: torch.zeros(
-                self._results[source].shape, dtype=source.meta["val"].dtype, device=source.meta["val"].device
-            )
-            for source in unknown
-        }
+        blank = {source: torch.zeros(self._results[source].shape, dtype=source.meta["val"].dtype) for source in unknown}
         args, kwargs = self._values(node.args, blank), self._values(dict(node.kwargs), blank)
         with torch.no_grad():
             value = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -172,6 +177,13 @@ class _Walk:
         return value
 
 
+def _apply(rule: Rule, operation: Operation) -> Any:
+    """The result of a rule, matrix by matrix if the batch chooses between matrices."""
+    if choices_in((operation.args, operation.kwargs)) and operation.key not in GROUPED:
+        return apply_to_choices(operation, rule)
+    return rule(operation)
+
+
 def _constants(value: Any, varies: bool) -> Any:
     if isinstance(value, (list, tuple)):
         return [_constants(each, varies) for each in value]
@@ -179,7 +191,8 @@ def _constants(value: Any, varies: bool) -> Any:
         value = torch.tensor(value)  # A number that is read out of the batch.
     if not isinstance(value, Tensor):
         return value
-    return ScalingExponents(tuple(value.shape), value=value, varies=varies)
+    # Unknowns are on the CPU, and fixed indices are applied to them.
+    return ScalingExponents(tuple(value.shape), value=value.cpu(), varies=varies)
 
 
 def _is_discrete(node: fx.Node) -> bool:

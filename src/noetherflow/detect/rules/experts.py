@@ -11,6 +11,8 @@ from noetherflow.detect.rules.registry import exponent_rule
 
 # A rule runs once per matrix, so that more matrices than these have to scale alike.
 _MOST = 64
+# Products that choose a matrix for each group of rows, and so can take a choice as an argument.
+GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 
 
 def is_stack(x: ScalingExponents) -> bool:
@@ -33,7 +35,7 @@ def matrices_of(operation: Operation, stack: ScalingExponents) -> list[ScalingEx
     ]
 
 
-@exponent_rule("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+@exponent_rule(*GROUPED)
 def grouped_product(operation: Operation) -> Any:
     """Groups of rows of x, shape (N, K), each times a matrix of a stack of shape (E, K, M)."""
     x, stack, index = operation.args[0], exponents_of(operation.args[1]), operation.argument(2, "offs")
