@@ -311,3 +311,16 @@ def test_a_loss_without_a_derivative_is_refused_in_a_sentence() -> None:
 
     with pytest.raises(nf.TraceError, match=r"cannot be proved.*derivative for aten::heaviside"):
         nf.find_symmetries(Net(stepped), squared, (X, Y))
+
+
+@pytest.mark.parametrize("returned", [None, (), [nf.ScalingExponents((6, 3))] * 2])
+def test_a_rule_that_returns_no_exponents_is_told_so(returned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "aten::relu", lambda operation: returned)
+    with pytest.warns(UserWarning, match=r"aten::relu failed \(TypeError: expected ScalingExponents for 1 results"):
+        assert not nf.find_symmetries(Net(), squared, (X, Y))
+
+
+@pytest.mark.parametrize("key", ["relu", "aten::", "aten::relu.default", "a::b::c"])
+def test_a_key_has_a_namespace_and_no_overload(key: str) -> None:
+    with pytest.raises(nf.SettingsError, match=rf"namespace.*got {re.escape(repr(key))}"):
+        nf.exponent_rule(key)

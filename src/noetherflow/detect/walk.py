@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from noetherflow._errors import NoetherflowError, TraceError
-from noetherflow.detect.choices import apply_to_choices, choices_in
+from noetherflow.detect.choices import Choice, apply_to_choices, choices_in
 from noetherflow.detect.demands import Demands
 from noetherflow.detect.exponents import ScalingExponents
 from noetherflow.detect.operation import Operation, exponents_of, opaque, tensors_in, values_of
@@ -181,7 +181,14 @@ def _apply(rule: Rule, operation: Operation) -> Any:
     """The result of a rule, matrix by matrix if the batch chooses between matrices."""
     if choices_in((operation.args, operation.kwargs)) and operation.key not in GROUPED:
         return apply_to_choices(operation, rule)
-    return rule(operation)
+    result = rule(operation)
+    returned = result if isinstance(result, list) else [result]
+    if len(returned) != len(operation.shapes) or not all(isinstance(x, (ScalingExponents, Choice)) for x in returned):
+        raise TypeError(
+            f"expected ScalingExponents for {len(operation.shapes)} results, as operation.results(...) makes them; the "
+            f"rule returned {type(result).__name__}"
+        )
+    return result
 
 
 def _constants(value: Any, varies: bool) -> Any:

@@ -26,7 +26,7 @@ def exponent_rule(*keys: str) -> Callable[[_R], _R]:
         A decorator that returns the function unchanged.
 
     Raises:
-        SettingsError: If a key has no namespace.
+        SettingsError: If a key has no namespace, or an overload.
 
     Examples:
         >>> import noetherflow as nf
@@ -38,10 +38,10 @@ def exponent_rule(*keys: str) -> Callable[[_R], _R]:
     Source: this package's own.
     """
     for key in keys:
-        if key.count("::") != 1 or not all(key.split("::")):
+        if key.count("::") != 1 or not all(key.split("::")) or "." in key:
             raise SettingsError(
-                f"an exponent rule is registered under the name of an operation with its namespace, such as "
-                f"'aten::relu' or 'mylib::relu'; got {key!r}"
+                "an exponent rule is registered under the name of an operation with its namespace and without its "
+                f"overload, such as 'aten::relu' or 'mylib::relu'; got {key!r}"
             )
 
     def register(rule: _R) -> _R:
