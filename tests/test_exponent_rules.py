@@ -13,7 +13,6 @@ from torch.nn import functional
 import checks
 import noetherflow as nf
 import oracles
-from noetherflow.detect import walk
 from noetherflow.detect.rules import RULES
 from noetherflow.discover import completeness
 from rule_cases import CASES, RuleCase, linear, numbers, parameter, units, written
@@ -46,8 +45,6 @@ def symmetries_of(key: str, case: RuleCase, monkeypatch: pytest.MonkeyPatch) -> 
         return kept
 
     monkeypatch.setitem(RULES, key, counted)
-    if rule is walk.grouped_product:
-        monkeypatch.setattr(walk, "grouped_product", counted)  # The rule that takes choices of matrices as they are.
     monkeypatch.setattr(completeness, "find_symmetries", recorded)
     model, loss, batch = built(case)
     with warnings.catch_warnings():
