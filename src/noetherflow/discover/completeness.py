@@ -86,11 +86,13 @@ def check_completeness(model: nn.Module, loss: Loss, batch: Batch) -> Completene
     Source: this package's own.
     """
     size = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
-    symmetries = list(find_symmetries(model, loss, batch).values())
+    # The search comes first, because it explains what it cannot look at.
     if size > MOST_PARAMETERS:
         rescalings = discover_rescalings(model, loss, batch, progress=False)
+        symmetries = list(find_symmetries(model, loss, batch).values())
         return _compare(_exponents(model, symmetries, rescalings), _joined(rescalings.exponents), rescalings)
     discovery = discover_generators(model, loss, batch, progress=False)
+    symmetries = list(find_symmetries(model, loss, batch).values())
     return _compare(live_generators(discovery, symmetries, model), discovery.symmetric, discovery)
 
 

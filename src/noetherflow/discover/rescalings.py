@@ -155,17 +155,19 @@ class _Products:
 
     def __call__(self, params: Tensors, gradients: Tensors) -> Tensor:
         """The rows, shape (m, unknowns)."""
-        for name, gradient in gradients.items():
-            if len(gradient):
-                before = self._largest[name].to(gradient)
-                self._largest[name] = torch.maximum(before, gradient.abs().amax(0))
+        if len(next(iter(gradients.values()))):
+            sizes = {name: gradient.abs() for name, gradient in gradients.items() if gradient.numel()}
+            longest = torch.stack([size.reshape(len(size), -1).amax(1) for size in sizes.values()]).amax(0)
+            for name, size in sizes.items():
+                # Shares of the largest entry at each point: gradients of large parameters would hide all others.
+                share = size / longest.clamp_min(torch.finfo(size.dtype).tiny).reshape(-1, *[1] * (size.ndim - 1))
+                self._largest[name] = torch.maximum(self._largest[name].to(share), share.amax(0))
         return self._layout({name: params[name] * gradients[name] for name in params})
 
     @property
     def reached(self) -> Tensors:
         """For each parameter a mask of the entries with a gradient that is more than rounding."""
-        least = ROUNDING * max(float(tensor.max()) for tensor in self._largest.values())
-        return {name: tensor > least for name, tensor in self._largest.items()}
+        return {name: tensor > ROUNDING for name, tensor in self._largest.items()}
 
 
 def _entries(products: Tensors) -> Tensor:
