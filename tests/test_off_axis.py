@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import noetherflow as nf
 from noetherflow import _explain
 from noetherflow._errors import SettingsError
-from noetherflow.detect import find
+from noetherflow.detect.find import explain_axes
 
 Subject = tuple[nn.Module, nf.Loss, tuple[Tensor, Tensor]]
 
@@ -173,8 +173,8 @@ def test_the_finder_and_an_analysis_search_along_axes_only(searches: list[nn.Mod
     model, loss, batch = regression(linear(3), 1)
     assert list(nf.find_symmetries(model, loss, batch)) == ["0 -> 1"]
     nf.analyze(model, loss, [batch], nf.SGD(0.1, 8), progress=False)
-    assert find.explain(model, loss, batch).off_axis_note == ""
-    assert "do not act along axes" not in str(find.explain(model, loss, batch))
+    assert explain_axes(model, loss, batch).off_axis_note == ""
+    assert "do not act along axes" not in str(explain_axes(model, loss, batch))
     assert not searches
     assert nf.explain(model, loss, batch).off_axis_note
     assert searches == [model]

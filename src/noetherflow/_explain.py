@@ -9,8 +9,8 @@ from noetherflow._model_function import ModelFunction
 from noetherflow._precision import TOLERANCES
 from noetherflow._types import Batch, Loss
 from noetherflow._verify import verify_symmetry
-from noetherflow.detect import find
 from noetherflow.detect.explanation import Explanation
+from noetherflow.detect.find import explain_axes
 from noetherflow.discover import discover_generators
 from noetherflow.discover.spans import beyond
 from noetherflow.symmetry import DenseSymmetry, Symmetry
@@ -80,7 +80,7 @@ def explain(
 
     Source: the search is this package's own.
     """
-    explanation = find.explain(model, loss, batch, approximate=approximate, dtype=dtype)
+    explanation = explain_axes(model, loss, batch, approximate=approximate, dtype=dtype)
     # Approximate symmetries are not generators, so they are in no span of generators.
     exact = [finding.symmetry for finding in explanation.found if not finding.small]
     generators, note = _off_axis(model, loss, batch, exact)

@@ -2,7 +2,7 @@
 
 from noetherflow.detect.explanation import AxisNote, Explanation, Finding
 from noetherflow.detect.exponents import ScalingExponents
-from noetherflow.detect.find import explain, find_symmetries
+from noetherflow.detect.find import find_symmetries
 from noetherflow.detect.operation import Operation
 from noetherflow.detect.rules import exponent_rule
 
@@ -12,7 +12,6 @@ __all__ = [
     "Finding",
     "Operation",
     "ScalingExponents",
-    "explain",
     "exponent_rule",
     "find_symmetries",
 ]

@@ -64,7 +64,7 @@ def find_symmetries(
 
     Source: Ziyin et al. (2024) for what an exponential symmetry is; the search is this package's own.
     """
-    explanation = explain(model, loss, batch, approximate=approximate, dtype=dtype)
+    explanation = explain_axes(model, loss, batch, approximate=approximate, dtype=dtype)
     warn_of_rejected(explanation)
     return explanation.symmetries
 
@@ -79,33 +79,24 @@ def warn_of_rejected(explanation: Explanation) -> None:
         )
 
 
-def explain(
+def explain_axes(
     model: nn.Module, loss: Loss, batch: Batch, *, approximate: bool = False, dtype: torch.dtype | None = None
 ) -> Explanation:
-    """What `find_symmetries` finds, how well each is proved, and what acts on every axis of every parameter or why not.
+    """The symmetries along axes with their certificates, and for every other axis the reason why it has none.
 
     Args:
-        model: As for `find_symmetries`.
-        loss: Likewise.
-        batch: Likewise.
-        approximate: Likewise.
-        dtype: Likewise.
+        model: The model.
+        loss: `loss(model, batch)`, shape (B,).
+        batch: The examples.
+        approximate: Include symmetries that are exact only up to the `eps` of a normalisation.
+        dtype: Precision of the proofs; None chooses it.
 
     Returns:
-        The findings; printing them prints a table.
+        The explanation, without generators off axes.
 
     Raises:
         TraceError: If the computation cannot be written down as a graph.
-
-    Examples:
-        >>> import torch, noetherflow as nf
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
-        >>> batch = torch.randn(8, 4), torch.randn(8, 1)
-        >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
-        >>> nf.explain(net, loss, batch).axes[0].reason
-        'tanh (1)'
-
-    Source: the search is this package's own.
+        LossError: If the loss does not return one number per example.
     """
     require_loss(model, loss, batch, "find_symmetries")
     graph = trace(model, loss, batch)

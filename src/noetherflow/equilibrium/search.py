@@ -19,7 +19,7 @@ from noetherflow._per_example import own_randomness, require_losses, require_unc
 from noetherflow._progress import track
 from noetherflow._types import Batch, Loss, Params
 from noetherflow._verify import Residual
-from noetherflow.detect.find import explain, warn_of_rejected
+from noetherflow.detect.find import explain_axes, warn_of_rejected
 from noetherflow.equilibrium.blocks import Blocks
 from noetherflow.equilibrium.descent import Descent, Point
 from noetherflow.equilibrium.memory import require_memory
@@ -181,7 +181,7 @@ def _detected(
 ) -> tuple[dict[str, Symmetry], dict[str, Residual], list[str]]:
     """The symmetries of the graph less those of parameters that SGD does not move, their residuals, and notes."""
     for _ in track(range(1), "symmetries", total=1, shown=progress):
-        explanation = explain(model, loss, batch, dtype=dtype)
+        explanation = explain_axes(model, loss, batch, dtype=dtype)
     warn_of_rejected(explanation)
     still = _still(model, loss, batch, dtype, sgd)
     notes = [f"left out, because {reason}: {', '.join(names)}" for reason, names in still.items() if names]
