@@ -219,7 +219,9 @@ def sent(x: Tensor) -> Tensor:
 
 
 def ordered(x: Tensor) -> Tensor:
-    return x.gather(1, x.sum(-1, keepdim=True).argsort(1).expand(x.shape))
+    # Plain sums of permuted features are equal, and rounding would decide on their order.
+    weights = torch.arange(1, x.shape[-1] + 1).sqrt().to(x)
+    return x.gather(1, (x * weights).sum(-1, keepdim=True).argsort(1).expand(x.shape))
 
 
 def largest(x: Tensor) -> Tensor:
