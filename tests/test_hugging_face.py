@@ -8,8 +8,8 @@ import resting
 
 # Models without float64, whose experts are multiplied by a kernel of coarser types.
 COARSE = {"Mixtral", "DeepSeek-V3"}
-# Known to be wrong: the norm before the experts shares their tensors, the solver holds a joint direction as a runaway, and
-# the drift that is left there (1 % of that at the start) is called converged.
+# Known to be wrong: the norm before the experts shares their tensors, the solver holds a joint direction as a runaway,
+# and the drift that is left there (1 % of that at the start) is called converged.
 HELD = {"Mixtral", "DeepSeek-V3"}
 SHORT = {"ConvNeXt", "Mamba"}
 names = pytest.mark.parametrize(
