@@ -10,10 +10,10 @@ from typing import Any, final
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from noetherflow._autograd import is_reentrant, nodes_of
 from noetherflow._batch import tensors_of
+from noetherflow._precision import tensors_within
 from noetherflow._types import Batch
 
 
@@ -48,10 +48,10 @@ class OtherRoads(TorchFunctionMode):
         """Call the function, and collect the tensors that it reads."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        results = _tensors(result)
+        results = tensors_within(result)
         self.has_cond |= getattr(func, "__name__", "") == "cond"
         if results:
-            self._collect(_tensors(_whose_numbers_count(func, args, kwargs)))
+            self._collect(tensors_within(_whose_numbers_count(func, args, kwargs)))
             self._known |= {_memory(tensor) for tensor in results}
         return result
 
@@ -101,10 +101,6 @@ def _whose_numbers_count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     if name.endswith("_like") or name.startswith("new_"):
         return ()
     return args[:1] if name.endswith("_as") or name == "to" else (args, kwargs)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [entry for entry in tree_leaves(value) if isinstance(entry, Tensor)]
 
 
 def _memory(tensor: Tensor) -> int:

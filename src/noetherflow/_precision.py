@@ -60,13 +60,13 @@ class Watch(TorchFunctionMode):
         """Call the function, and collect the dtypes of its arguments and results."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        tensors = _tensors((args, kwargs, result))
+        tensors = tensors_within((args, kwargs, result))
         if any(tensor.requires_grad or isinstance(tensor, nn.Parameter) for tensor in tensors):
             self.seen |= {tensor.dtype for tensor in tensors}
         return result
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_within(value: Any) -> list[Tensor]:
     """The tensors in nested dictionaries, tuples and lists."""
     if isinstance(value, Tensor):
         return [value]
@@ -74,4 +74,4 @@ def _tensors(value: Any) -> list[Tensor]:
         value = value.values()
     elif not isinstance(value, (tuple, list)):
         return []
-    return [tensor for entry in value for tensor in _tensors(entry)]
+    return [tensor for entry in value for tensor in tensors_within(entry)]

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 
 from noetherflow.detect.exponents import ScalingExponents
-from noetherflow.detect.operation import Operation, exponents_of, values_of
+from noetherflow.detect.operation import Operation, exponents_of, instances_in, mapped, values_of
 
 _ENTRYWISE = {
     "aten::add", "aten::sub", "aten::mul", "aten::div", "aten::neg", "aten::abs", "aten::pow", "aten::relu",
@@ -49,11 +49,7 @@ class Choice:
 
 def choices_in(value: Any) -> list[Choice]:
     """All choices in nested arguments."""
-    if isinstance(value, Choice):
-        return [value]
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    return [choice for each in value for choice in choices_in(each)] if isinstance(value, (list, tuple)) else []
+    return instances_in(Choice, value)
 
 
 def apply_to_choices(operation: Operation, rule: Callable[[Operation], Any]) -> Any:
@@ -73,29 +69,23 @@ def _combined(operation: Operation) -> Operation:
     """The operation on tensors of which all matrices scale alike, because positions are combined."""
 
     def common(value: Any) -> Any:
-        if isinstance(value, Choice):
-            first, *others = value.variants
-            for other in others:
-                operation.demands.equal(first.terms, other.terms, f"{operation.reason} combines chosen matrices")
-            return first
-        return _mapped(value, common)
+        if not isinstance(value, Choice):
+            return value
+        first, *others = value.variants
+        for other in others:
+            operation.demands.equal(first.terms, other.terms, f"{operation.reason} combines chosen matrices")
+        return first
 
-    return replace(operation, args=common(operation.args), kwargs=common(operation.kwargs))
+    return replace(operation, args=mapped(common, operation.args), kwargs=mapped(common, operation.kwargs))
 
 
 def _variant(operation: Operation, number: int) -> Operation:
     """The operation as if all positions had chosen one matrix."""
 
     def taken(value: Any) -> Any:
-        return value.variants[number] if isinstance(value, Choice) else _mapped(value, taken)
+        return value.variants[number] if isinstance(value, Choice) else value
 
-    return replace(operation, args=taken(operation.args), kwargs=taken(operation.kwargs))
-
-
-def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, dict):
-        return {key: function(each) for key, each in value.items()}
-    return type(value)(function(each) for each in value) if isinstance(value, (list, tuple)) else value
+    return replace(operation, args=mapped(taken, operation.args), kwargs=mapped(taken, operation.kwargs))
 
 
 def _axes_after(operation: Operation) -> list[frozenset[int]] | None:

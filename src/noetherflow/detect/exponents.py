@@ -115,11 +115,6 @@ def aligned(terms: Iterable[Term], ndim: int) -> tuple[Term, ...]:
     return tuple(Term(factor, ids.reshape((1,) * (ndim - ids.ndim) + tuple(ids.shape))) for factor, ids in terms)
 
 
-def broadcast(x: ScalingExponents, shape: Sequence[int]) -> ScalingExponents:
-    """The exponents of a tensor that is broadcast to a shape."""
-    return replace(x, shape=tuple(shape), terms=aligned(x.terms, len(shape)))
-
-
 def product(first: ScalingExponents, second: ScalingExponents) -> ScalingExponents:
     """The exponents of an elementwise product: the sum."""
     shape = tuple(torch.broadcast_shapes(first.shape, second.shape))

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
 
 from noetherflow.detect.demands import Demands
 from noetherflow.detect.exponents import ScalingExponents, Term, aligned, compressed, varies_along
+
+_K = TypeVar("_K")
 
 # The largest number that is taken for one that keeps a norm from vanishing.
 SMALL = 1e-3
@@ -177,13 +179,29 @@ def plus(operation: Operation, x: ScalingExponents, y: ScalingExponents | None, 
     return ScalingExponents(operation.shape, terms, scores=x.scores or y.scores)
 
 
-def tensors_in(value: Any) -> list[ScalingExponents]:
-    """All tensors in nested arguments."""
-    if isinstance(value, ScalingExponents):
+def instances_in(kind: type[_K], value: Any) -> list[_K]:
+    """All objects of a class in nested arguments."""
+    if isinstance(value, kind):
         return [value]
     if isinstance(value, dict):
         value = tuple(value.values())
-    return [x for each in value for x in tensors_in(each)] if isinstance(value, (list, tuple)) else []
+    return [x for each in value for x in instances_in(kind, each)] if isinstance(value, (list, tuple)) else []
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Nested arguments with a function applied to everything that is no container."""
+    if isinstance(value, dict):
+        return {key: mapped(function, each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        # Lists of a graph have a class of their own, which operations do not take.
+        results = [mapped(function, each) for each in value]
+        return tuple(results) if isinstance(value, tuple) else results
+    return function(value)
+
+
+def tensors_in(value: Any) -> list[ScalingExponents]:
+    """All tensors in nested arguments."""
+    return instances_in(ScalingExponents, value)
 
 
 def exponents_of(value: Any) -> ScalingExponents:
@@ -197,8 +215,4 @@ def exponents_of(value: Any) -> ScalingExponents:
 
 def values_of(value: Any) -> Any:
     """Nested arguments with the tensors themselves in the place of their exponents."""
-    if isinstance(value, ScalingExponents):
-        return value.value
-    if isinstance(value, dict):
-        return {key: values_of(each) for key, each in value.items()}
-    return type(value)(values_of(each) for each in value) if isinstance(value, (list, tuple)) else value
+    return mapped(lambda each: each.value if isinstance(each, ScalingExponents) else each, value)

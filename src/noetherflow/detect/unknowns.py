@@ -117,11 +117,11 @@ class Unknowns:
             Unknowns that can be set to zero without loss of generality.
         """
         chosen = []
+        by_parameter: dict[str, dict[int, list[Tensor]]] = {name: {} for name in self._gauges}
+        for each in self.axes:
+            by_parameter[each.parameter].setdefault(each.axis, []).append(each.ids)
         for name, sizes in self._gauges.items():
-            axes: dict[int, list[Tensor]] = {}
-            for each in self.axes:
-                if each.parameter == name:
-                    axes.setdefault(each.axis, []).append(each.ids)
+            axes = by_parameter[name]
             for size in sizes:
                 for stack in self._stacks:
                     if stack.parameter == name and stack.parts == size and len(axes.get(stack.over, ())) == 1:

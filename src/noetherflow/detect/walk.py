@@ -12,7 +12,7 @@ from noetherflow._errors import NoetherflowError, TraceError
 from noetherflow.detect.choices import Choice, apply_to_choices, choices_in
 from noetherflow.detect.demands import Demands
 from noetherflow.detect.exponents import ScalingExponents
-from noetherflow.detect.operation import Operation, exponents_of, opaque, tensors_in, values_of
+from noetherflow.detect.operation import Operation, exponents_of, mapped, opaque, tensors_in, values_of
 from noetherflow.detect.rules import RULES
 from noetherflow.detect.rules.experts import GROUPED
 from noetherflow.detect.rules.registry import Rule
@@ -143,11 +143,13 @@ class _Walk:
 
     def _values(self, value: Any, blank: Mapping[fx.Node, Tensor]) -> Any:
         """Nested arguments with numbers for all tensors."""
-        if isinstance(value, fx.Node):
-            return blank[value] if value in blank else values_of(self._results[value])
-        if isinstance(value, dict):
-            return {key: self._values(each, blank) for key, each in value.items()}
-        return type(value)(self._values(each, blank) for each in value) if isinstance(value, (list, tuple)) else value
+
+        def number(each: Any) -> Any:
+            if not isinstance(each, fx.Node):
+                return each
+            return blank[each] if each in blank else values_of(self._results[each])
+
+        return mapped(number, value)
 
     def _number(self, node: fx.Node, key: str, tensors: Sequence[ScalingExponents]) -> ScalingExponents:
         """A Python number that is read out of a tensor, as by `item`. No gradient passes, so it must not scale."""
@@ -167,14 +169,8 @@ class _Walk:
         return _constants(value, varies or torch.Tag.nondeterministic_seeded in tags)
 
     def _resolved(self, value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return self._results[value]
-        if isinstance(value, dict):
-            return {key: self._resolved(each) for key, each in value.items()}
-        if isinstance(value, (list, tuple)):
-            resolved = [self._resolved(each) for each in value]
-            return tuple(resolved) if isinstance(value, tuple) else resolved
-        return value
+        """Nested arguments with the results of nodes in the place of the nodes."""
+        return mapped(lambda each: self._results[each] if isinstance(each, fx.Node) else each, value)
 
 
 def _apply(rule: Rule, operation: Operation) -> Any:
