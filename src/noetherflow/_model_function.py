@@ -95,11 +95,16 @@ class ModelFunction:
             result: _T = functional_call(self._holder, state, (action,), tie_weights=False)
         return result
 
+    def with_values(self, params: Params) -> "ModelFunction":
+        """This function with other values of the parameters that a call does not give."""
+        other = copy.copy(self)
+        other.params = self.params | dict(params)
+        other.trained = {name: other.params[name] for name in self.trained}
+        return other
+
     def moved(self, change: Callable[[Tensor], Tensor], change_buffer: Callable[[Tensor], Tensor]) -> "ModelFunction":
         """This function with changed parameters, of the loss too, and changed buffers. Tied tensors remain tied."""
-        other = copy.copy(self)
-        other.params = {name: change(tensor) for name, tensor in self.params.items()}
-        other.trained = {name: other.params[name] for name in self.trained}
+        other = self.with_values({name: change(tensor) for name, tensor in self.params.items()})
         other._constants = {key: change(tensor) for key, tensor in self._constants.items() if key not in self._buffers}
         other._buffers = {key: change_buffer(tensor) for key, tensor in self._buffers.items()}
         return other
@@ -154,8 +159,7 @@ class ModelFunction:
         """The losses of examples of a batch and their gradients.
 
         Every example is evaluated as a batch of size 1. Tensors of the batch whose leading dimension is not the batch
-        size are shared by all examples. The evaluation is vectorised; a model that `vmap` refuses is evaluated in a
-        loop.
+        size are shared by all examples. The evaluation is vectorised, or a loop where `vmap` refuses the model.
 
         Args:
             params: The parameters to differentiate by; for parameters that are not given, the model's values.
@@ -177,8 +181,7 @@ class ModelFunction:
                 f"{where}: the loss has {size} examples, but no tensor of the batch has that leading dimension: "
                 f"{[tuple(leaf.shape) for leaf in leaves]}"
             )
-        pairs = zip(leaves, stacked, strict=True)
-        singles = [leaf[examples].unsqueeze(1) if is_stacked else leaf for leaf, is_stacked in pairs]
+        singles = [x[examples].unsqueeze(1) if is_own else x for x, is_own in zip(leaves, stacked, strict=True)]
         return self._each(params, singles, lambda tensors: with_tensors(batch, tensors), [False, *stacked], "different")
 
     def at_points(
@@ -242,8 +245,7 @@ class ModelFunction:
                 gradients, values = vectorised() if stacked[0] else self.at(params, vectorised)
                 return values, gradients
             except RuntimeError:
-                # vmap refuses checkpoints, functions without setup_context, recurrent layers and branches on values. A
-                # mistake in the user's loss is raised again by the loop.
+                # vmap refuses checkpoints, recurrent layers and branches. The loop raises a mistake of the user again.
                 self._in_a_loop = True
         inputs = zip((next(iter(params.values())), *tensors), stacked, strict=True)
         count = next(len(tensor) for tensor, is_stacked in inputs if is_stacked)

@@ -170,7 +170,9 @@ class Estimate:
 
     def at(self, trained: Params) -> "Estimate":
         """An empty estimate with the outcome of all checks, at further values of the trained parameters."""
-        subject = replace(self._subject, trained=dict(trained))
+        # Where only some parameters are differentiated by, the others have these values, too.
+        function = self._subject.function.with_values(trained)
+        subject = replace(self._subject, function=function, trained=dict(trained))
         other = Estimate(subject, exact=self._exact, variances=self._variances, max_bytes=self._max_bytes)
         other._random = self._random
         other._quick = None if self._quick is None else self._quick.fresh(subject)
