@@ -15,12 +15,14 @@ from noetherflow._residual import cosine
 from noetherflow._types import Batch
 from noetherflow.noise.asked import asked_of
 from noetherflow.noise.batches import BatchNoise, pooled
-from noetherflow.noise.capture import Capture, Fate
+from noetherflow.noise.capture.calls import WithoutDropout
+from noetherflow.noise.capture.fate import Fate
+from noetherflow.noise.capture.mode import Capture
+from noetherflow.noise.capture.placing import Places
 from noetherflow.noise.exact import Subject, chunks
 from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger
-from noetherflow.noise.modes import Calm
 from noetherflow.noise.moments import NoiseMoments
-from noetherflow.noise.rules import RULES
+from noetherflow.noise.ops import RULES
 from noetherflow.noise.squares import square, square_stack
 from noetherflow.symmetry import along_axes
 
@@ -50,7 +52,7 @@ class FastPass:
         self.unknown: dict[str, str] = {}
         self._symmetries = along_axes(subject.symmetries)
         self._subject, self._variances, self._max_bytes = subject, variances, max_bytes
-        self._capture: Capture | None = None
+        self._places: dict[int, Places] = {}
         self._own: list[int] = []
         self._contents = Contents.of(asked_of(subject.trained, self._symmetries, variances=variances), subject.trained)
         self._each: Ledger | None = None
@@ -63,6 +65,7 @@ class FastPass:
         """An empty accumulator with the outcome of all checks, for further batches or for further parameters."""
         other = FastPass(subject, variances=self._variances, max_bytes=self._max_bytes)
         other._own, other.unknown, other._direction = self._own, self.unknown, {}
+        other._places = self._places
         return other
 
     @property
@@ -92,6 +95,9 @@ class FastPass:
         if not random:
             require_independent(alone, together[: len(alone)], where, subject.function.tolerance.rounding)
         subject.require_symmetric(stack, 0, where)
+        if len(few) < 2:
+            self._own = []
+            return
         capture, _ = self._measure(select(batch, few, size), calm=random)
         squares = capture.ledger.row(EACH).squares()
         rough = subject.function.tolerance.rounding
@@ -108,6 +114,8 @@ class FastPass:
         """Measure a batch; false if it has to be done exactly."""
         if not self._own:
             return False
+        if len(tensors_of(batch)[self._own[0]]) < 2:
+            return False
         capture, losses = self._measure(batch, calm=False)
         size = require_losses(losses, where)
         ledger, gradients = capture.ledger, self._gradients(capture)
@@ -116,7 +124,7 @@ class FastPass:
         if number & (number - 1) == 0 and not self._is_symmetric(ledger, gradients, size):
             return False
         each, whole = ledger.trace
-        if size < 2 or not each - whole / size > self._subject.function.tolerance.rounding * each:
+        if not each - whole / size > self._subject.function.tolerance.rounding * each:
             return False
         alone = ledger.row(EACH)
         self._each = alone.scaled(1.0) if self._each is None else self._each.combine(alone, 1.0)
@@ -149,11 +157,19 @@ class FastPass:
         subject = self._subject
         leaves = tensors_of(batch)
         own = [leaves[index] for index in self._own]
-        capture = Capture(subject.trained, self._contents, len(own[0]), own, RULES, fate=Fate.KEPT, calm=calm)
+        size = len(own[0])
+        places = self._places.setdefault(size, Places(size))
+        roots = {name: tensor.detach().requires_grad_() for name, tensor in subject.trained.items()}
+        capture = Capture(roots, self._contents, places, own, RULES, fate=Fate.KEPT, calm=calm)
+
+        def differentiate(losses: Tensor) -> None:
+            """The backward pass, in which layers under checkpoint look for their parameters once more."""
+            if isinstance(losses, Tensor) and losses.requires_grad:
+                torch.autograd.backward(losses.sum(), inputs=list(roots.values()))
+
         with eager(), torch.enable_grad(), capture:
-            self._capture = capture
-            losses = subject.function.then(subject.trained, batch, self._differentiate)
-        self.unknown = capture.unknown | self.unknown
+            losses = subject.function.then(roots, batch, differentiate)
+        self.unknown = capture.refused | self.unknown
         return capture, losses.detach()
 
     def _gradients(self, capture: Capture) -> dict[str, Tensor]:
@@ -164,12 +180,6 @@ class FastPass:
                 gradient = capture.gradients.get(name)
                 found[name] = torch.zeros_like(one) if gradient is None else gradient
         return found
-
-    def _differentiate(self, losses: Tensor) -> None:
-        """The backward pass, in which layers under checkpoint look for their parameters once more."""
-        leaves = self._capture.leaves if self._capture else []
-        if leaves and isinstance(losses, Tensor) and losses.requires_grad:
-            torch.autograd.backward(losses.sum(), inputs=leaves)
 
     def _settle(self) -> None:
         """Put recent batches with all others, in float64."""
@@ -213,7 +223,7 @@ class FastPass:
     def _one_by_one(self, examples: list[Batch], *, calm: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and gradient of each example, by a backward pass of its own."""
         subject = self._subject
-        with Calm() if calm else nullcontext():
+        with WithoutDropout() if calm else nullcontext():
             single = [subject.function.gradient(subject.trained, example) for example in examples]
         losses = torch.stack([losses.sum() for losses, _ in single])
         return losses, {name: torch.stack([gradient[name] for _, gradient in single]) for name in subject.trained}

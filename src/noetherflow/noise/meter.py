@@ -2,22 +2,25 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import final
 
 from torch import nn
 
 from noetherflow._batch import is_per_example, tensors_of
-from noetherflow._errors import EmptyDataError, SettingsError
+from noetherflow._errors import CoupledExamplesError, EmptyDataError, SettingsError
 from noetherflow._holder import eager
 from noetherflow._per_example import require_uncoupled
 from noetherflow._types import Batch
 from noetherflow.noise.asked import asked_of
 from noetherflow.noise.batches import Pool
-from noetherflow.noise.capture import Capture, Fate
+from noetherflow.noise.capture.fate import Fate
+from noetherflow.noise.capture.mode import Capture
+from noetherflow.noise.capture.placing import Places
 from noetherflow.noise.exact import resolve
 from noetherflow.noise.ledger import Contents
 from noetherflow.noise.moments import NoiseMoments
-from noetherflow.noise.rules import RULES
+from noetherflow.noise.ops import RULES
 from noetherflow.symmetry import Symmetry, along_axes
 
 
@@ -73,6 +76,8 @@ class NoiseMeter:
         asked = asked_of(self._params, self._symmetries, variances=self._variances)
         self._contents = Contents.of(asked, self._params)
         self._pool = Pool(self._symmetries, self._params)
+        self._places: dict[int, Places] = {}
+        self.unmeasured: dict[str, str] = {}
 
     @contextmanager
     def step(self, batch: Batch, *, weight: float | None = None, train: bool = True) -> Iterator[None]:
@@ -101,23 +106,21 @@ class NoiseMeter:
         size = next((len(leaf) for leaf in leaves if leaf.ndim), 0)
         if not size:
             raise EmptyDataError("the batch holds no tensor with an entry per example")
-        own = [leaf for leaf in leaves if is_per_example(leaf, size)]
+        if size < 2:
+            yield  # a single example is its own mean
+            return
+        given = [leaf for leaf in leaves if is_per_example(leaf, size)]
+        places = self._places.setdefault(size, Places(size))
         fate = Fate.PASSED_ON if train else Fate.DROPPED
-        capture = Capture(self._params, self._contents, size, own, RULES, fate=fate)
+        capture = Capture(self._params, self._contents, places, given, RULES, fate=fate)
         with eager(), capture:
             yield
-        if capture.unknown:
-            listing = "; ".join(f"{name} ({operation})" for name, operation in capture.unknown.items())
-            raise SettingsError(
-                f"the gradients of these parameters cannot be taken apart by example in passing: {listing}. "
-                "Use estimate_noise, which forms them one by one"
-            )
-        if not capture.gradients:
-            raise SettingsError(
-                "no gradient of a parameter was seen: forward and backward pass of this model both have to run inside "
-                "`with meter.step(batch)`"
-            )
-        self._add(capture, size, 1 / size if weight is None else weight)
+        self._require_measured(capture)
+        self.unmeasured = capture.refused | self.unmeasured
+        # A step that overflows is left out, as a gradient scaler skips it.
+        scatter = capture.ledger.settled(-1.0 / size)
+        if not self._pool.add(scatter, size, size - 1, 1 / size if weight is None else weight):
+            self.skipped += 1
 
     @property
     def noise(self) -> NoiseMoments:
@@ -126,11 +129,33 @@ class NoiseMeter:
         Raises:
             EmptyDataError: If nothing was measured, or only batches of one example.
         """
-        return self._pool.moments()
+        moments = self._pool.moments()
+        if not self.unmeasured:
+            return moments
+        names = [name for name, one in self._symmetries.items() if self.unmeasured.keys().isdisjoint(one.names)]
+        return replace(moments.select(*names), unmeasured=dict(self.unmeasured))
 
-    def _add(self, capture: Capture, size: int, weight: float) -> None:
-        if size < 2:
-            return  # a single example is its own mean
-        scatter = capture.ledger.settled(-1.0 / size)
-        if not self._pool.add(scatter, size, size - 1, weight):
-            self.skipped += 1  # as a gradient scaler skips the step
+    def _require_measured(self, capture: Capture) -> None:
+        """Raise if a step cannot be measured at all; the gradients that it left are right."""
+        if capture.joined:
+            raise CoupledExamplesError(
+                f"the loss is no sum over the examples of the batch, as far as can be seen: {capture.joined}. The gradient "
+                "of a single example does not exist, or cannot be told. MicrobatchMeter measures the noise between "
+                "microbatches"
+            )
+        if not capture.gradients and not capture.met and capture.refused:
+            raise SettingsError(
+                "no tensor of the batch reaches the model: give step() the tensors that go into it, after they were "
+                "moved or normalised, or do that inside of the block"
+            )
+        if not capture.gradients and not capture.refused:
+            raise SettingsError(
+                "no gradient of a parameter was seen: forward and backward pass of this model both have to run inside "
+                "`with meter.step(batch)`"
+            )
+        if not capture.gradients:
+            listing = "; ".join(f"{name} ({cause})" for name, cause in capture.refused.items())
+            raise SettingsError(
+                f"the gradients of these parameters cannot be taken apart by example in passing: {listing}. "
+                "Use estimate_noise, which forms them one by one"
+            )

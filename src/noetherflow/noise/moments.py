@@ -66,6 +66,8 @@ class NoiseMoments:
         symmetries: The symmetries it was measured for, with parameters under their canonical names.
         fallback: The parameters whose gradients had to be formed example by example although a quicker way was wanted,
             each with the reason.
+        unmeasured: The parameters whose gradients could not be taken apart by example in a training step, each with the
+            reason. Symmetries that act on such parameters are left out, and there is no total.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -89,6 +91,7 @@ class NoiseMoments:
     spreads: dict[str, Spread] = field(repr=False)
     symmetries: dict[str, Symmetry]
     fallback: dict[str, str] = field(default_factory=dict)
+    unmeasured: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -159,6 +162,7 @@ class NoiseMoments:
             + weight * torch.stack([difference.square().sum() for difference in gap.values()]).sum(),
             spreads={name: spread.merge(other.spreads[name]) for name, spread in self.spreads.items()},
             fallback=self.fallback | other.fallback,
+            unmeasured=self.unmeasured | other.unmeasured,
         )
 
     @property
@@ -173,7 +177,17 @@ class NoiseMoments:
 
     @property
     def trace(self) -> Tensor:
-        r"""$\mathrm{Tr}\,\Sigma$ over all parameters that were trained, per example, shape ()."""
+        r"""$\mathrm{Tr}\,\Sigma$ over all parameters that were trained, per example, shape ().
+
+        Raises:
+            SettingsError: If the noise of a parameter was not measured.
+        """
+        if self.unmeasured:
+            listing = "; ".join(f"{name} ({cause})" for name, cause in self.unmeasured.items())
+            raise SettingsError(
+                "the total noise is not known, because the gradients of these parameters cannot be taken apart by "
+                f"example in passing: {listing}. Use estimate_noise, which forms them one by one"
+            )
         return self.total_scatter / self.count
 
     @property

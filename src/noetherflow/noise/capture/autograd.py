@@ -1,6 +1,7 @@
-"""Operations whose backward pass notes the gradients of parameters."""
+"""Operations whose backward pass records the gradients of parameters."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
-from noetherflow.noise.modes import aside
+from noetherflow._errors import SettingsError
+from noetherflow.noise.capture.calls import unseen
 from noetherflow.noise.passes import group_norm_back
 
 # From what an operation was given and the gradient of what came out to what autograd hands on to its parameters.
@@ -30,9 +32,14 @@ def tap(output: Tensor, source: Tensor, note: Note, roots: Iterable[Tensor]) -> 
     return _Tap.apply(output, source, note, *roots)  # type: ignore[no-untyped-call]
 
 
-def spread(tensor: Tensor, shape: tuple[int, ...], note: Callable[[Tensor], Tensor | None], root: Tensor) -> Tensor:
+def spread(
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    note: Callable[[Tensor], Tensor | None | list[Tensor | None]],
+    roots: Iterable[Tensor],
+) -> Tensor:
     """A tensor expanded; the gradient of every copy is noted."""
-    return _Spread.apply(tensor, shape, note, root)  # type: ignore[no-untyped-call]
+    return _Spread.apply(tensor, shape, note, *roots)  # type: ignore[no-untyped-call]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, note: Note, roots: Iterable[Tensor]) -> Tensor:
@@ -45,6 +52,20 @@ def group_norm(
 ) -> Tensor:
     """A normalisation over groups of channels; the note is of what weight and bias get from every example."""
     return _GroupNorm.apply(x, weight, bias, groups, eps, note, *roots)  # type: ignore[no-untyped-call]
+
+
+def _recording() -> AbstractContextManager[Any, Any]:
+    """The block in which a backward pass records; gradients of gradients would need what is not computed.
+
+    Raises:
+        SettingsError: If the backward pass is itself to be differentiated.
+    """
+    if torch.is_grad_enabled():
+        raise SettingsError(
+            "a backward pass with create_graph=True runs through a block in which noise is measured: its gradients "
+            "cannot be differentiated. Use estimate_noise(exact=True), or MicrobatchMeter"
+        )
+    return unseen()
 
 
 class _Tap(Function):
@@ -63,7 +84,7 @@ class _Tap(Function):
         (gradient,) = gradients
         if gradient is None:
             return None, None, None, *(None,) * ctx.count
-        with aside():
+        with _recording():
             return gradient, None, None, *ctx.note(ctx.saved_tensors[0], gradient)
 
 
@@ -72,17 +93,20 @@ class _Spread(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tensor: Tensor, shape: tuple[int, ...], note: Callable[[Tensor], Tensor | None], root: Tensor
+        ctx: Any, tensor: Tensor, shape: tuple[int, ...], note: Callable[[Tensor], Any], *roots: Tensor
     ) -> Tensor:
-        ctx.note = note
+        ctx.note, ctx.count = note, len(roots)
         ctx.set_materialize_grads(False)
         return tensor.expand(shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         (gradient,) = gradients
-        with aside():
-            return None, None, None, None if gradient is None else ctx.note(gradient)
+        if gradient is None:
+            return None, None, None, *(None,) * ctx.count
+        with _recording():
+            handed = ctx.note(gradient)
+            return None, None, None, *(handed if isinstance(handed, list) else [handed])
 
 
 class _Linear(Function):
@@ -101,7 +125,7 @@ class _Linear(Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        with aside():
+        with _recording():
             flat = gradient.reshape(-1, weight.shape[0])  # a copy, if it has to be one, serves both
             back = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
             return back, None, None, None, *ctx.note(x, flat.view(gradient.shape))
@@ -130,6 +154,6 @@ class _GroupNorm(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, mean, scale = ctx.saved_tensors
-        with aside():
+        with _recording():
             back, *sums = group_norm_back(x, gradients[0], weight, mean, scale)
             return back, None, None, None, None, None, *ctx.note(*sums)

@@ -1,0 +1,140 @@
+"""What happens when the gradient of a parameter is complete: statistics are added up, and the gradient goes on.
+
+The gradient is always that of autograd: what was recorded is added to whatever else arrived, so that a use that was not
+seen costs the statistics of its parameter, and never the gradient.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from noetherflow._per_example import each
+from noetherflow.noise.asked import Asked, Page
+from noetherflow.noise.capture.fate import Fate
+from noetherflow.noise.capture.owned import Constant, Record, joined
+from noetherflow.noise.capture.sources import Source
+from noetherflow.noise.collect import collect, stacked
+from noetherflow.noise.ledger import Sums
+from noetherflow.noise.passes import accumulator
+from noetherflow.noise.uses import Use, View, Whole
+
+if TYPE_CHECKING:
+    from noetherflow.noise.capture.mode import Capture
+
+# Units of rounding by which the sum of gradients may differ in another order of additions.
+_ROUNDING = 1000
+
+
+def arrived(capture: "Capture", source: Source, root: Tensor, zero: Tensor, incoming: Tensor | None) -> Tensor | None:
+    """Add up the statistics of a source and return the gradient that goes on to it.
+
+    Args:
+        capture: The forward pass.
+        source: What the gradient is of.
+        root: The source as a tensor.
+        zero: What stands for recorded uses in the sum of gradients that arrived.
+        incoming: That sum.
+
+    Returns:
+        The gradient; None if none goes on.
+    """
+    records = source.take()
+    if source.name is not None and source.arrived and records:
+        source.refuse("a second backward pass")
+    source.arrived = source.arrived or bool(records) or incoming is not None
+    if incoming is not None and incoming.layout is not torch.strided:
+        source.refuse("a sparse gradient")
+    elif incoming is not None and incoming.data_ptr() == zero.data_ptr():
+        incoming = None  # nothing but what stands for records
+    uses = joined(records, capture.size)
+    passes_on = capture.fate is Fate.PASSED_ON
+    if incoming is not None and not source.refused and _is_unseen(source, incoming, records, uses, passes_on=passes_on):
+        source.refuse("a use that was not seen")
+    if source.refused:
+        return _refused(root, incoming, uses) if passes_on else None
+    if source.name is None:
+        constant = source.constant or any(isinstance(record, Constant) for record in records)
+        return _derived(source, root, incoming, uses, passes_on=passes_on, constant=constant)
+    if not uses:
+        return incoming if passes_on else None
+    sums = capture.ledger.sums(source.name, accumulator(root))
+    gradient = collect(uses, sums, root, wanted=capture.fate is not Fate.DROPPED)
+    if gradient is not None:
+        for record in records:
+            if isinstance(record, Constant):
+                gradient = gradient + _embedded(record.views, record.gradient, root)
+        gradient = gradient.to(root.dtype)
+    # A gradient that goes on is not held on to, or autograd would copy it.
+    capture.gradients[source.name] = gradient if capture.fate is Fate.KEPT else None
+    return gradient if passes_on else None
+
+
+def _is_unseen(
+    source: Source, incoming: Tensor, records: Sequence[Record], uses: Sequence[Use], *, passes_on: bool
+) -> bool:
+    """Whether more arrived than autograd itself carried on from what was recorded."""
+    if source.constant:
+        return False  # the gradient of a penalty is whatever it is
+    native = [use for use in uses if isinstance(use, Whole) and use.native] if passes_on else []
+    known = [_embedded(use.views, use.gradients.sum(0), incoming) for use in native]
+    known += [_embedded(record.views, record.gradient, incoming) for record in records if isinstance(record, Constant)]
+    rest = incoming
+    for part in known:
+        rest = rest - part
+    # Of a sum of B terms that cancel, rounding is relative to the terms.
+    scale = sum(float(torch.linalg.vector_norm(part.float())) for part in known)
+    scale += sum(math.sqrt(use.size) * float(torch.linalg.vector_norm(use.gradients.float())) for use in native)
+    rounding = _ROUNDING * torch.finfo(incoming.dtype).eps * scale
+    return not float(torch.linalg.vector_norm(rest.float())) <= rounding
+
+
+def _refused(root: Tensor, incoming: Tensor | None, uses: Sequence[Use]) -> Tensor | None:
+    """The gradient alone: what arrived, and what recorded uses add."""
+    rest = [use for use in uses if not use.native]
+    parts = [] if incoming is None else [incoming]
+    if rest:
+        total = collect(rest, Sums.blank(Page.of(root.shape, Asked()), root), root)
+        assert total is not None
+        parts.append(total.to(root.dtype))
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def _derived(
+    source: Source, root: Tensor, incoming: Tensor | None, uses: Sequence[Use], *, passes_on: bool, constant: bool
+) -> Tensor | None:
+    """Hand the gradients of every example on to the parents; autograd carries on their sum."""
+    assert source.function is not None
+    rest = incoming
+    if uses:
+        stack = stacked(uses, source.shape, root)
+        native = [use for use in uses if isinstance(use, Whole) and use.native and passes_on]
+        for part in (_embedded(use.views, use.gradients.sum(0), root) for use in native):
+            rest = None if rest is None else rest - part
+    if uses or rest is not None:
+        pull = vjp(source.function, *(parent.tensor.detach() for parent in source.parents))[1]
+    if uses:
+        for parent, part in zip(source.parents, each(pull, (stack,), (False,), randomness="same"), strict=True):
+            parent.note(Whole(parent.views, part, native=True))
+    if rest is not None and constant:
+        for parent, part in zip(source.parents, pull(rest), strict=True):
+            parent.note(Constant(parent.views, part))
+    if not passes_on:
+        return None
+    parts = [part for part in (rest, stack.sum(0) if uses else None) if part is not None]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def _embedded(views: tuple[View, ...], part: Tensor, like: Tensor) -> Tensor:
+    """The gradient of a source from the gradient of a part of it, which views lead to."""
+    if not views:
+        return part
+    complete = torch.zeros(like.shape, dtype=part.dtype, device=part.device)
+    target = complete
+    for view in views:
+        target = view(target)
+    target += part
+    return complete

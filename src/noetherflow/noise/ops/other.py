@@ -1,0 +1,77 @@
+"""Every other function: the gradient of an example is that of a call with this example alone."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from noetherflow._per_example import each
+from noetherflow.noise.capture import autograd
+from noetherflow.noise.capture.calls import as_function, is_in_place, leaves_of, unseen
+from noetherflow.noise.capture.layouts import Regular, Rows
+from noetherflow.noise.capture.mode import Capture
+from noetherflow.noise.capture.owned import whole
+from noetherflow.noise.ops.registry import gradient_rule
+
+# Numbers of the gradients of all examples.
+_MOST = 2**26
+
+
+@gradient_rule(None)
+def other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function without a rule, if it treats the examples separately: `einsum`, `bilinear`, products of stacks."""
+    leaves = list({id(leaf): leaf for leaf in leaves_of((*args, *kwargs.values()))}.values())
+    tracked = [known for leaf in leaves if (known := capture.tracked(leaf)) is not None]
+    data = [leaf for leaf in leaves if not capture.is_constant(leaf)]
+    layouts = [capture.apart(leaf, 0) for leaf in data]
+    if is_in_place(func) or "out" in kwargs or not all(isinstance(layout, Regular) for layout in layouts):
+        return NotImplemented
+    if sum(known.tensor.numel() for known in tracked) * capture.size > _MOST:
+        return NotImplemented
+    given = [*data, *(known.tensor for known in tracked)]
+    call = as_function(func, args, kwargs, *given)
+    fixed = [known.tensor.detach() for known in tracked]
+    output = call(*data, *fixed)
+    if not isinstance(output, Tensor):
+        return NotImplemented
+    with unseen(), torch.no_grad():
+        results = capture.places.of(func, args, kwargs, {id(x): (x, y) for x, y in zip(data, layouts, strict=True)}, [output.detach()])
+        (place,) = results
+        if not isinstance(place, Regular) or not _is_separate(capture.size, call, data, layouts, fixed, output, place):
+            return NotImplemented
+
+    def note(_: Tensor, gradient: Tensor) -> list[Tensor | None]:
+        examples = [_stack(leaf.detach(), layout, capture.size) for leaf, layout in zip(data, layouts, strict=True)]
+        gradients = _stack(gradient, place, capture.size)
+
+        def pulled(*parts: Tensor) -> Any:
+            *inputs, gradient = parts
+            return vjp(lambda *params: call(*inputs, *params), *fixed)[1](gradient)
+
+        stacks = each(pulled, (*examples, gradients), (False,) * (len(examples) + 1), randomness="error")
+        return [known.note(whole(known.views, Rows(stack[:, None], None))) for known, stack in zip(tracked, stacks, strict=True)]
+
+    return autograd.tap(output.clone(), output.new_empty(0), note, [known.root for known in tracked])
+
+
+def _stack(tensor: Tensor, layout: Regular, size: int) -> Tensor:
+    """The examples of a tensor, each with all of its dimensions, stacked."""
+    split = tensor.unflatten(layout.dim, (-1, size, layout.inner)).movedim(layout.dim + 1, 0)
+    return split.flatten(layout.dim + 1, layout.dim + 2)
+
+
+def _is_separate(
+    size: int, call: Any, data: list[Tensor], layouts: list[Any], fixed: list[Tensor], output: Tensor, place: Regular
+) -> bool:
+    """Whether a call with the last example alone gives its part of the result."""
+    examples = [_stack(leaf, layout, size)[-1] for leaf, layout in zip(data, layouts, strict=True)]
+    expected = _stack(output, place, size)[-1]
+    try:
+        alone = call(*examples, *fixed)
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    if alone.shape != expected.shape:
+        return False
+    rounding = 100 * torch.finfo(output.dtype).eps
+    return torch.allclose(alone, expected, rtol=rounding, atol=rounding * float(expected.abs().max() if expected.numel() else 0), equal_nan=True)
