@@ -18,7 +18,7 @@ import checks
 import noetherflow as nf
 import oracles
 from noetherflow.noise import passes
-from noetherflow.noise.capture import Capture
+from noetherflow.noise.capture import finish
 from test_fast_noise import TIGHT, Recurrent, classify, examples, in_double, large
 from zoo import CLASSIC, Animal, regression
 
@@ -189,7 +189,7 @@ def test_nothing_is_left_behind_whatever_is_raised() -> None:
         with pytest.raises(ZeroDivisionError):
             broken(where)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Capture, "_finish", lambda *_: pytest.fail("a hook was left behind"))
+            patch.setattr(finish, "arrived", lambda *_: pytest.fail("a hook was left behind"))
             classify(model, batch).mean().backward()
         assert [get_gradient_edge(one).node for one in model.parameters()] == nodes
         assert not _get_current_function_mode_stack()
@@ -302,10 +302,22 @@ def test_what_cannot_be_taken_apart_is_named_and_its_gradient_is_right() -> None
     plain = gradients(model)
     model.zero_grad()
     meter = nf.NoiseMeter(model, {})
+    inner = {name for name, _ in model.named_parameters() if name.startswith("cell")}
+    symmetries = {
+        "before": nf.ScalarSymmetry(plus=nf.Axis("before.weight", 0)),
+        "across": nf.ScalarSymmetry(plus=nf.Axis("before.weight", 0), minus=nf.Axis("cell.weight_ih_l0", 0)),
+    }
+    expected = one_step(model, loss, batch, symmetries)
     for train in (True, False):
-        with pytest.raises(nf.SettingsError, match=r"cell\.weight_hh_l0 \(lstm\)"), meter.step(batch, train=train):
+        meter = nf.NoiseMeter(model, symmetries)
+        with meter.step(batch, train=train):
             loss(model, batch).mean().backward()
         torch.testing.assert_close(gradients(model), plain, rtol=1e-10, atol=1e-12)
+        assert set(meter.unmeasured) == set(meter.noise.unmeasured) == inner
+        assert list(meter.noise.grams) == ["before"]
+        torch.testing.assert_close(meter.noise.grams["before"], expected.grams["before"], **TIGHT)
+        with pytest.raises(nf.SettingsError, match=r"cell\.weight_hh_l0 \(lstm\)"):
+            assert meter.noise.trace
 
 
 def test_coupled_examples_are_refused_with_a_way_out() -> None:

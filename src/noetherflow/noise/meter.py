@@ -143,17 +143,18 @@ class NoiseMeter:
                 "of a single example does not exist, or cannot be told. MicrobatchMeter measures the noise between "
                 "microbatches"
             )
-        if not capture.gradients and not capture.met and capture.refused:
+        measured = capture.gradients.keys() - capture.refused.keys()
+        if not measured and not capture.met and capture.refused:
             raise SettingsError(
                 "no tensor of the batch reaches the model: give step() the tensors that go into it, after they were "
                 "moved or normalised, or do that inside of the block"
             )
-        if not capture.gradients and not capture.refused:
+        if not measured and not capture.refused:
             raise SettingsError(
                 "no gradient of a parameter was seen: forward and backward pass of this model both have to run inside "
                 "`with meter.step(batch)`"
             )
-        if not capture.gradients:
+        if not measured:
             listing = "; ".join(f"{name} ({cause})" for name, cause in capture.refused.items())
             raise SettingsError(
                 f"the gradients of these parameters cannot be taken apart by example in passing: {listing}. "

@@ -101,6 +101,7 @@ class Capture(TorchFunctionMode):
         self._hooks: list[Any] = []
         self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._depth = 0
+        self._again = False  # in a backward pass, where layers under a checkpoint are computed again
 
     def __enter__(self) -> "Capture":
         """Enter the mode, once more if it is active."""
@@ -175,9 +176,25 @@ class Capture(TorchFunctionMode):
             return SHARED
         if debug_unwrap(leaf) is not leaf:
             return Lost("a transform of torch.func")
+        if (again := self._layout_of_memory(leaf)) is not None:
+            return again
         if leaf.is_leaf or not leaf.requires_grad:
             return SHARED
         return Lost(f"{type(leaf.grad_fn).__name__}, of a forward pass that was not seen")
+
+    def _layout_of_memory(self, leaf: Tensor) -> Layout | None:
+        """The layout of a tensor with the same memory: a checkpoint detaches, unseen, what it keeps of an inner one."""
+        if not self._again or leaf.layout is not torch.strided:
+            return None
+        entry = getattr(leaf.untyped_storage(), "_examples", None)
+        if entry is None or entry[0] is not self._token or entry[1] != _place_of(leaf):
+            return None
+        return entry[2]
+
+    def _attach(self, leaf: Tensor, layout: Layout) -> None:
+        leaf._examples = (self._token, layout)  # type: ignore[attr-defined]
+        if self._again and leaf.layout is torch.strided:
+            leaf.untyped_storage()._examples = (self._token, _place_of(leaf), layout)  # type: ignore[attr-defined]
 
     def tracked(self, tensor: Any) -> Tracked | None:
         """What is known of an argument, if it is computed from parameters alone."""
@@ -287,7 +304,7 @@ class Capture(TorchFunctionMode):
         if not data:
             for leaf in results:
                 if leaf.grad_fn is not None and id(leaf) not in self._tracked:
-                    leaf._examples = (self._token, SHARED)  # type: ignore[attr-defined]
+                    self._attach(leaf, SHARED)
             return result
         results = [leaf for leaf in results if id(leaf) not in self._tracked and not self._is_placed(leaf, args)]
         if not results:
@@ -298,7 +315,7 @@ class Capture(TorchFunctionMode):
             if not mine and any(leaf is given for given in leaves_of((*args, *kwargs.values()))):
                 self._given[id(leaf)] = (leaf, layout)
             else:
-                leaf._examples = (self._token, layout)  # type: ignore[attr-defined]
+                self._attach(leaf, layout)
         return result
 
     def _is_placed(self, leaf: Tensor, args: tuple[Any, ...]) -> bool:
@@ -340,8 +357,12 @@ class Capture(TorchFunctionMode):
                 self.joined = self.joined or f"{layout.cause}, hides where they are"
             if isinstance(layout, Several) and not layout.additive:
                 self.joined = self.joined or f"{layout.cause} joins them"
-        with self:
-            return _BACKWARD[func](*args, **kwargs)
+        before, self._again = self._again, True
+        try:
+            with self:
+                return _BACKWARD[func](*args, **kwargs)
+        finally:
+            self._again = before
 
     def _grad(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Gradients of something other than parameters: what is recorded on the way is forgotten."""
@@ -359,6 +380,10 @@ class Capture(TorchFunctionMode):
         for source, uses in zip(sources, before, strict=True):
             source.uses = uses
         return result
+
+
+def _place_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _require_once(create_graph: bool) -> None:

@@ -136,19 +136,7 @@ class Places:
         if (name in _PICKS and count > 1) or name in _WRITES or base in _ADDS:
             return None
 
-        def fixed(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                entry = given.get(id(value))
-                return value.shape, value.dtype, None if entry is None else entry[1]
-            if isinstance(value, slice):
-                return "slice", value.start, value.stop, value.step
-            if isinstance(value, (tuple, list)):
-                return tuple(fixed(part) for part in value)
-            if isinstance(value, dict):
-                return tuple((key, fixed(part)) for key, part in value.items())
-            return value
-
-        key = func, fixed(args), fixed(kwargs)
+        key = func, _fixed(args, given), _fixed(kwargs, given)
         try:
             hash(key)
         except TypeError:
@@ -240,6 +228,22 @@ class Places:
         if bool((again != merged).any()):
             return Several(additive=False, cause=name)
         return _with_cause([layout_of(after, self.size)], name)[0]
+
+
+def _fixed(value: Any, given: dict[int, tuple[Tensor, Layout]]) -> Any:
+    """What an argument says but for the numbers in tensors."""
+    # No function inside the method that calls it: a function that refers to itself keeps tensors until cycles are
+    # collected.
+    if isinstance(value, Tensor):
+        entry = given.get(id(value))
+        return value.shape, value.dtype, None if entry is None else entry[1]
+    if isinstance(value, slice):
+        return "slice", value.start, value.stop, value.step
+    if isinstance(value, (tuple, list)):
+        return tuple(_fixed(part, given) for part in value)
+    if isinstance(value, dict):
+        return tuple((key, _fixed(part, given)) for key, part in value.items())
+    return value
 
 
 def _with_cause(found: list[Layout], name: str) -> list[Layout]:
