@@ -371,6 +371,23 @@ def copied(model: nn.Module, loss: nf.Loss, batch: Any, meter: Meter, train: boo
         loss(model, tuple(t.to("cpu").clone() for t in batch)).mean().backward()
 
 
+def with_times() -> list[tuple[Tensor, ...]]:
+    """Batches of a diffusion model: each example has a time."""
+    return [(x, y, torch.rand(len(x), 1, dtype=x.dtype)) for x, y in numbers()()]
+
+
+def squared_with_times(model: Any, batch: Any) -> Tensor:
+    x, y, times = batch
+    return squared(model, (x * (1 - times) + torch.tanh(model.times(times)), y))
+
+
+def drawn(model: nn.Module, loss: nf.Loss, batch: Any, meter: Meter, train: bool) -> None:
+    """The meter is given data and goals, and the step draws the times."""
+    x, y, times = batch
+    with meter.step((x, y), train=train):
+        loss(model, (x, y, times.clone())).mean().backward()
+
+
 def prepared(model: nn.Module, loss: nf.Loss, batch: Any, meter: Meter, train: bool) -> None:
     """Another tensor than the model gets is given to the meter: the data before a normalisation."""
     given = tuple(3 * t + 1 for t in batch)
@@ -406,6 +423,11 @@ def as_dict(build: Callable[[], list[tuple[Tensor, Tensor]]]) -> Callable[[], li
 
 def normalised(function: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
     return net(lambda model, h: function(model.b(h)))
+
+
+def convolutions() -> nn.Module:
+    layers = [nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, groups=2)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)).double()
 
 
 def encoder() -> nn.Module:
@@ -552,8 +574,15 @@ ROWS: dict[str, Row] = {
     "loop over examples": Row(text(by_example), classified, words()),
     "loop over tokens": Row(text(by_token), classified, words()),
     "masked tokens": Row(text(masked_tokens), classified, words()),
-    "convolution and GroupNorm": Row(
+    "convolution of length 1": Row(
         net(lambda m, h: m.norm(m.conv(h[:, :, None]).squeeze(2)), **GROUPS), squared, numbers()
+    ),
+    "images": Row(convolutions, squared, lambda: [(torch.randn(6, 2, 6, 6).double(), y) for _, y in numbers()()]),
+    "bfloat16 parameters": Row(
+        lambda: Net().bfloat16(), squared, numbers(dtype=torch.bfloat16), rtol=2 * precision_of(torch.bfloat16)
+    ),
+    "times that are drawn in the step": Row(
+        net(times=lambda: nn.Linear(1, 4)), squared_with_times, with_times, drawn, expected=ANY, says="batch"
     ),
     "sparse table": Row(
         lambda: Words(table=nn.Embedding(11, WIDTH, sparse=True)).double(), classified, words(), expected=ANY
