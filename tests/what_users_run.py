@@ -171,6 +171,31 @@ class Experts(nn.Module):
         return out.view_as(h)
 
 
+class ByWord(Words):
+    """Words with an odd id go to an expert, in whatever example they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.table(ids).flatten(0, 1)
+        rows = (ids.flatten() % 2).nonzero().squeeze(1)
+        h = h.index_add(0, rows, torch.relu(self.expert(h[rows]))) if len(rows) else h
+        return self.head(self.norm(torch.tanh(self.b(h)))).unflatten(0, ids.shape)
+
+
+def odd_words(*counts: int) -> Callable[[], list[tuple[Tensor, Tensor]]]:
+    """Two batches with so many odd ids in each example."""
+
+    def batch() -> tuple[Tensor, Tensor]:
+        odd = torch.arange(TOKENS) < torch.tensor(counts)[:, None]
+        ids = 2 * torch.randint(5, odd.shape) + odd.long()
+        return ids, torch.randint(CLASSES, odd.shape)
+
+    return lambda: [batch(), batch()]
+
+
 class Stacked(nn.Module):
     """Experts whose weights are in a single tensor, applied to equal numbers of sorted tokens by a batched product."""
 
@@ -280,7 +305,16 @@ def ids_first(model: Words, batch: Any) -> Tensor:
 # Losses
 
 
-def with_penalty(penalty: Callable[[nn.Module], Tensor]) -> Row:
+def with_penalty(penalty: Callable[[nn.Module], Tensor], *, outside: bool = False) -> Row:
+    """A penalty that the loss of every example contains, or that the step adds to the mean: it has no noise."""
+
+    def step(model: nn.Module, loss: nf.Loss, batch: Any, meter: Meter, train: bool) -> None:
+        with meter.step(batch, train=train):
+            (loss(model, batch).mean() + penalty(model)).backward()
+
+    if outside:
+        return Row(net(), squared, numbers(), step)
+
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return squared(model, batch) + penalty(model)
 
@@ -302,6 +336,9 @@ def absolute(model: nn.Module) -> Tensor:
 def orthogonality(model: Any) -> Tensor:
     product = model.b.weight @ model.b.weight.T
     return 0.05 * (product - torch.eye(len(product), dtype=product.dtype)).square().sum()
+
+
+PENALTIES = {"L2": lengths, "L1": absolute, "norm": norms, "orthogonality": orthogonality}
 
 
 def early(penalty: bool) -> Row:
@@ -498,7 +535,6 @@ def hugging_face_ids() -> list[Tensor]:
 
 
 LOSSES: dict[str, nf.Loss] = {}
-GROUPS = {"conv": lambda: nn.Conv1d(WIDTH, WIDTH, 1), "norm": lambda: nn.GroupNorm(2, WIDTH)}
 PRODUCT: Forward = lambda model, h: OldProduct.apply(h, model.b.weight) + model.b.bias  # noqa: E731
 PRODUCTS: Forward = lambda model, h: OldProduct.apply(h, model.b.weight) + model.b(h)  # noqa: E731
 
@@ -527,6 +563,12 @@ ROWS: dict[str, Row] = {
     "as many experts as examples": Row(
         text(lambda m, h: h + m.experts(h), experts=lambda: Experts(6)), classified, words(length=4)
     ),
+    "expert with as many tokens as examples": Row(lambda: ByWord().double(), classified, odd_words(1, 0, 2, 0, 2, 1)),
+    "expert with twice as many tokens as examples": Row(
+        lambda: ByWord().double(), classified, odd_words(3, 1, 4, 0, 4, 0)
+    ),
+    # The first examples, which are measured singly, have no token of the expert.
+    "expert of the last examples": Row(lambda: ByWord().double(), classified, odd_words(0, 0, 0, 0, 3, 4, 1, 0)),
     "stacked experts": Row(text(lambda m, h: h + m.experts(h), experts=lambda: Stacked(6)), classified, words()),
     "tied": Row(lambda: tied(Words()).double(), classified, words(), symmetries=True),
     "shared module": Row(net(lambda m, h: m.b(torch.tanh(m.b(h)))), squared, numbers(), symmetries=True),
@@ -540,10 +582,8 @@ ROWS: dict[str, Row] = {
     "dict": Row(net(), lambda m, b: squared(m, (b["x"], b["y"])), as_dict(numbers())),
     "smaller last batch": Row(net(), squared, numbers(6, 3), symmetries=True),
     "last batch of a single example": Row(net(), squared, numbers(6, 1)),
-    "L2 penalty": with_penalty(lengths),
-    "penalty of norms": with_penalty(norms),
-    "L1 penalty": with_penalty(absolute),
-    "orthogonality penalty": with_penalty(orthogonality),
+    **{f"{name} penalty": with_penalty(penalty) for name, penalty in PENALTIES.items()},
+    **{f"{name} penalty on the mean": with_penalty(penalty, outside=True) for name, penalty in PENALTIES.items()},
     "penalty before the block": early(True),
     "term before the block": early(False),
     "autograd function on a weight": Row(net(PRODUCT), squared, numbers(), expected=ANY),
@@ -574,8 +614,8 @@ ROWS: dict[str, Row] = {
     "loop over examples": Row(text(by_example), classified, words()),
     "loop over tokens": Row(text(by_token), classified, words()),
     "masked tokens": Row(text(masked_tokens), classified, words()),
-    "convolution of length 1": Row(
-        net(lambda m, h: m.norm(m.conv(h[:, :, None]).squeeze(2)), **GROUPS), squared, numbers()
+    "GroupNorm of features": Row(
+        net(lambda m, h: m.norm(m.b(h)), norm=lambda: nn.GroupNorm(2, WIDTH)), squared, numbers()
     ),
     "images": Row(convolutions, squared, lambda: [(torch.randn(6, 2, 6, 6).double(), y) for _, y in numbers()()]),
     "bfloat16 parameters": Row(
