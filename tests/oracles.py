@@ -1,7 +1,8 @@
 """Slow and obvious versions of what the package does fast: loops over examples, and matrices over all parameters."""
 
+import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,46 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def example(batch: Any, index: int) -> Any:
-    """A batch of one, of a tensor or of a tuple of tensors."""
-    return batch[index : index + 1] if isinstance(batch, Tensor) else tuple(t[index : index + 1] for t in batch)
+    """A batch of size 1, of a tensor, or of a tuple or a dictionary of tensors; any other value is shared."""
+    if isinstance(batch, dict):
+        return {key: example(value, index) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(example(value, index) for value in batch)
+    return batch[index : index + 1] if isinstance(batch, Tensor) else batch
+
+
+def double(batch: Any) -> Any:
+    """A batch whose floating-point tensors are in float64."""
+    if isinstance(batch, dict):
+        return {key: double(value) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(double(value) for value in batch)
+    return batch.double() if isinstance(batch, Tensor) and batch.is_floating_point() else batch
+
+
+def by_backward(
+    model: nn.Module, loss: nf.Loss, batch: Any, size: int, pick: Callable[[Any, int], Any] = example
+) -> dict[str, Tensor]:
+    """The gradients of all examples, shape (B, *parameter) by name, by `.backward()` on a copy of the model in float64.
+
+    Reentrant checkpoints accept no list of inputs, so the gradients are read from `.grad`; sparse gradients become
+    dense. Every example finds the buffers of the model.
+    """
+    other = copy.deepcopy(model).double()
+    batch = double(batch)
+    buffers = {name: tensor.clone() for name, tensor in other.named_buffers()}
+    rows: dict[str, list[Tensor]] = {name: [] for name, p in other.named_parameters() if p.requires_grad}
+    for index in range(size):
+        with torch.no_grad():
+            for name, tensor in other.named_buffers():
+                tensor.copy_(buffers[name])
+        other.zero_grad(set_to_none=True)
+        loss(other, pick(batch, index)).sum().backward()
+        for name, parameter in other.named_parameters():
+            if name in rows:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense()
+                rows[name].append(gradient.detach().clone())
+    return {name: torch.stack(row) for name, row in rows.items()}
 
 
 def gradients(model: nn.Module, loss: nf.Loss, batch: Any) -> list[dict[str, Tensor]]:

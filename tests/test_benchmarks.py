@@ -1,4 +1,4 @@
-"""The benchmark of the equilibrium runs at a tiny size, and the page shows the numbers of the file that it wrote."""
+"""Benchmarks run at a tiny size, and the page shows the numbers of the file that a benchmark wrote."""
 
 import importlib
 import json
@@ -110,3 +110,61 @@ def test_the_page_shows_the_numbers_of_the_file() -> None:
     assert show.tables(result) in page
     result["rows"][0]["SGD"]["best drift"] *= 1.1
     assert show.tables(result) not in page
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_benchmark_for_gpus_runs_at_a_tiny_size_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model and method: right numbers, or absent packages; and the file is written after every method."""
+    noise_gpu = importlib.import_module("noise_gpu")
+    written: list[int] = []
+    write = noise_gpu._files.write_json
+
+    def counted(path: Path, content: Any) -> None:
+        write(path, content)
+        written.append(sum(len(model["rows"]) for model in json.loads(path.read_text("utf-8"))["models"].values()))
+
+    monkeypatch.setattr(noise_gpu._files, "write_json", counted)
+    noise_gpu.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "gpu.json")])
+    assert written == [*range(1, len(noise_gpu.MODELS) * len(noise_gpu.METHODS) + 1), written[-1]]
+    result = json.loads((tmp_path / "gpu.json").read_text("utf-8"))
+    assert {"versions", "processor", "TF32"} <= result["environment"].keys()
+    assert result["models"].keys() == noise_gpu.MODELS.keys()
+    for model in result["models"].values():
+        assert model["rows"].keys() == noise_gpu.METHODS.keys()
+        bound = 1e-5 if model["precision"] == "float32" else 0.03
+        for name, row in model["rows"].items():
+            assert "wrong" not in row, (name, row)
+            if name == "Opacus" and "absent" in row:
+                continue
+            assert row["rounds"] >= 1
+            assert row["ratio"] > 0
+            assert row["error"] < bound
+            assert row.get("error of Grams", 0.0) < bound
+        assert "error of Grams" in model["rows"]["with Grams"]
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_method_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise_gpu = importlib.import_module("noise_gpu")
+    right = noise_gpu.vectorised
+
+    def wrong(built: Any) -> Any:
+        method = right(built)
+        return noise_gpu.Method(method.step, lambda: 1.01 * method.trace())
+
+    def failing(built: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(noise_gpu.METHODS, "torch.func", wrong)
+    monkeypatch.setitem(noise_gpu.METHODS, "loop", failing)
+    arguments = ["--quick", "--device", "cpu", "--models", "MLP", "--methods", "torch.func", "loop", "measure only"]
+    noise_gpu.main([*arguments, "--out", str(tmp_path / "gpu.json")])
+    rows = json.loads((tmp_path / "gpu.json").read_text("utf-8"))["models"]["MLP"]["rows"]
+    assert "off by 0.01" in rows["torch.func"]["wrong"]
+    assert "ratio" not in rows["torch.func"]
+    assert "out of memory" in rows["loop"]["wrong"]
+    assert rows["measure only"]["ratio"] > 0
+    # Without time, nothing is measured, and the file says so.
+    noise_gpu.main([*arguments, "--seconds", "0", "--out", str(tmp_path / "none.json")])
+    rows = json.loads((tmp_path / "none.json").read_text("utf-8"))["models"]["MLP"]["rows"]
+    assert all("no time" in row["absent"] for row in rows.values())

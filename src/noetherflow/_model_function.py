@@ -6,22 +6,22 @@ backward pass share one `torch.func.functional_call`.
 """
 
 import copy
-import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeVar, final
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad_and_value
 
 from noetherflow._autograd import accumulate, is_reentrant, leaf, nodes_of
 from noetherflow._batch import is_per_example, tensors_of, with_tensors
 from noetherflow._errors import LossError
 from noetherflow._holder import Holder, eager, places_of
 from noetherflow._params import in_dtype, require_finite, require_names, snapshot
-from noetherflow._precision import TOLERANCES, Tolerance, Watch, coarsest
+from noetherflow._per_example import in_a_loop, vectorised
+from noetherflow._precision import TOLERANCES, Tolerance, Watch, coarsest, explained
 from noetherflow._types import Batch, Loss, Params
 
 _T = TypeVar("_T")
@@ -127,10 +127,20 @@ class ModelFunction:
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
         """The losses, shape (B,), without an autograd graph."""
-        with torch.no_grad(), self._explained(), warnings.catch_warnings():
-            # A reentrant checkpoint warns of every forward pass without gradients.
-            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
-            return self(params, batch)
+        try:
+            with torch.no_grad(), self._explained(), warnings.catch_warnings():
+                # A reentrant checkpoint warns of every forward pass without gradients.
+                warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
+                return self(params, batch)
+        except RuntimeError as error:
+            if "not require grad" not in str(error):
+                raise
+            return self._with_graph(params, batch).detach()  # a loss with derivatives, as of physics-informed networks
+
+    def _with_graph(self, params: Params, batch: Batch) -> Tensor:
+        """The losses, shape (B,), in an autograd graph whose leaves are the parameters."""
+        with torch.enable_grad(), self._explained():
+            return self({name: leaf(tensor) for name, tensor in params.items()}, batch)
 
     def gradient(
         self, params: Params, batch: Batch, names: Collection[str] | None = None, weights: Tensor | None = None
@@ -192,9 +202,8 @@ class ModelFunction:
 
     def observe(self, batch: Batch) -> "ModelFunction":
         """Set `precision` and `reentrant` from an evaluation of a batch; returns this object."""
-        leaves = {name: leaf(tensor) for name, tensor in self.params.items()}
-        with torch.enable_grad(), self._explained(), Watch() as watch:
-            losses = self(leaves, batch)
+        with Watch() as watch:
+            losses = self._with_graph(self.params, batch)
         self.precision = coarsest({*watch.seen, losses.dtype})
         self.reentrant = losses.grad_fn is not None and is_reentrant(nodes_of(losses.grad_fn))
         return self
@@ -228,35 +237,29 @@ class ModelFunction:
         def loss_sum(params: Params, *leaves: Tensor) -> Tensor:
             return self(params, rebuild(list(leaves))).sum()
 
-        def vectorised() -> tuple[dict[str, Tensor], Tensor]:
-            dims = tuple(0 if is_stacked else None for is_stacked in stacked)
-            with warnings.catch_warnings():
-                # vmap runs an operation that it cannot vectorise in a loop, and warns.
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                result: tuple[dict[str, Tensor], Tensor] = vmap(
-                    grad_and_value(loss_sum), in_dims=dims, randomness=randomness
-                )(dict(params), *tensors)
-                return result
+        def alone(params: Params, *leaves: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+            losses, gradient = self.gradient(params, rebuild(list(leaves)))
+            return gradient, losses.sum()
+
+        inputs = (dict(params), *tensors)
+        shared = tuple(not is_stacked for is_stacked in stacked)
+
+        def together() -> tuple[dict[str, Tensor], Tensor]:
+            result: tuple[dict[str, Tensor], Tensor] = vectorised(grad_and_value(loss_sum), inputs, shared, randomness)
+            return result
 
         if not self._in_a_loop:
             try:
                 # torch.func differentiates after `loss_sum` has returned, so the parameters have to be in place around
                 # the complete call.
-                gradients, values = vectorised() if stacked[0] else self.at(params, vectorised)
+                gradients, values = together() if stacked[0] else self.at(params, together)
                 return values, gradients
-            except RuntimeError:
-                # vmap refuses checkpoints, recurrent layers and branches. The loop raises a mistake of the user again.
+            except Exception:
+                # torch.func refuses checkpoints, branches, sparse gradients and old-style autograd functions; a model
+                # may refuse the tensors of torch.func by any error. The loop raises a mistake of the user again.
                 self._in_a_loop = True
-        inputs = zip((next(iter(params.values())), *tensors), stacked, strict=True)
-        count = next(len(tensor) for tensor, is_stacked in inputs if is_stacked)
-        sums, singles = [], []
-        for index in range(count):
-            point = {name: tensor[index] for name, tensor in params.items()} if stacked[0] else params
-            leaves = [t[index] if is_stacked else t for t, is_stacked in zip(tensors, stacked[1:], strict=True)]
-            losses, gradient = self.gradient(point, rebuild(leaves))
-            sums.append(losses.sum())
-            singles.append(gradient)
-        return torch.stack(sums), {name: torch.stack([gradient[name] for gradient in singles]) for name in params}
+        gradients, values = in_a_loop(alone, inputs, shared)
+        return values, gradients
 
     def _differentiate(
         self, params: Params, batch: Batch, names: Collection[str] | None, weights: Tensor | None
@@ -282,19 +285,9 @@ class ModelFunction:
             # A reentrant checkpoint gives no gradients unless one of its inputs requires gradients.
             inputs = {name: leaf(params.get(name, tensor)) for name, tensor in self.trained.items() if self.reentrant}
             losses = self.then({**params, **inputs, **leaves}, batch, backward)
-        return losses.detach(), gradient
+        # An embedding with sparse=True has a sparse gradient.
+        return losses.detach(), {name: None if g is None else g.to_dense() for name, g in gradient.items()}
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self) -> AbstractContextManager[None]:
         """A block whose errors about floating-point types say how to convert tensors outside the model."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not re.search(r"dtype|scalar type|to be Float", str(error)):
-                raise
-            raise LossError(
-                f"the loss cannot be computed in {self._dtype or self.precision}: {error}. A tensor that is no part of "
-                "the model, such as the data, class weights or a teacher, stays in its type. Make it part of the model "
-                "or of a loss that is a module, or convert it in the loss to the type of the model's output"
-                + (f", or compute in the model's type: dtype={self._converted}" if self._converted else "")
-            ) from error
+        return explained(self._dtype or self.precision, self._converted)

@@ -107,13 +107,22 @@ def each(function: Callable[..., Any], inputs: tuple[Any, ...], shared: tuple[bo
         RuntimeError: If the function raises it in the loop.
     """
     try:
-        with warnings.catch_warnings():
-            # vmap runs an operation that it cannot vectorise in a loop, and warns.
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            dims = tuple(None if is_shared else 0 for is_shared in shared)
-            return vmap(function, in_dims=dims, randomness=randomness)(*inputs)
+        return vectorised(function, inputs, shared, randomness)
     except RuntimeError:
-        pass  # the loop raises a mistake in the function again
+        return in_a_loop(function, inputs, shared)  # which raises a mistake in the function again
+
+
+def vectorised(function: Callable[..., Any], inputs: tuple[Any, ...], shared: tuple[bool, ...], randomness: str) -> Any:
+    """What `each` returns, by `torch.func.vmap`, or the error by which vmap refuses the function."""
+    with warnings.catch_warnings():
+        # vmap runs an operation that it cannot vectorise in a loop, and warns.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        dims = tuple(None if is_shared else 0 for is_shared in shared)
+        return vmap(function, in_dims=dims, randomness=randomness)(*inputs)
+
+
+def in_a_loop(function: Callable[..., Any], inputs: tuple[Any, ...], shared: tuple[bool, ...]) -> Any:
+    """What `each` returns, by a call for every index."""
     stacked = next(value for value, is_shared in zip(inputs, shared, strict=True) if not is_shared)
     results = [
         function(
@@ -127,25 +136,31 @@ def each(function: Callable[..., Any], inputs: tuple[Any, ...], shared: tuple[bo
     return tree_map(lambda *tensors: torch.stack(tensors), *results)
 
 
-def require_independent(single: Tensor, batched: Tensor, where: str, tolerance: float) -> None:
+def require_independent(single: Tensor, batched: Tensor, where: str, tolerance: float, first: int = 0) -> None:
     """Raise `CoupledExamplesError` if the loss of an example depends on the batch around it.
 
     Args:
-        single: The losses of examples evaluated as batches of one, shape (b,).
-        batched: The losses of those examples within their batch, shape (b,).
+        single: The losses of b examples, each evaluated as a batch of size 1, shape (b,).
+        batched: The losses of all examples within their batch, shape (B,).
         where: Subject of the message.
-        tolerance: Largest difference, relative to the loss of the example plus the mean of all losses.
+        tolerance: Largest difference, relative to the loss of the example plus the mean of all losses. With infinity,
+            only a loss that is not finite on its own raises.
+        first: The index in the batch of the first of the b examples.
 
     Raises:
         CoupledExamplesError: See above.
     """
-    single, batched = single.double(), batched.double()
+    mean, single, batched = (
+        batched.double().abs().mean(),
+        single.double(),
+        batched[first : first + len(single)].double(),
+    )
     difference = (single - batched).abs()
-    scale = batched.abs().mean() + batched.abs()
-    worst = int((difference / scale.clamp_min(torch.finfo(batched.dtype).tiny)).argmax())
+    scale = (mean + batched.abs()).clamp_min(torch.finfo(batched.dtype).tiny)
+    worst = int((difference / scale).argmax())
     if not difference[worst] <= tolerance * scale[worst]:
         raise CoupledExamplesError(
-            f"{where}: example {worst} has loss {batched[worst].item():.6g} within its batch and "
+            f"{where}: example {first + worst} has loss {batched[worst].item():.6g} within its batch and "
             f"{single[worst].item():.6g} on its own. Either (a) the loss couples examples (contrastive losses, a "
             "normalisation over the batch), and no example has a gradient of its own; or (b) a tensor of the batch "
             "that all examples share happens to have the batch size as its leading dimension. For (a), MicrobatchMeter "

@@ -1,12 +1,16 @@
 """The floating-point type in which a computation runs, and the differences that rounding in that type explains."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from noetherflow._errors import LossError
 
 
 @final
@@ -75,3 +79,19 @@ def tensors_within(value: Any) -> list[Tensor]:
     elif not isinstance(value, (tuple, list)):
         return []
     return [tensor for entry in value for tensor in tensors_within(entry)]
+
+
+@contextmanager
+def explained(dtype: torch.dtype, converted: str) -> Iterator[None]:
+    """A block that computes a loss in a type; errors say what to convert, and name the types before a conversion."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"dtype|scalar type|to be Float", str(error)):
+            raise
+        raise LossError(
+            f"the loss cannot be computed in {dtype}: {error}. A tensor that is no part of "
+            "the model, such as the data, class weights or a teacher, stays in its type. Make it part of the model "
+            "or of a loss that is a module, or convert it in the loss to the type of the model's output"
+            + (f", or compute in the model's type: dtype={converted}" if converted else "")
+        ) from error

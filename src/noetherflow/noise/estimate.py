@@ -13,7 +13,6 @@ from noetherflow._given import require_loader
 from noetherflow._per_example import (
     own_randomness,
     require_differentiable,
-    require_independent,
     require_losses,
     require_uncoupled,
 )
@@ -155,10 +154,10 @@ class Estimate:
         if self._quick is not None and self._quick.add(batch, where):
             return
         together = subject.losses_of(batch)
-        size = require_losses(together, where)
-        self._moments, single = exact_moments(subject, batch, size, self._max_bytes, where, self._moments)
-        if not self._random:
-            require_independent(single, together, where, subject.function.tolerance.rounding)
+        require_losses(together, where)
+        self._moments = exact_moments(
+            subject, batch, together, self._max_bytes, where, self._moments, random=bool(self._random)
+        )
 
     def take(self) -> NoiseMoments | None:
         """The moments of the batches since the last call; None if there were none."""
@@ -191,7 +190,8 @@ class Estimate:
             self._quick = None  # its backward pass runs inside another, where a sum cannot be taken apart
         self._random = not torch.equal(together, subject.losses_of(batch))
         if self._quick is not None:
-            self._quick.check(batch, together, random=self._random, where=where)
+            with single_examples(batch, size, where):
+                self._quick.check(batch, together, random=self._random, where=where)
 
 
 def _length(loader: Any) -> int | None:

@@ -1,6 +1,7 @@
 """The oracle: the gradient of every example, formed and kept for a moment."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
@@ -9,9 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow._batch import tensors_of
-from noetherflow._errors import FrozenParameterError, LossError, NotASymmetryError, SettingsError
+from noetherflow._errors import (
+    CoupledExamplesError,
+    FrozenParameterError,
+    LossError,
+    NoetherflowError,
+    NotASymmetryError,
+    SettingsError,
+)
 from noetherflow._model_function import ModelFunction
 from noetherflow._params import aliases, require_finite, require_names
+from noetherflow._per_example import require_independent
 from noetherflow._residual import cosine
 from noetherflow._types import Batch, Loss
 from noetherflow.noise.moments import NoiseMoments
@@ -131,40 +140,82 @@ class Subject:
 
 
 def exact_moments(
-    subject: Subject, batch: Batch, size: int, max_bytes: int, where: str, so_far: NoiseMoments | None
-) -> tuple[NoiseMoments, Tensor]:
-    """The moments of one batch merged with those so far, and the loss of every example on its own."""
-    moments, alone = so_far, []
-    for first, values, gradients in chunks(subject, batch, size, max_bytes, where):
+    subject: Subject,
+    batch: Batch,
+    together: Tensor,
+    max_bytes: int,
+    where: str,
+    so_far: NoiseMoments | None,
+    *,
+    random: bool,
+) -> NoiseMoments:
+    """The moments of a batch merged with earlier moments.
+
+    Args:
+        subject: The model.
+        batch: The batch.
+        together: The losses of its examples within the batch, shape (B,).
+        max_bytes: Memory that stacked gradients may take.
+        where: Name of the batch in error messages.
+        so_far: The moments of earlier batches, or None.
+        random: Whether losses differ from call to call, as with dropout.
+
+    Returns:
+        The moments.
+
+    Raises:
+        CoupledExamplesError: If an example has another loss as a batch of size 1.
+    """
+    moments = so_far
+    tolerance = math.inf if random else subject.function.tolerance.rounding
+
+    def check(values: Tensor, first: int) -> None:
+        require_independent(values, together, where, tolerance, first)
+
+    for first, _, gradients in chunks(subject, batch, len(together), max_bytes, where, check):
         subject.require_symmetric(gradients, first, where)
         reference = None if moments is None else _running_mean(moments, gradients)
         chunk = NoiseMoments.of(gradients, subject.symmetries, reference=reference)
         moments = chunk if moments is None else moments.merge(chunk)
-        alone.append(values)
     assert moments is not None
-    return moments, torch.cat(alone)
+    return moments
 
 
 def chunks(
-    subject: Subject, batch: Batch, size: int, max_bytes: int, where: str
+    subject: Subject,
+    batch: Batch,
+    size: int,
+    max_bytes: int,
+    where: str,
+    check: Callable[[Tensor, int], None] | None = None,
 ) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
-    """First example, losses and gradients of as many examples at a time as fit into memory."""
+    """First example, losses and gradients of as many examples at a time as fit into memory; losses are checked."""
     per_example = sum(8 * tensor.numel() for tensor in subject.trained.values())
     step = max(1, min(size, max_bytes // (_COPIES * per_example)))
     for start in range(0, size, step):
         examples = slice(start, min(start + step, size))
         with single_examples(batch, size, where):
             values, gradients = subject.function.example_gradients(subject.trained, batch, size, examples, where)
+        if check is not None:
+            check(values, start)  # before the gradients: a variance over a single example makes all of them NaN
         require_finite(gradients, f"{where}: the per-example gradient of")
         yield start, values, gradients
 
 
 @contextmanager
 def single_examples(batch: Batch, size: int, where: str) -> Iterator[None]:
-    """A block that evaluates single examples; its errors say so if tensors of the batch have no row per example."""
+    """A block that evaluates single examples; its errors say why an example cannot be taken out of the batch."""
     try:
         yield
-    except (RuntimeError, IndexError) as error:
+    except NoetherflowError:
+        raise
+    except (RuntimeError, IndexError, ValueError) as error:
+        if "more than 1 value per channel" in str(error):
+            raise CoupledExamplesError(
+                f"{where}: the loss of a single example cannot be computed ({error}): a function of the model, such as "
+                "torch.nn.functional.batch_norm, normalises with the statistics of the batch, which couples its "
+                "examples. Measure the noise between microbatches with MicrobatchMeter, or use GroupNorm or LayerNorm"
+            ) from error
         shapes = [tuple(tensor.shape) for tensor in tensors_of(batch)]
         if all(shape[:1] == (size,) for shape in shapes):
             raise
