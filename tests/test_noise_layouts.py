@@ -51,7 +51,6 @@ def never_wrong(way: str, count: int) -> Counter[str]:
 def ways(count: int, *marks: Any) -> list[Any]:
     made = []
     for way in (EXACT, FAST, TRAIN, MEASURE):
-        waiting = [pytest.mark.xfail(strict=True, reason=WAITING[way])] if way in WAITING else []
         made.append(pytest.param(way, count, marks=[*marks, *waiting], id=f"{way}-{count}"))
     return made
 

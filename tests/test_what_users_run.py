@@ -43,43 +43,7 @@ GATHERED = "tokens that an index or a mask gathers are refused"
 GUESSED = "the axis of the examples is guessed from sizes"
 COMPARED = "a meter does not compare with single examples"
 ALL_OR_NOTHING = "a single parameter that is not measured stops the meter"
-WAITING: dict[str, tuple[tuple[str, ...], str]] = {
-    "bfloat16 autocast": ((TRAIN,), FORMED),
-    "float16 autocast and a loss scale": ((TRAIN,), FORMED),
-    "penalty before the block": (METERS, LOST),
-    "term before the block": (METERS, LOST),
-    "autograd function on a weight": (METERS, NOISELESS),
-    "autograd function on a weight that is also used natively": (METERS, NOISELESS),
-    "vmap inside": (METERS, NOISELESS),
-    "weight rounded straight through": ((MEASURE,), NOISELESS),
-    **{f"{name} penalty on the mean": (METERS, "an IndexError in the step") for name in PENALTIES},
-    "slope by the input": (METERS, DERIVED),
-    "slope by a hidden layer": (METERS, DERIVED),
-    "routed experts": (METERS, GATHERED),
-    "as many experts as examples": (METERS, GATHERED),
-    "expert with as many tokens as examples": (METERS, GUESSED),
-    "expert with twice as many tokens as examples": (METERS, GUESSED),
-    "expert of the last examples": ((FAST, *METERS), GUESSED),
-    "stacked experts": (METERS, GATHERED),
-    "masked tokens": (METERS, GATHERED),
-    **{f"encoder with tokens first, {length} tokens": (METERS, GUESSED) for length in (6, 12, 3, 5)},
-    **{f"flattened with tokens first, {length} tokens": (METERS, GUESSED) for length in (6, 12, 3, 5)},
-    **{f"ids with tokens first, {length} tokens": (METERS, GUESSED) for length in (6, 12, 5)},
-    "loop over examples": (METERS, GUESSED),
-    "GroupNorm of features": ((FAST, *METERS), "an IndexError for (B, C)"),
-    "batch_norm": (METERS, COMPARED),
-    "batch statistics by hand": (METERS, COMPARED),
-    "variance over the batch by hand": (METERS, COMPARED),
-    "pairs": (METERS, COMPARED),
-    "contrastive": (METERS, COMPARED),
-    "T5": (METERS, ALL_OR_NOTHING),
-    "Whisper": (METERS, ALL_OR_NOTHING),
-    "Swin": (METERS, ALL_OR_NOTHING),
-    "Mamba": (METERS, ALL_OR_NOTHING),
-    "CLIP": (METERS, ALL_OR_NOTHING),
-    "Mixtral": (METERS, ALL_OR_NOTHING),
-    "Mixtral, grouped product": (METERS, ALL_OR_NOTHING),
-}
+WAITING: dict[str, tuple[tuple[str, ...], str]] = {}
 
 
 def cases() -> list[Any]:

@@ -246,6 +246,7 @@ class Single(Apart):
 
 
 SHARED: Final = Shared()
+EMPTY: Final = torch.empty(0, dtype=torch.int64)
 
 
 def layout_of(labels: Tensor, size: int) -> Layout:
@@ -260,7 +261,9 @@ def layout_of(labels: Tensor, size: int) -> Layout:
     Returns:
         `Several`, without a cause, where no dimension separates the examples.
     """
-    low, high = (float(bound) for bound in labels.aminmax()) if labels.numel() else (NO_EXAMPLE, NO_EXAMPLE)
+    if not labels.numel():
+        return Listed(next(dim for dim, length in enumerate(labels.shape) if not length), EMPTY)
+    low, high = (float(bound) for bound in labels.aminmax())
     if low < NO_EXAMPLE:
         return Several(additive=False, cause="")
     if high == NO_EXAMPLE:

@@ -126,7 +126,7 @@ class Capture(TorchFunctionMode):
         if not self._depth:
             for tracked in self._tracked.values():
                 source = tracked.source
-                if source.name is not None and source.refused:
+                if source.name is not None and source.refused and source.arrived:
                     self.refused[source.name] = source.refused
                 source.uses.clear()  # of a backward pass that was broken off
             for _, hook in self._hooks:
@@ -275,7 +275,7 @@ class Capture(TorchFunctionMode):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], data: dict[int, tuple[Tensor, Layout]]
     ) -> Any:
         """A call in which parameters meet data."""
-        rule = self._rules.get(func, self._rules[None])
+        rule = self._rules.get(func) or self._rules.get(name_of(func)) or self._rules[None]
         result = rule(self, func, args, kwargs)
         if result is NotImplemented:
             causes = [layout.cause for _, layout in data.values() if isinstance(layout, (Several, Lost))]

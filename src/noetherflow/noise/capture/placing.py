@@ -5,7 +5,7 @@ with the entries of some examples replaced by NaN (numbers that cannot be NaN by
 examples. So a function needs no rule, and a function that joins examples is found out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from noetherflow.noise.capture.calls import is_in_place, leaves_of, mapped, name_of, unseen
 from noetherflow.noise.capture.layouts import (
+    EMPTY,
     NO_EXAMPLE,
     SHARED,
     Apart,
@@ -105,13 +106,20 @@ class Places:
             if isinstance(layout, Lost):
                 return [layout] * len(results)
         if any(isinstance(layout, Several) for layout in layouts):
-            return [_joined(name, args, kwargs, given, result) for result in results]
+            return [
+                _joined(name, args, kwargs, given, result) if _can_be_nan(result) else SHARED for result in results
+            ]
         if name in _CASTS:
             return [layouts[0]] * len(results)
         key = self._key(func, name, args, kwargs, given)
         if key is not None and key in self._answers:
             return self._answers[key]
         answer = self._found(func, name, args, kwargs, given, results)
+        # Numbers of rows have no gradient: a choice that all examples make together is a constant.
+        answer = [
+            SHARED if isinstance(layout, (Several, Lost)) and not _can_be_nan(leaf) else layout
+            for layout, leaf in zip(answer, results, strict=True)
+        ]
         if scales := {layout.scaled for layout in layouts if isinstance(layout, Apart) and layout.scaled}:
             answer = [one.with_scale(min(scales)) if isinstance(one, Apart) else one for one in answer]
         if key is not None:
@@ -153,6 +161,8 @@ class Places:
         results: Sequence[Tensor],
     ) -> list[Layout]:
         layouts = {layout for _, layout in given.values()}
+        if any(result.numel() == 0 for result in results) and len(layouts) == 1:
+            return [_empty(result.shape) if result.numel() == 0 else SHARED for result in results]
         with unseen(), torch.no_grad():
             try:
                 moves = name in _MOVES or (name in _PICKS and args and id(args[0]) in given)
@@ -275,7 +285,11 @@ def _joined(
         constant = not (isinstance(divisor, Tensor) and divisor.requires_grad and id(divisor) in given)
         additive = additive and len(varying) <= 1 and constant
     linear = moving or name in _LINEAR or name in ("stack", "cat")
-    return Several(additive=additive and linear, cause=several[0][1].cause if additive and linear else name)
+    if additive and not linear:
+        return Several(additive=False, cause=name)
+    # Of what is no sum any more, the function that made it so is kept.
+    worst = next((layout for _, layout in several if not layout.additive), several[0][1])
+    return Several(additive=additive, cause=worst.cause)
 
 
 @final
@@ -305,32 +319,35 @@ class _Probe:
         in_place = is_in_place(func) or "out" in kwargs
         devices = {leaf.device for leaf in leaves_of((*args, *kwargs.values())) if leaf.is_cuda}
         with torch.random.fork_rng(devices=list(devices)):
-            self._results = list(self._called(None)) if in_place else list(results)
+            self._results = list(self._called(None, _other)) if in_place else list(results)
             self._changed = [(chosen, self._changes(chosen)) for chosen in _subsets(size)]
 
     def layouts(self) -> list[Layout]:
         """Of every result."""
         return [self._layout(index) for index in range(len(self._results))]
 
-    def _called(self, chosen: Tensor | None) -> list[Tensor]:
+    def _called(self, chosen: Tensor | None, other: Callable[[Tensor], Tensor]) -> list[Tensor]:
         def put(leaf: Tensor) -> Tensor:
             entry = self._given.get(id(leaf))
             if chosen is None or entry is None:
                 return leaf.clone()
             labels = entry[1].labels(leaf.shape, self._size).long()
             inside = torch.cat([torch.zeros(1, dtype=torch.bool), chosen])[labels].to(leaf.device)
-            return torch.where(inside, _other(leaf), leaf)
+            return torch.where(inside, other(leaf), leaf)
 
         returned = self._func(*mapped(put, self._args), **mapped(put, self._kwargs))
         return list(leaves_of((returned,)))
 
     def _changes(self, chosen: Tensor) -> list[Tensor]:
-        # A function of numbers spreads NaN; a function of integers has another result.
+        """Where NaN arrives; where a result cannot be NaN, or no argument, where it is another."""
         spreads = all(_can_be_nan(leaf) for leaf, _ in self._given.values())
+        arrives = [spreads and _can_be_nan(result) for result in self._results]
+        spread = self._called(chosen, _nan) if any(arrives) else self._results
+        moved = self._results if all(arrives) else self._called(chosen, _other)
         changes = []
-        for before, after in zip(self._results, self._called(chosen), strict=True):
-            if spreads and _can_be_nan(after):
-                changes.append((after.isnan() & ~before.isnan()).cpu())
+        for before, nan, after, is_spread in zip(self._results, spread, moved, arrives, strict=True):
+            if is_spread:
+                changes.append((nan.isnan() & ~before.isnan()).cpu())
             else:
                 changes.append(((after != before) & ~((after != after) & (before != before))).cpu())
         return changes
@@ -389,17 +406,25 @@ class _Probe:
         return all(isinstance(layout, (Apart, Shared)) for layout in layouts)
 
 
+def _empty(shape: torch.Size) -> Layout:
+    return Listed(next(dim for dim, length in enumerate(shape) if not length), EMPTY)
+
+
 def _takes_reduction(func: Any) -> bool:
     code = getattr(func, "__code__", None)
     return code is not None and "reduction" in code.co_varnames
 
 
+def _nan(leaf: Tensor) -> Tensor:
+    return torch.full_like(leaf, torch.nan)
+
+
 def _other(leaf: Tensor) -> Tensor:
-    """A tensor whose every entry differs: NaN, or what is as far from the other end of the range."""
+    """A tensor whose every entry is as far from the other end of the range."""
     if leaf.dtype is torch.bool:
         return ~leaf
-    if _can_be_nan(leaf):
-        return torch.full_like(leaf, torch.nan)
+    if leaf.is_complex():
+        return -leaf
     return (leaf.max() + leaf.min() - leaf) if leaf.numel() else leaf
 
 

@@ -29,8 +29,12 @@ def index(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     """A parameter indexed with numbers of rows."""
     weight, ids = args
     ids = ids[0] if isinstance(ids, tuple) and len(ids) == 1 else ids
-    if not isinstance(ids, Tensor) or ids.dtype not in _INTEGERS or weight.ndim != 2:
+    if not isinstance(ids, Tensor) or ids.dtype not in _INTEGERS:
         return NotImplemented
+    if weight.ndim != 2:
+        with capture:
+            rows = (weight.flatten(1) if weight.ndim > 2 else weight[:, None])[ids]
+            return rows.unflatten(-1, weight.shape[1:]) if weight.ndim > 2 else rows[..., 0]
     return _read(capture, weight, torch.where(ids < 0, ids + len(weight), ids), None, of=ids)
 
 
