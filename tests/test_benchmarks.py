@@ -146,17 +146,18 @@ def test_the_benchmark_for_gpus_runs_at_a_tiny_size_on_the_cpu(tmp_path: Path, m
 @pytest.mark.usefixtures("scripts")
 def test_a_method_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise_gpu = importlib.import_module("noise_gpu")
-    right = noise_gpu.vectorised
+    methods = importlib.import_module("noise_on_gpu.methods")
+    right = methods.vectorised
 
     def wrong(built: Any) -> Any:
         method = right(built)
-        return noise_gpu.Method(method.step, lambda: 1.01 * method.trace())
+        return methods.Method(method.step, lambda: 1.01 * method.trace())
 
     def failing(built: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setitem(noise_gpu.METHODS, "torch.func", wrong)
-    monkeypatch.setitem(noise_gpu.METHODS, "loop", failing)
+    monkeypatch.setitem(methods.METHODS, "torch.func", wrong)
+    monkeypatch.setitem(methods.METHODS, "loop", failing)
     arguments = ["--quick", "--device", "cpu", "--models", "MLP", "--methods", "torch.func", "loop", "measure only"]
     noise_gpu.main([*arguments, "--out", str(tmp_path / "gpu.json")])
     rows = json.loads((tmp_path / "gpu.json").read_text("utf-8"))["models"]["MLP"]["rows"]

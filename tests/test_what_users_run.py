@@ -32,7 +32,8 @@ from noise_ways import (
     mean_step,
     outcome,
 )
-from what_users_run import PENALTIES, ROWS, Net, by_token, classified, numbers, outcomes, squared, text, words
+from users_models import Net, by_token, classified, numbers, squared, text, words
+from what_users_run import PENALTIES, ROWS, outcomes
 
 # What fails today: ways and reason by row. A test that passes although it waits fails, so that its entry is deleted.
 FORMED = "the gradient is not autograd's: it is formed again, and rounded otherwise"

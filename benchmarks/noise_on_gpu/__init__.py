@@ -1,0 +1,1 @@
+"""Gradient noise on a GPU: models, methods, and how they are measured."""
