@@ -44,22 +44,9 @@ GATHERED = "tokens that an index or a mask gathers are refused"
 GUESSED = "the axis of the examples is guessed from sizes"
 COMPARED = "a meter does not compare with single examples"
 ALL_OR_NOTHING = "a single parameter that is not measured stops the meter"
-WAITING: dict[str, tuple[tuple[str, ...], str]] = {}
-
-
 def cases() -> list[Any]:
     """Every row in every way."""
-    made = []
-    for name in ROWS:
-        for way in WAYS:
-            ways, reason = WAITING.get(name, ((), ""))
-            marks = [pytest.mark.xfail(strict=True, reason=reason)] if way in ways else []
-            made.append(pytest.param(name, way, marks=marks, id=f"{name}-{way}"))
-    return made
-
-
-def test_the_table_of_what_waits_has_no_row_that_does_not_exist() -> None:
-    assert WAITING.keys() <= ROWS.keys()
+    return [pytest.param(name, way, id=f"{name}-{way}") for name in ROWS for way in WAYS]
 
 
 @pytest.mark.filterwarnings("ignore")

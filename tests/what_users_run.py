@@ -70,7 +70,8 @@ def autocast(dtype: torch.dtype, scale: float = 1.0) -> Row:
             (scale * loss(model, batch).mean()).backward()
 
     batches = numbers(dtype=torch.float32)
-    return Row(Net, loss, batches, step, rtol=precision_of(dtype), exact_loss=squared)
+    rounding = 2 * torch.finfo(dtype).eps
+    return Row(Net, loss, batches, step, rtol=precision_of(dtype), rounding=rounding, exact_loss=squared)
 
 
 def compiled(backend: str, wrap: bool) -> Callable[[], nn.Module]:
@@ -274,6 +275,7 @@ def hugging(name: str, *allowed: str) -> Row:
         loss,
         lambda: [oracles.double(b) for b in subject(name)[2]],
         rtol=1e-5,
+        rounding=torch.finfo(torch.float32).eps,
         expected=outcomes(METERS, RIGHT, NAMED) if allowed else {},
     )
 
@@ -382,9 +384,9 @@ ROWS: dict[str, Row] = {
         net(lambda m, h: torch.vmap(lambda row: h @ row, out_dims=1)(m.b.weight)), squared, numbers(), expected=ANY
     ),
     "second thread": Row(net(), squared, numbers(), hogwild, expected=outcomes([TRAIN], RIGHT, NAMED, REFUSED)),
-    "slope by the input": Row(net(lambda m, h: torch.tanh(m.b(h))), input_slope, numbers(), expected=ANY),
-    "slope by a hidden layer": Row(net(), hidden_slope, numbers(), expected=ANY),
-    "slope by torch.func": Row(net(lambda m, h: torch.tanh(m.b(h))), slope_by_func, numbers(), expected=ANY),
+    "slope by the input": Row(net(lambda m, h: torch.tanh(m.b(h))), input_slope, numbers(), expected=ANY, says="derivatives"),
+    "slope by a hidden layer": Row(net(), hidden_slope, numbers(), expected=ANY, says="derivatives"),
+    "slope by torch.func": Row(net(lambda m, h: torch.tanh(m.b(h))), slope_by_func, numbers(), expected=ANY, says="derivatives"),
     **{
         f"encoder with tokens first, {length} tokens": Row(
             text(tokens_first, encoder=encoder), classified, words(length=length)

@@ -15,6 +15,7 @@ from noetherflow._residual import cosine
 from noetherflow._types import Batch
 from noetherflow.noise.asked import asked_of
 from noetherflow.noise.batches import BatchNoise, pooled
+from noetherflow.noise.capture.autograd import DerivativeError
 from noetherflow.noise.capture.calls import WithoutDropout
 from noetherflow.noise.capture.fate import Fate
 from noetherflow.noise.capture.mode import Capture
@@ -98,7 +99,11 @@ class FastPass:
         if len(few) < 2:
             self._own = []
             return
-        capture, _ = self._measure(select(batch, few, size), calm=random)
+        try:
+            capture, _ = self._measure(select(batch, few, size), calm=random)
+        except DerivativeError:
+            self._own = []  # everything is measured example by example
+            return
         squares = capture.ledger.row(EACH).squares()
         rough = subject.function.tolerance.rounding
         truths = {name: one.double().square().sum() for name, one in stack.items()}

@@ -106,15 +106,14 @@ class NoiseMeter:
         size = next((len(leaf) for leaf in leaves if leaf.ndim), 0)
         if not size:
             raise EmptyDataError("the batch holds no tensor with an entry per example")
-        if size < 2:
-            yield  # a single example is its own mean
-            return
         given = [leaf for leaf in leaves if is_per_example(leaf, size)]
         places = self._places.setdefault(size, Places(size))
         fate = Fate.PASSED_ON if train else Fate.DROPPED
         capture = Capture(self._params, self._contents, places, given, RULES, fate=fate)
         with eager(), capture:
             yield
+        if size < 2:
+            return  # a single example is its own mean
         self._require_measured(capture)
         self.unmeasured = capture.refused | self.unmeasured
         # A step that overflows is left out, as a gradient scaler skips it.
@@ -133,7 +132,8 @@ class NoiseMeter:
         if not self.unmeasured:
             return moments
         names = [name for name, one in self._symmetries.items() if self.unmeasured.keys().isdisjoint(one.names)]
-        return replace(moments.select(*names), unmeasured=dict(self.unmeasured))
+        entries = {name: one for name, one in moments.square_scatter.items() if name not in self.unmeasured}
+        return replace(moments.select(*names), square_scatter=entries, unmeasured=dict(self.unmeasured))
 
     def _require_measured(self, capture: Capture) -> None:
         """Raise if a step cannot be measured at all; the gradients that it left are right."""

@@ -17,6 +17,10 @@ from noetherflow.noise.passes import group_norm_back
 Note = Callable[[Tensor, Tensor], Iterable[Tensor | None]]
 
 
+class DerivativeError(SettingsError):
+    """A loss takes derivatives of the model: the gradients of its gradients would need what is not computed."""
+
+
 def tap(output: Tensor, source: Tensor, note: Note, roots: Iterable[Tensor]) -> Tensor:
     """A tensor as it is, written in place; its gradient is noted in passing.
 
@@ -58,10 +62,10 @@ def _recording() -> AbstractContextManager[Any, Any]:
     """The block in which a backward pass records; gradients of gradients would need what is not computed.
 
     Raises:
-        SettingsError: If the backward pass is itself to be differentiated.
+        DerivativeError: If the backward pass is itself to be differentiated.
     """
     if torch.is_grad_enabled():
-        raise SettingsError(
+        raise DerivativeError(
             "a backward pass with create_graph=True runs through a block in which noise is measured: its gradients "
             "cannot be differentiated. Use estimate_noise(exact=True), or MicrobatchMeter"
         )

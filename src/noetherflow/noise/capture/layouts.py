@@ -1,5 +1,6 @@
 """Where in a tensor the examples of a batch are: a value for every tensor that depends on the batch."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,7 +185,8 @@ class Listed(Apart):
     def rows(self, tensor: Tensor, kept: int, size: int) -> Rows:
         """All vectors, each with its owner."""
         last = tensor.shape[tensor.ndim - kept :]
-        moved = tensor.movedim(self.dim, 0).reshape(len(self.owners), -1, *last)
+        moved = tensor.movedim(self.dim, 0)
+        moved = moved.reshape(len(moved), math.prod(moved.shape[1 : moved.ndim - kept]), *last)
         owners = self._on(tensor.device).repeat_interleave(moved.shape[1])
         return Rows(moved.flatten(0, 1), owners)
 
@@ -228,7 +230,8 @@ class Single(Apart):
 
     def rows(self, tensor: Tensor, kept: int, size: int) -> Rows:
         """All vectors, with a single owner."""
-        values = tensor.reshape(-1, *tensor.shape[tensor.ndim - kept :])
+        count = math.prod(tensor.shape[: tensor.ndim - kept])
+        values = tensor.reshape(count, *tensor.shape[tensor.ndim - kept :])
         return Rows(values, torch.full((len(values),), self.example, device=tensor.device))
 
     def ends_before(self, ndim: int, kept: int) -> bool:

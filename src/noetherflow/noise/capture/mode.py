@@ -16,8 +16,8 @@ from torch.func import debug_unwrap
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from noetherflow._errors import SettingsError
 from noetherflow.noise.capture import autograd, finish
+from noetherflow.noise.capture.autograd import DerivativeError
 from noetherflow.noise.capture.calls import (
     DROPOUT,
     WITH_DROPOUT,
@@ -32,7 +32,7 @@ from noetherflow.noise.capture.calls import (
     without_dropout,
 )
 from noetherflow.noise.capture.fate import Fate
-from noetherflow.noise.capture.layouts import SHARED, Apart, Layout, Lost, Regular, Several
+from noetherflow.noise.capture.layouts import SHARED, Apart, Layout, Lost, Regular, Several, Single
 from noetherflow.noise.capture.placing import Places
 from noetherflow.noise.capture.sources import Call, Source, Tracked, is_view, roots_of
 from noetherflow.noise.ledger import Contents, Ledger
@@ -94,7 +94,8 @@ class Capture(TorchFunctionMode):
         self.met = False
         self._rules, self._calm, self._params = rules, calm, params
         # Tensors of the user's, to which nothing is attached. Strong references, so that no identity is used twice.
-        self._given: dict[int, tuple[Tensor, Layout]] = {id(leaf): (leaf, Regular(0)) for leaf in batch}
+        first = Regular(0) if self.size > 1 else Single(0)
+        self._given: dict[int, tuple[Tensor, Layout]] = {id(leaf): (leaf, first) for leaf in batch}
         self._token = object()
         self._tracked: dict[int, Tracked] = {}
         self._stand_ins: dict[int, Tensor] = {}
@@ -191,7 +192,8 @@ class Capture(TorchFunctionMode):
             return None
         return entry[2]
 
-    def _attach(self, leaf: Tensor, layout: Layout) -> None:
+    def place(self, leaf: Tensor, layout: Layout) -> None:
+        """Write down where the examples are in a tensor that a forward pass made."""
         leaf._examples = (self._token, layout)  # type: ignore[attr-defined]
         if self._again and leaf.layout is torch.strided:
             leaf.untyped_storage()._examples = (self._token, _place_of(leaf), layout)  # type: ignore[attr-defined]
@@ -304,7 +306,7 @@ class Capture(TorchFunctionMode):
         if not data:
             for leaf in results:
                 if leaf.grad_fn is not None and id(leaf) not in self._tracked:
-                    self._attach(leaf, SHARED)
+                    self.place(leaf, SHARED)
             return result
         results = [leaf for leaf in results if id(leaf) not in self._tracked and not self._is_placed(leaf, args)]
         if not results:
@@ -315,7 +317,7 @@ class Capture(TorchFunctionMode):
             if not mine and any(leaf is given for given in leaves_of((*args, *kwargs.values()))):
                 self._given[id(leaf)] = (leaf, layout)
             else:
-                self._attach(leaf, layout)
+                self.place(leaf, layout)
         return result
 
     def _is_placed(self, leaf: Tensor, args: tuple[Any, ...]) -> bool:
@@ -369,7 +371,7 @@ class Capture(TorchFunctionMode):
         _require_once(kwargs.get("create_graph", False))
         inputs = list(leaves_of(args[1:2] or (kwargs.get("inputs", ()),)))
         if any(id(leaf) in self._tracked or id(leaf) in self._stand_ins for leaf in inputs):
-            raise SettingsError(
+            raise DerivativeError(
                 "torch.autograd.grad by parameters, inside a block in which noise is measured: call backward(), or "
                 "compute these gradients outside of the block"
             )
@@ -388,7 +390,7 @@ def _place_of(tensor: Tensor) -> tuple[Any, ...]:
 
 def _require_once(create_graph: bool) -> None:
     if create_graph:
-        raise SettingsError(
+        raise DerivativeError(
             "the loss takes derivatives of the model (create_graph=True), inside a block in which noise is measured. "
             "Use estimate_noise(exact=True), or MicrobatchMeter"
         )

@@ -69,7 +69,7 @@ class Places:
     """Answers the question where the examples are in the result of a call, and remembers the answers.
 
     Args:
-        size: Number of examples B, two or more.
+        size: Number of examples B.
     """
 
     def __init__(self, size: int) -> None:
@@ -96,6 +96,8 @@ class Places:
         Returns:
             A layout for each.
         """
+        if self.size == 1:
+            return [Single(0)] * len(results)
         name = name_of(func)
         if name in _PICKS and args and id(args[0]) in given:
             given = {id(args[0]): given[id(args[0])]}  # which entries are picked does not change whose they are

@@ -1,5 +1,6 @@
 """Every other function: the gradient of an example is that of a call with this example alone."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -8,10 +9,12 @@ from torch.func import vjp
 
 from noetherflow._per_example import each
 from noetherflow.noise.capture import autograd
-from noetherflow.noise.capture.calls import as_function, is_in_place, leaves_of, unseen
+from noetherflow.noise.capture.calls import as_function, is_in_place, leaves_of, mapped, unseen
 from noetherflow.noise.capture.layouts import Regular, Rows
 from noetherflow.noise.capture.mode import Capture
 from noetherflow.noise.capture.owned import whole
+from noetherflow.noise.capture.sources import Tracked
+from noetherflow.noise.ops.aligned import aligned
 from noetherflow.noise.ops.registry import gradient_rule
 
 # Numbers of the gradients of all examples.
@@ -27,6 +30,20 @@ def other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     layouts = [capture.apart(leaf, 0) for leaf in data]
     if is_in_place(func) or "out" in kwargs or not all(isinstance(layout, Regular) for layout in layouts):
         return NotImplemented
+    result = _by_example(capture, func, args, kwargs, tracked, data, layouts)
+    return _of_rows(capture, func, args, kwargs, tracked, data, layouts) if result is NotImplemented else result
+
+
+def _by_example(
+    capture: Capture,
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tracked: list[Tracked],
+    data: list[Tensor],
+    layouts: list[Any],
+) -> Any:
+    """A call with every example alone."""
     if sum(known.tensor.numel() for known in tracked) * capture.size > _MOST:
         return NotImplemented
     given = [*data, *(known.tensor for known in tracked)]
@@ -53,6 +70,43 @@ def other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return [known.note(whole(known.views, Rows(stack[:, None], None))) for known, stack in zip(tracked, stacks, strict=True)]
 
     return autograd.tap(output.clone(), output.new_empty(0), note, [known.root for known in tracked])
+
+
+def _of_rows(
+    capture: Capture,
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tracked: list[Tracked],
+    data: list[Tensor],
+    layouts: list[Any],
+) -> Any:
+    """A call with tensors computed from parameters that have a row for each row of the data."""
+    given = {id(leaf): (leaf, layout) for leaf, layout in zip(data, layouts, strict=True)}
+    lengths = {leaf.shape[layout.dim]: layout.inner for leaf, layout in zip(data, layouts, strict=True)}
+    choices = [
+        [(dim, lengths[length]) for dim, length in enumerate(known.tensor.shape) if length in lengths]
+        for known in tracked
+    ]
+    for places in itertools.product(*choices):
+        rows = {id(k.tensor): (k.tensor, Regular(*place)) for k, place in zip(tracked, places, strict=True)}
+        with unseen(), torch.no_grad():
+            output = func(*args, **kwargs)
+            if not isinstance(output, Tensor):
+                return NotImplemented
+            (layout,) = capture.places.of(func, args, kwargs, given | rows, [output])
+        if not isinstance(layout, Regular):
+            continue
+        moved = {}
+        for known, (dim, inner) in zip(tracked, places, strict=True):
+            tensor = aligned(capture, known, dim, Regular(0, inner))
+            if tensor is None:
+                return NotImplemented
+            capture.place(tensor, Regular(dim, inner))
+            moved[id(known.tensor)] = tensor
+        with capture:
+            return func(*mapped(lambda x: moved.get(id(x), x), args), **mapped(lambda x: moved.get(id(x), x), kwargs))
+    return NotImplemented
 
 
 def _stack(tensor: Tensor, layout: Regular, size: int) -> Tensor:
