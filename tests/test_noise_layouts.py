@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import Phase
 
+from noetherflow.noise.capture.layouts import Regular
 from noise_ways import EXACT, FAST, MEASURE, NAMED, REFUSED, RIGHT, TRAIN, Row, outcome
-from random_layouts import LAYOUTS, OPERATIONS, PARTS, Plan, Sizes, losses, plans
+from random_layouts import LAYOUTS, OPERATIONS, PARTS, Plan, Sizes, losses, plans, tokens_first
 
 # Of the steps of a meter, the share that has to be measured: a meter that refuses everything is never wrong.
 MEASURED = 0.5
@@ -67,14 +68,22 @@ def test_every_part_is_measured_by_single_examples(part: Any) -> None:
     assert outcome(of(plan_of(part, 4, 6)), EXACT) == RIGHT
 
 
-def test_a_wrong_layout_is_noticed() -> None:
+def test_examples_that_mix_are_refused() -> None:
     """A part that mixes examples, where the oracle takes examples one by one, is no row of this table."""
     plan = plan_of((LAYOUTS[0], OPERATIONS[0]))
 
     def mixed(model: Any, batch: Any) -> torch.Tensor:
         values = losses(model, batch)
-        return values + 1e-3 * values.roll(1, 0)
+        return values + 1e-3 * values.square().roll(1, 0)
 
     row = Row(plan.build, mixed, plan.batches, exact_loss=losses)
+    assert outcome(row, TRAIN) == REFUSED
+
+
+def test_a_wrong_layout_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin of the draws: tokens that come first are taken for examples."""
+    plan = plan_of((tokens_first, OPERATIONS[0]), 4, 4)
+    monkeypatch.setattr("noetherflow.noise.capture.placing.Places.of", lambda *given: [Regular(0)] * len(given[-1]))
     with pytest.raises(AssertionError):
-        outcome(row, TRAIN)
+        outcome(of(plan), TRAIN)
+
