@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 from noetherflow._per_example import each
 from noetherflow.noise.asked import Asked, Page
 from noetherflow.noise.collect import collect, stacked
+from noetherflow.noise.kernels import accumulator
 from noetherflow.noise.ledger import Contents, Ledger, Sums
 from noetherflow.noise.modes import CALMED, DROPOUT, aside, calmed, own_code
-from noetherflow.noise.passes import accumulator
 from noetherflow.noise.taps import Note, spread, tap
 from noetherflow.noise.tracked import (
     Layout,

@@ -17,11 +17,11 @@ from noetherflow.noise.asked import asked_of
 from noetherflow.noise.batches import BatchNoise, pooled
 from noetherflow.noise.capture import Capture, Fate
 from noetherflow.noise.exact import Subject, chunks
+from noetherflow.noise.kernels import square, square_stack
 from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger
 from noetherflow.noise.modes import Calm
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.rules import RULES
-from noetherflow.noise.squares import square, square_stack
 from noetherflow.symmetry import along_axes
 
 # Examples of the first batch that are done one by one as well: not two, so that other sizes are less likely the same.

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from noetherflow.noise import taps
 from noetherflow.noise.capture import Capture, Rule
+from noetherflow.noise.kernels import affine_sums, channel_sums
 from noetherflow.noise.modes import own_code
-from noetherflow.noise.passes import affine_sums, channel_sums
 from noetherflow.noise.tracked import Tracked, roots_of
 from noetherflow.noise.uses import Convolution, Outer, Rows, Whole
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
+from noetherflow.noise.kernels import group_norm_back
 from noetherflow.noise.modes import aside
-from noetherflow.noise.passes import group_norm_back
 
 # From what an operation was given and the gradient of what came out to what autograd hands on to its parameters.
 Note = Callable[[Tensor, Tensor], Iterable[Tensor | None]]
