@@ -35,6 +35,15 @@ class Window:
     groups: int
     kernel: Sequence[int]
 
+    def __post_init__(self) -> None:
+        for name in ("stride", "padding", "dilation", "kernel"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # hashable
+
+    def places(self, x: Tensor) -> list[int]:
+        """How often the kernel fits into images, along each dimension of space."""
+        each = zip(x.shape[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return [(length + 2 * pad - gap * (size - 1) - 1) // step + 1 for length, size, step, pad, gap in each]
+
     def patches(self, x: Tensor) -> Tensor:
         """The patches of images x (B, channels, *space) on which the kernel acts: (B, groups, patch, places)."""
         widths = [width for one in reversed(self.padding) for width in (one, one)]

@@ -1,16 +1,24 @@
 """Compiled loops for the CPU: each block of gradients is squared and added up while the cache holds it."""
 
+import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from noetherflow.noise.asked import ABSENT
 from noetherflow.noise.kernels import cpu_loops as loops
+from noetherflow.noise.kernels.base import Window
 from noetherflow.noise.kernels.costs import Costs
 from noetherflow.noise.kernels.reference import Batched, Reference, add_grams
-from noetherflow.noise.ledger import Sums
+from noetherflow.noise.ledger import EACH, WHOLE, Sums
 
-_COMPILED = (torch.float32, torch.float64)
+# Numbers in a patch from which on the compiled product is faster than that of PyTorch.
+_WIDE = 64
+_COMPILED = (torch.float32, torch.float64, torch.int64)
 
 
 @final
@@ -47,6 +55,45 @@ class Cpu(Batched):
         loops.accumulate(stacked, vector, rows, columns, squares, added)
         add_grams(stack, sums, row)
 
+    def patches(self, x: Tensor, d: Tensor, window: Window, sums: Sums) -> Tensor:
+        """See `Kernels`."""
+        shape, page, places = sums.page.shape, sums.page, d.shape[2:].numel()
+        d = d.flatten(2).contiguous()
+        n, m = d.shape[1], shape[1:].numel()
+        if (
+            not _arrays(d)
+            or x.dtype is not d.dtype
+            or window.groups > 1
+            or m < _WIDE
+            or page.grams
+            or self.costs.prefer_tokens(places, n, m, page.asked)
+        ):
+            return super().patches(x, d.view(*d.shape[:2], *window.places(x)), window, sums)
+        widths = [width for one in reversed(window.padding) for width in (one, one)]
+        images = functional.pad(x, widths).movedim(1, -1).contiguous()
+        rows, columns = n + -n % 4, m + -m % loops.LANES
+        numbers, total = torch.zeros(1 + rows + columns, dtype=torch.float64), x.new_zeros(rows, columns)
+        entries = None if sums.entries is None else torch.zeros_like(total)
+        starts, moves, run = _steps(tuple(images.shape[1:]), window, tuple(window.places(x)))
+        arrays = _arrays(d, images.flatten(1), starts, moves)
+        loops.patch_products(
+            *arrays, run, *_arrays(numbers), entries if entries is None else entries.numpy(), total.numpy()
+        )
+
+        def turned(matrices: Tensor) -> Tensor:
+            """From (..., kernel, channels) to (..., channels, kernel)."""
+            return matrices[..., :m].unflatten(-1, (-1, shape[1])).transpose(-1, -2).flatten(-2)
+
+        total, row = turned(total[:n]), sums.numbers[EACH]
+        row[0] += numbers[0]
+        for start, part in ((page.rows, numbers[1 : 1 + n]), (page.columns, turned(numbers[1 + rows :]))):
+            if start != ABSENT:
+                row[start : start + len(part)] += part
+        if entries is not None and sums.entries is not None:
+            sums.entries[EACH] += turned(entries[:n]).view(shape)
+        self.accumulate(total[None], sums, WHOLE)
+        return total.view(shape)
+
     def affine_sums(self, x: Tensor, d: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
         shape = x.shape[:2]
@@ -79,6 +126,24 @@ class Cpu(Batched):
             return super().group_norm_back(x, d, weight, mean, scale)
         loops.group_norm_back(*arrays)
         return back, gains, biases
+
+
+@lru_cache(64)
+def _steps(image: tuple[int, ...], window: Window, places: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
+    """Where patches begin in an image (*space, channels), how far from there their runs are, and how long these are."""
+    *space, channels = image
+    kernel, run = list(window.kernel), channels
+    if window.dilation[-1] == 1:
+        run, kernel[-1] = run * kernel[-1], 1  # neighbours: a single run
+    strides = [channels * math.prod(space[dim + 1 :]) for dim in range(len(space))]
+
+    def offsets(counts: Sequence[int], distances: Sequence[int]) -> Tensor:
+        found = torch.zeros((), dtype=torch.int64)
+        for count, distance, stride in zip(counts, distances, strides, strict=True):
+            found = found[..., None] + distance * stride * torch.arange(count)
+        return found.flatten()
+
+    return offsets(places, window.stride), offsets(kernel, window.dilation), run
 
 
 def _swapped(array: Any) -> Any:

@@ -14,6 +14,10 @@ compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"
 
 # Rows whose columns are summed in the dtype of the numbers.
 BLOCK = 256
+# Columns of four rows that the first level of the cache holds.
+COLUMNS = 512
+# Vectors have that many numbers at most: rows are padded to a multiple.
+LANES = 16
 
 
 @compiled
@@ -48,6 +52,69 @@ def accumulate(stack: Any, numbers: Any, rows: int, columns: int, entries: Any, 
             if columns >= 0:
                 for j in range(m):
                     numbers[columns + j] += sums[j]
+
+
+@compiled
+def _multiply(left: Any, right: Any, out: Any) -> None:
+    """Write left right, for left (n, T) and right (T, m), n and T multiples of 4: 16 numbers of left in registers."""
+    (n, tokens), m = left.shape, right.shape[1]
+    for start in range(0, m, COLUMNS):
+        stop = min(start + COLUMNS, m)
+        for i in range(0, n, 4):
+            o0, o1, o2, o3 = out[i, start:stop], out[i + 1, start:stop], out[i + 2, start:stop], out[i + 3, start:stop]
+            for t in range(0, tokens, 4):
+                a0, a1, a2, a3 = left[i, t], left[i, t + 1], left[i, t + 2], left[i, t + 3]
+                b0, b1, b2, b3 = left[i + 1, t], left[i + 1, t + 1], left[i + 1, t + 2], left[i + 1, t + 3]
+                c0, c1, c2, c3 = left[i + 2, t], left[i + 2, t + 1], left[i + 2, t + 2], left[i + 2, t + 3]
+                d0, d1, d2, d3 = left[i + 3, t], left[i + 3, t + 1], left[i + 3, t + 2], left[i + 3, t + 3]
+                x0, x1 = right[t, start:stop], right[t + 1, start:stop]
+                x2, x3 = right[t + 2, start:stop], right[t + 3, start:stop]
+                if t == 0:
+                    for j in range(stop - start):
+                        o0[j] = a0 * x0[j] + a1 * x1[j] + a2 * x2[j] + a3 * x3[j]
+                        o1[j] = b0 * x0[j] + b1 * x1[j] + b2 * x2[j] + b3 * x3[j]
+                        o2[j] = c0 * x0[j] + c1 * x1[j] + c2 * x2[j] + c3 * x3[j]
+                        o3[j] = d0 * x0[j] + d1 * x1[j] + d2 * x2[j] + d3 * x3[j]
+                else:
+                    for j in range(stop - start):
+                        o0[j] += a0 * x0[j] + a1 * x1[j] + a2 * x2[j] + a3 * x3[j]
+                        o1[j] += b0 * x0[j] + b1 * x1[j] + b2 * x2[j] + b3 * x3[j]
+                        o2[j] += c0 * x0[j] + c1 * x1[j] + c2 * x2[j] + c3 * x3[j]
+                        o3[j] += d0 * x0[j] + d1 * x1[j] + d2 * x2[j] + d3 * x3[j]
+
+
+@compiled
+def patch_products(
+    d: Any, images: Any, places: Any, moves: Any, run: int, numbers: Any, entries: Any, total: Any
+) -> None:
+    """Form the gradients of a convolution's weight example by example, and accumulate each.
+
+    Args:
+        d: Gradients of the outputs, shape (B, n, places).
+        images: Padded, channels last, each as a vector.
+        places: Where in an image each patch begins.
+        moves: How far from there each run of numbers of the patch is.
+        run: Length of a run.
+        numbers: The total, sums by row and sums by column, of padded matrices.
+        entries: Padded matrix, or None.
+        total: Padded matrix, with at least n rows and as many columns as a patch has numbers.
+    """
+    size, n, count = d.shape
+    rows, m = total.shape
+    tokens = count + -count % 4
+    left, right = np.zeros((rows, tokens), d.dtype), np.zeros((tokens, m), d.dtype)
+    block = np.empty((1, rows, m), d.dtype)
+    for b in range(size):
+        left[:n, :count] = d[b]
+        for t in range(count):
+            for k in range(len(moves)):
+                # Slices, so that the inner loop need not look whether an index is negative.
+                start = places[t] + moves[k]
+                source, target = images[b, start : start + run], right[t, k * run : (k + 1) * run]
+                for j in range(run):
+                    target[j] = source[j]
+        _multiply(left, right, block[0])
+        accumulate(block, numbers, 1, 1 + rows, entries, total)
 
 
 @compiled
