@@ -43,7 +43,7 @@ def draw(*shape: int) -> Tensor:
 
 def gradient_of(use: Any, index: int, shape: Sequence[int]) -> Tensor:
     """The gradient of a single example, by a loop over tokens, or by autograd for a convolution."""
-    found = torch.zeros(*shape, dtype=torch.float64)
+    found = torch.zeros(shape, dtype=torch.float64)
     part = use.of(found)
     d = use.gradients[index].double() if isinstance(use, Whole) else use.outputs[index].double()
     if isinstance(use, Whole):
@@ -66,7 +66,7 @@ def gradient_of(use: Any, index: int, shape: Sequence[int]) -> Tensor:
 
 def statistics(gradients: Sequence[Tensor], asked: Asked, shape: Sequence[int]) -> dict[Any, Tensor]:
     """The sums over gradients of everything that can be requested, from the definitions."""
-    like = torch.zeros(*shape, dtype=torch.float64)
+    like = torch.zeros(shape, dtype=torch.float64)
     entries = torch.zeros_like(like)
     grams = {axis: torch.zeros(()) for axis in asked.grams}
     for one in gradients:
@@ -108,7 +108,7 @@ def check(
 ) -> None:
     """Compare every statistic of a parameter with that of the loop."""
     gradients = [sum(gradient_of(use, b, shape) for use in uses) for b in range(uses[0].size)]
-    whole = sum(gradients, torch.zeros(*shape, dtype=torch.float64))
+    whole = sum(gradients, torch.zeros(shape, dtype=torch.float64))
     sums = begun(Page.of(torch.Size(shape), asked), reference.accumulator(torch.zeros((), dtype=kind)))
     total = collect(uses, sums, torch.zeros((), dtype=kind), wanted=wanted)
     assert total is not None or not wanted
@@ -207,14 +207,15 @@ def axes(shape: Sequence[int]) -> tuple[nf.Axis, ...]:
     return tuple(found)
 
 
-# Number of requests is a code for: which formula, which statistics.
 REQUESTS: dict[str, Callable[[Sequence[int]], Asked]] = {
     "total": lambda _: Asked(),
     "rows": lambda _: Asked(rows=True),
     "columns": lambda _: Asked(columns=True),
     "rows and columns": lambda _: Asked(True, True),
     "entries": lambda _: Asked(entries=True),
-    "Grams of rows": lambda shape: Asked(True, grams=tuple(one for one in axes(shape[:1]))),
+    "Grams of rows": lambda shape: Asked(
+        True, grams=tuple(a for a in axes(shape) if a.dim % len(shape) == 0 and a.within is None)
+    ),
     "everything": lambda shape: Asked(True, True, True, axes(shape)),
     "Grams without parts": lambda shape: Asked(True, True, grams=tuple(a for a in axes(shape) if a.within is None)),
 }
@@ -292,12 +293,12 @@ def test_sizes_that_are_equal_or_divide_each_other(
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations of PyTorch that run inside the block."""
+    """Counts the operations of PyTorch that run inside the block, but for views, which launch nothing."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
+        self.count += not func.is_view
         return func(*args, **(kwargs or {}))
 
 
@@ -318,7 +319,7 @@ def test_launches_do_not_depend_on_the_number_of_examples(name: str, way: str) -
             collect(uses, sums, draw(1))
         return mode.count
 
-    assert launches(3) == launches(50) < 60
+    assert launches(3) == launches(50) <= 40
 
 
 def test_gradients_that_are_not_finite_stay_so() -> None:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from noetherflow.noise.kernels import accumulator, as_matrices, kernels_for, square
+from noetherflow.noise.kernels import accumulator, as_matrices, kernels_for
 from noetherflow.noise.kernels.reference import chunks
-from noetherflow.noise.ledger import EACH, WHOLE, Sums
+from noetherflow.noise.ledger import Sums
 from noetherflow.noise.uses import Convolution, Outer, Rows, Use, Whole
 
 
@@ -31,13 +31,10 @@ def collect(uses: Sequence[Use], sums: Sums, like: Tensor, *, wanted: bool = Tru
             return kernels.patches(use.inputs, use.outputs, use.window, sums)
         if isinstance(use, Rows):
             return kernels.table_rows(use.ids, use.outputs, sums)
-    shape = sums.page.shape
-    total = torch.zeros(shape, dtype=accumulator(like), device=like.device)
-    for part in chunks(use.size, total.numel() * total.element_size(), like):
-        stack = as_matrices(_formed(uses, part, shape, total))
-        kernels.accumulate(stack, sums, EACH, total.view(stack.shape[1:]))
-    square(total, sums, WHOLE)
-    return total
+    shape, kind = sums.page.shape, torch.empty((), dtype=accumulator(like), device=like.device)
+    parts = chunks(use.size, shape.numel() * kind.element_size(), like)
+    total = kernels.add_stacks((as_matrices(_formed(uses, part, shape, kind)) for part in parts), sums)
+    return total.view(shape)
 
 
 def stacked(uses: Sequence[Use], shape: torch.Size, like: Tensor) -> Tensor:

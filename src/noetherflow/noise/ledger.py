@@ -59,7 +59,7 @@ class Sums:
         """Add Gram matrices to one of the two rows."""
         for axis, gram in grams.items():
             start = self.page.grams[axis]
-            self.numbers[row, start : start + gram.numel()] += gram.reshape(-1)
+            self.numbers[row, start : start + gram.numel()].add_(gram.reshape(-1))
 
 
 @final

@@ -5,8 +5,9 @@ examples along the first dimension, and adds squares of gradients to a buffer of
 buffer holds sums over examples, row `WHOLE` the squares of the sum of all gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Protocol, final
 
 import torch
@@ -93,6 +94,15 @@ class Kernels(Protocol):
             sums: The buffer.
         """
 
+    def add_stacks(self, stacks: Iterable[Tensor], sums: Sums, first: int = 0) -> Tensor:
+        """Add the squares of gradients that come in stacks, and of their sum, which is returned, shape (r, m).
+
+        Args:
+            stacks: Some rows of gradients as matrices, each of shape (b, r, m); it is done with before the next comes.
+            sums: The buffer; Gram matrices are added if the stacks hold all rows.
+            first: Which row of the gradient is the first of these.
+        """
+
     def accumulate(self, stack: Tensor, sums: Sums, row: int, total: Tensor | None = None, first: int = 0) -> None:
         """Add the squares of gradients to a row of the buffer, and the gradients to a total.
 
@@ -139,7 +149,12 @@ class Kernels(Protocol):
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
     """The dtype in which sums are kept: that of the tensors, float32 at least."""
-    kind = torch.float32
-    for tensor in tensors:
-        kind = torch.promote_types(kind, tensor.dtype)
-    return kind
+    return _accumulator(*(tensor.dtype for tensor in tensors))
+
+
+@cache
+def _accumulator(*kinds: torch.dtype) -> torch.dtype:
+    found = torch.float32
+    for kind in kinds:
+        found = torch.promote_types(found, kind)
+    return found

@@ -75,22 +75,19 @@ class Cpu(Batched):
         numbers, total = torch.zeros(1 + rows + columns, dtype=torch.float64), x.new_zeros(rows, columns)
         entries = None if sums.entries is None else torch.zeros_like(total)
         starts, moves, run = _steps(tuple(images.shape[1:]), window, tuple(window.places(x)))
-        arrays = _arrays(d, images.flatten(1), starts, moves)
-        loops.patch_products(
-            *arrays, run, *_arrays(numbers), entries if entries is None else entries.numpy(), total.numpy()
-        )
+        loops.patch_products(*_arrays(d, images.flatten(1), starts, moves, numbers, entries, total), run)
 
         def turned(matrices: Tensor) -> Tensor:
             """From (..., kernel, channels) to (..., channels, kernel)."""
             return matrices[..., :m].unflatten(-1, (-1, shape[1])).transpose(-1, -2).flatten(-2)
 
         total, row = turned(total[:n]), sums.numbers[EACH]
-        row[0] += numbers[0]
+        row[0].add_(numbers[0])
         for start, part in ((page.rows, numbers[1 : 1 + n]), (page.columns, turned(numbers[1 + rows :]))):
             if start != ABSENT:
-                row[start : start + len(part)] += part
+                row[start : start + len(part)].add_(part)
         if entries is not None and sums.entries is not None:
-            sums.entries[EACH] += turned(entries[:n]).view(shape)
+            sums.entries[EACH].add_(turned(entries[:n]).view(shape))
         self.accumulate(total[None], sums, WHOLE)
         return total.view(shape)
 

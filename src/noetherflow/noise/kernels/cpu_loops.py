@@ -85,7 +85,7 @@ def _multiply(left: Any, right: Any, out: Any) -> None:
 
 @compiled
 def patch_products(
-    d: Any, images: Any, places: Any, moves: Any, run: int, numbers: Any, entries: Any, total: Any
+    d: Any, images: Any, places: Any, moves: Any, numbers: Any, entries: Any, total: Any, run: int
 ) -> None:
     """Form the gradients of a convolution's weight example by example, and accumulate each.
 
@@ -94,10 +94,10 @@ def patch_products(
         images: Padded, channels last, each as a vector.
         places: Where in an image each patch begins.
         moves: How far from there each run of numbers of the patch is.
-        run: Length of a run.
         numbers: The total, sums by row and sums by column, of padded matrices.
         entries: Padded matrix, or None.
         total: Padded matrix, with at least n rows and as many columns as a patch has numbers.
+        run: Length of a run.
     """
     size, n, count = d.shape
     rows, m = total.shape

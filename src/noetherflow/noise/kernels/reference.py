@@ -1,7 +1,7 @@
 """The specification: batched functions of tensors, chunked by bytes, without a loop over examples, on any device."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import ClassVar, final
 
@@ -29,6 +29,17 @@ class Batched(ABC):
     def accumulate(self, stack: Tensor, sums: Sums, row: int, total: Tensor | None = None, first: int = 0) -> None:
         """See `Kernels`."""
 
+    def add_stacks(self, stacks: Iterable[Tensor], sums: Sums, first: int = 0) -> Tensor:
+        """See `Kernels`."""
+        total: Tensor | None = None
+        for stack in stacks:
+            if total is None:
+                total = stack.new_zeros(stack.shape[1:], dtype=accumulator(stack))
+            self.accumulate(stack, sums, EACH, total, first)
+        assert total is not None
+        self.accumulate(total[None], sums, WHOLE, first=first)
+        return total
+
     def outer_products(self, x: Tensor, d: Tensor, sums: Sums, *, wanted: bool) -> Tensor | None:
         """See `Kernels`."""
         x, d = _widened(x, d)
@@ -38,10 +49,7 @@ class Batched(ABC):
         elif self.costs.prefer_tokens(x.shape[1], n, m, asked):
             square_by_tokens(x, d, sums, EACH)
         else:
-            total = x.new_zeros(n, m)
-            self._form(d.mT, x, sums, total)
-            self.accumulate(total[None], sums, WHOLE)
-            return total
+            return self._form(d.mT, x, sums)
         x, d = x.flatten(0, 1), d.flatten(0, 1)
         if not wanted and prefer_tokens_for_sum(len(x), n, m, asked):
             square_by_tokens(x[None], d[None], sums, WHOLE)
@@ -58,33 +66,31 @@ class Batched(ABC):
         # Token Grams know matrices only, not the dimensions of a kernel.
         plain = window.groups == 1 and not sums.page.grams
         by_tokens = plain and self.costs.prefer_tokens(places, n, m, sums.page.asked)
-        total = x.new_zeros(n, m)
-        for part in chunks(len(x), max(n, window.groups * places) * m * x.element_size(), x):
+        parts = chunks(len(x), max(n, window.groups * places) * m * x.element_size(), x)
+
+        def factors(part: slice) -> tuple[Tensor, Tensor]:
             right = window.patches(x[part])
-            left = d[part].reshape(*right.shape[:2], n // window.groups, places)
-            if by_tokens:
-                square_by_tokens(right[:, 0].mT, left[:, 0].mT, sums, EACH)
-            else:
-                self.accumulate((left @ right.mT).reshape(len(left), n, m), sums, EACH, total)
-        if by_tokens:
-            weight_gradient = (grad.conv1d_weight, grad.conv2d_weight, grad.conv3d_weight)[len(window.kernel) - 1]
-            steps = (tuple(window.stride), tuple(window.padding), tuple(window.dilation))
-            total = weight_gradient(x, shape, d, *steps, window.groups).reshape(n, m)  # type: ignore[no-untyped-call]
-        self.accumulate(total[None], sums, WHOLE)
-        return total.view(shape)
+            return d[part].reshape(*right.shape[:2], n // window.groups, places), right.mT
+
+        if not by_tokens:
+            products = (left @ right for left, right in map(factors, parts))
+            return self.add_stacks((one.reshape(len(one), n, m) for one in products), sums).view(shape)
+        for left, right in map(factors, parts):
+            square_by_tokens(right[:, 0], left[:, 0].mT, sums, EACH)
+        weight_gradient = (grad.conv1d_weight, grad.conv2d_weight, grad.conv3d_weight)[len(window.kernel) - 1]
+        total = weight_gradient(x, shape, d, window.stride, window.padding, window.dilation, window.groups)  # type: ignore[no-untyped-call]
+        self.accumulate(total.reshape(1, n, m), sums, WHOLE)
+        return total
 
     def table_rows(self, ids: Tensor, d: Tensor, sums: Sums) -> Tensor:
         """See `Kernels`."""
         page, (d,) = sums.page, _widened(d)
-        total = d.new_zeros(page.shape).index_add_(0, ids.flatten(), d.flatten(0, 1))
         if any(axis.dim % 2 == 0 or axis.within for axis in page.asked.grams):
             # Rows of an example's gradient meet each other: it has to be formed.
-            for part in chunks(len(ids), total.numel() * d.element_size(), d):
-                stack = d.new_zeros(len(ids[part]), *page.shape)
-                add_table_rows(stack, ids[part], d[part])
-                self.accumulate(stack, sums, EACH)
-        else:
-            _square_rows(ids, d, sums)
+            parts = chunks(len(ids), page.shape.numel() * d.element_size(), d)
+            return self.add_stacks((tables_of(ids[part], d[part], page.shape) for part in parts), sums)
+        _square_rows(ids, d, sums)
+        total = d.new_zeros(page.shape).index_add_(0, ids.flatten(), d.flatten(0, 1))
         self.accumulate(total[None], sums, WHOLE)
         return total
 
@@ -109,18 +115,21 @@ class Batched(ABC):
         m, r = (one.repeat_interleave(channels // groups, 1) for one in (mean, scale))
         return back, (products - m * sums) * r, sums
 
-    def _form(self, left: Tensor, right: Tensor, sums: Sums, total: Tensor) -> None:
-        """Accumulate the products of matrices (B, n, T) and (B, T, m), some rows and examples at a time."""
-        n, m = total.shape
+    def _form(self, left: Tensor, right: Tensor, sums: Sums) -> Tensor:
+        """Add the squares of products of matrices (B, n, T) and (B, T, m), and of their sum, which is returned."""
+        n, m = left.shape[1], right.shape[2]
         # Gram matrices need all rows of a gradient.
         rows = n if sums.page.grams else max(1, min(n, budget(right) // max(1, m * right.element_size())))
         block = right.new_empty(0)
-        for first in range(0, n, rows):
-            some = slice(first, min(first + rows, n))
+
+        def products(some: slice) -> Iterator[Tensor]:
             for part in chunks(len(left), rows * m * right.element_size(), right):
-                block.resize_(len(left[part]), some.stop - first, m)
-                torch.bmm(left[part, some], right[part], out=block)
-                self.accumulate(block, sums, EACH, total[some], first)
+                block.resize_(len(left[part]), len(range(n)[some]), m)
+                yield torch.bmm(left[part, some], right[part], out=block)
+
+        blocks = [slice(first, min(first + rows, n)) for first in range(0, n, rows)]
+        totals = [self.add_stacks(products(some), sums, some.start) for some in blocks]
+        return totals[0] if len(totals) == 1 else torch.cat(totals)
 
 
 @final
@@ -132,25 +141,51 @@ class Reference(Batched):
 
     def accumulate(self, stack: Tensor, sums: Sums, row: int, total: Tensor | None = None, first: int = 0) -> None:
         """See `Kernels`."""
-        page, asked = sums.page, sums.page.asked
         (stack,) = _widened(stack)
         if total is not None:
-            _ = total.add_(stack[0]) if len(stack) == 1 else total.add_(stack.sum(0))
-        if asked.rows or asked.columns or asked.entries:
-            squares = stack[0].square() if len(stack) == 1 else stack.square().sum(0)
-            by_row = squares.sum(1)
-            add_sums(
-                sums.numbers[row],
-                by_row,
-                page.rows_from(first),
-                squares.sum(0) if asked.columns else None,
-                page.columns,
-            )
-            if sums.entries is not None:
-                sums.entries[row].view(page.shape[:1].numel(), -1)[first : first + stack.shape[1]] += squares
-        else:
-            sums.numbers[row, 0] += torch.linalg.vector_norm(stack.flatten(1), dim=1).double().square().sum()
+            total.add_(stack[0] if len(stack) == 1 else stack.sum(0))
+        squares = stack[0].square() if len(stack) == 1 else stack.square().sum(0)
+        _reduce(squares[None], sums, slice(row, row + 1), first)
         add_grams(stack, sums, row)
+
+    def add_stacks(self, stacks: Iterable[Tensor], sums: Sums, first: int = 0) -> Tensor:
+        """See `Kernels`."""
+        total = squares = None
+        for stack in stacks:
+            (stack,) = _widened(stack)
+            if total is None or squares is None:
+                total, squares = stack.sum(0), stack.square().sum(0)
+            elif len(stack) == 1:
+                total.add_(stack[0])
+                squares.addcmul_(stack[0], stack[0])
+            else:
+                total.add_(stack.sum(0))
+                squares.add_(stack.square().sum(0))
+            add_grams(stack, sums, EACH)
+        assert total is not None
+        assert squares is not None
+        # Both rows of the buffer at once: half as many launches.
+        _reduce(torch.stack([squares, total.square()]), sums, slice(EACH, WHOLE + 1), first)
+        add_grams(total[None], sums, WHOLE)
+        return total
+
+
+def _reduce(squares: Tensor, sums: Sums, rows: slice, first: int) -> None:
+    """Add squares of entries (rows of the buffer, r, m), of r rows of the gradient from the first on, to the buffer."""
+    page, asked = sums.page, sums.page.asked
+    by_row = squares.sum(2)
+    parts = [(0, by_row.sum(1, keepdim=True))]
+    if asked.rows:
+        parts.append((page.rows_from(first), by_row))
+    if asked.columns:
+        parts.append((page.columns, squares.sum(1)))
+    if first == 0 and squares.shape[1] == page.shape[:1].numel():
+        parts = [(0, torch.cat([part for _, part in parts], 1))]  # neighbours in the buffer
+    for start, part in parts:
+        sums.numbers[rows, start : start + part.shape[1]].add_(part)
+    if sums.entries is not None:
+        entries = sums.entries.view(2, page.shape[:1].numel(), -1)
+        entries[rows, first : first + squares.shape[1]].add_(squares)
 
 
 def chunks(count: int, size: int, like: Tensor) -> Iterator[slice]:
@@ -171,6 +206,13 @@ def add_table_rows(stack: Tensor, ids: Tensor, d: Tensor) -> None:
     stack.index_put_((examples, ids), d.to(stack.dtype), accumulate=True)
 
 
+def tables_of(ids: Tensor, d: Tensor, shape: torch.Size) -> Tensor:
+    """The gradients (B, n, m) of a table of some shape."""
+    stack = d.new_zeros(len(ids), *shape)
+    add_table_rows(stack, ids, d)
+    return stack
+
+
 def add_grams(stack: Tensor, sums: Sums, row: int) -> None:
     """Add Gram matrices of gradients (B, n, m) to a row of the buffer."""
     if sums.page.grams:
@@ -179,11 +221,12 @@ def add_grams(stack: Tensor, sums: Sums, row: int) -> None:
 
 
 def add_sums(numbers: Tensor, by_row: Tensor, rows: int, by_column: Tensor | None, columns: int) -> None:
-    """Add sums by row and by column to a vector in which they begin somewhere, or nowhere."""
-    numbers[0] += by_row.sum(dtype=numbers.dtype)
+    """Add sums by row and by column to a vector in which they begin somewhere, or nowhere; their total comes first."""
+    numbers[0].add_(by_row.sum(dtype=numbers.dtype))
     for part, start in ((by_row, rows), (by_column, columns)):
         if part is not None and start != ABSENT:
-            numbers[start : start + part.numel()] += part
+            # Not `+=`, which would copy the result to where it is.
+            numbers[start : start + part.numel()].add_(part)
 
 
 def square_by_tokens(x: Tensor, d: Tensor, sums: Sums, row: int) -> None:
@@ -199,15 +242,15 @@ def square_by_tokens(x: Tensor, d: Tensor, sums: Sums, row: int) -> None:
         if not wanted:
             continue
         weighted = (other @ other.mT) @ side
-        by_entry = (weighted * side).sum((0, 1)).double()
+        by_entry = (weighted * side).sum((0, 1)).to(numbers.dtype)
         total = by_entry.sum()
         if start != ABSENT:
-            numbers[start : start + len(by_entry)] += by_entry
+            numbers[start : start + len(by_entry)].add_(by_entry)
         for axis in page.grams:
             if axis.dim % 2 == dim:
                 first, second = (replace(axis, dim=0).rows(one.flatten(0, 1).mT) for one in (weighted, side))
                 sums.add_grams(row, {axis: first @ second.mT})
-    numbers[0] += ((x @ x.mT) * (d @ d.mT)).sum().double() if total is None else total
+    numbers[0].add_(((x @ x.mT) * (d @ d.mT)).sum() if total is None else total)
 
 
 def _square_single_tokens(x: Tensor, d: Tensor, sums: Sums) -> None:
@@ -215,9 +258,10 @@ def _square_single_tokens(x: Tensor, d: Tensor, sums: Sums) -> None:
     page = sums.page
     squares_x, squares_d = x.square(), d.square()
     lengths_x, lengths_d = squares_x.sum(1), squares_d.sum(1)
-    add_sums(sums.numbers[EACH], lengths_x @ squares_d, page.rows, lengths_d @ squares_x, page.columns)
+    by_column = lengths_d @ squares_x if page.asked.columns else None
+    add_sums(sums.numbers[EACH], lengths_x @ squares_d, page.rows, by_column, page.columns)
     if sums.entries is not None:
-        sums.entries[EACH] += squares_d.mT @ squares_x
+        sums.entries[EACH].add_(squares_d.mT @ squares_x)
     for axis in page.grams:
         side, other = (d, squares_x) if axis.dim % 2 == 0 else (x, squares_d)
         if axis.within is not None:
