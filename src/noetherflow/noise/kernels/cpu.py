@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from noetherflow.noise.asked import ABSENT
 from noetherflow.noise.kernels import cpu_loops as loops
 from noetherflow.noise.kernels.base import Window
 from noetherflow.noise.kernels.costs import Costs
-from noetherflow.noise.kernels.reference import Batched, Reference, add_grams
+from noetherflow.noise.kernels.reference import Batched, Reference, add_grams, add_sums
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
 
 # Numbers in a patch from which on the compiled product is faster than that of PyTorch.
@@ -57,39 +56,19 @@ class Cpu(Batched):
 
     def patches(self, x: Tensor, d: Tensor, window: Window, sums: Sums) -> Tensor:
         """See `Kernels`."""
-        shape, page, places = sums.page.shape, sums.page, d.shape[2:].numel()
-        d = d.flatten(2).contiguous()
-        n, m = d.shape[1], shape[1:].numel()
-        if (
-            not _arrays(d)
-            or x.dtype is not d.dtype
-            or window.groups > 1
-            or m < _WIDE
-            or page.grams
-            or self.costs.prefer_tokens(places, n, m, page.asked)
-        ):
-            return super().patches(x, d.view(*d.shape[:2], *window.places(x)), window, sums)
-        widths = [width for one in reversed(window.padding) for width in (one, one)]
-        images = functional.pad(x, widths).movedim(1, -1).contiguous()
-        rows, columns = n + -n % 4, m + -m % loops.LANES
-        numbers, total = torch.zeros(1 + rows + columns, dtype=torch.float64), x.new_zeros(rows, columns)
-        entries = None if sums.entries is None else torch.zeros_like(total)
-        starts, moves, run = _steps(tuple(images.shape[1:]), window, tuple(window.places(x)))
-        loops.patch_products(*_arrays(d, images.flatten(1), starts, moves, numbers, entries, total), run)
-
-        def turned(matrices: Tensor) -> Tensor:
-            """From (..., kernel, channels) to (..., channels, kernel)."""
-            return matrices[..., :m].unflatten(-1, (-1, shape[1])).transpose(-1, -2).flatten(-2)
-
-        total, row = turned(total[:n]), sums.numbers[EACH]
-        row[0].add_(numbers[0])
-        for start, part in ((page.rows, numbers[1 : 1 + n]), (page.columns, turned(numbers[1 + rows :]))):
-            if start != ABSENT:
-                row[start : start + len(part)].add_(part)
-        if entries is not None and sums.entries is not None:
-            sums.entries[EACH].add_(turned(entries[:n]).view(shape))
-        self.accumulate(total[None], sums, WHOLE)
-        return total.view(shape)
+        places, n, m = d.shape[2:].numel(), d.shape[1], sums.page.shape[1:].numel()
+        flat = d.flatten(2).contiguous()
+        compiled = (
+            # The compiled product has a single thread, and few numbers in a patch leave its vectors empty.
+            torch.get_num_threads() == 1
+            and m >= _WIDE
+            and window.groups == 1
+            and not sums.page.grams
+            and x.dtype is d.dtype
+            and bool(_arrays(flat))
+            and not self.costs.prefer_tokens(places, n, m, sums.page.asked)
+        )
+        return _form_from_patches(self, x, flat, window, sums) if compiled else super().patches(x, d, window, sums)
 
     def affine_sums(self, x: Tensor, d: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
@@ -123,6 +102,31 @@ class Cpu(Batched):
             return super().group_norm_back(x, d, weight, mean, scale)
         loops.group_norm_back(*arrays)
         return back, gains, biases
+
+
+def _form_from_patches(kernels: Cpu, x: Tensor, d: Tensor, window: Window, sums: Sums) -> Tensor:
+    """What `Cpu.patches` does by compiled loops, for d (B, n, places)."""
+    page, shape = sums.page, sums.page.shape
+    n, m = d.shape[1], shape[1:].numel()
+    widths = [width for one in reversed(window.padding) for width in (one, one)]
+    images = functional.pad(x, widths).movedim(1, -1).contiguous()
+    rows, columns = n + -n % 4, m + -m % loops.LANES
+    numbers, padded = torch.zeros(1 + rows + columns, dtype=torch.float64), x.new_zeros(rows, columns)
+    entries = None if sums.entries is None else torch.zeros_like(padded)
+    starts, moves, run = _steps(tuple(images.shape[1:]), window, tuple(window.places(x)))
+    arrays = _arrays(d, images.flatten(1), starts, moves, numbers, entries, padded)
+    loops.patch_products(*arrays, run)  # type: ignore[call-arg]
+
+    def turned(matrices: Tensor) -> Tensor:
+        """From (..., kernel, channels) to (..., channels, kernel)."""
+        return matrices[..., :m].unflatten(-1, (-1, shape[1])).transpose(-1, -2).flatten(-2)
+
+    add_sums(sums.numbers[EACH], numbers[1 : 1 + n], page.rows, turned(numbers[1 + rows :]), page.columns)
+    if entries is not None and sums.entries is not None:
+        sums.entries[EACH].add_(turned(entries[:n]).view(shape))
+    total = turned(padded[:n])
+    kernels.accumulate(total[None], sums, WHOLE)
+    return total.view(shape)
 
 
 @lru_cache(64)
