@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -70,6 +71,16 @@ class Cpu(Batched):
         )
         return _form_from_patches(self, x, flat, window, sums) if compiled else super().patches(x, d, window, sums)
 
+    def _multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """See `Batched`."""
+        (n, tokens), m = left.shape[1:], right.shape[2]
+        fits = n % 4 == 0 and tokens % 4 == 0 and tokens > 0 and m >= _WIDE and torch.get_num_threads() == 1
+        arrays = _arrays(right, out) if fits and has_slow_products() and left.dtype is out.dtype else []
+        if arrays:
+            loops.multiply(left.detach().numpy(), *arrays)
+        else:
+            super()._multiply(left, right, out)
+
     def affine_sums(self, x: Tensor, d: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
         shape = x.shape[:2]
@@ -102,6 +113,13 @@ class Cpu(Batched):
             return super().group_norm_back(x, d, weight, mean, scale)
         loops.group_norm_back(*arrays)
         return back, gains, biases
+
+
+@cache
+def has_slow_products() -> bool:
+    """Whether PyTorch multiplies with MKL on a processor that is not from Intel: with half of its vectors' width."""
+    info = Path("/proc/cpuinfo")
+    return torch.backends.mkl.is_available() and info.exists() and "AuthenticAMD" in info.read_text("utf-8")
 
 
 def _form_from_patches(kernels: Cpu, x: Tensor, d: Tensor, window: Window, sums: Sums) -> Tensor:

@@ -16,6 +16,8 @@ compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"
 BLOCK = 256
 # Columns of four rows that the first level of the cache holds.
 COLUMNS = 512
+# Tokens of so many columns that the second one holds.
+TOKENS = 256
 # Vectors have that many numbers at most: rows are padded to a multiple.
 LANES = 16
 
@@ -55,32 +57,43 @@ def accumulate(stack: Any, numbers: Any, rows: int, columns: int, entries: Any, 
 
 
 @compiled
-def _multiply(left: Any, right: Any, out: Any) -> None:
-    """Write left right, for left (n, T) and right (T, m), n and T multiples of 4: 16 numbers of left in registers."""
-    (n, tokens), m = left.shape, right.shape[1]
-    for start in range(0, m, COLUMNS):
-        stop = min(start + COLUMNS, m)
-        for i in range(0, n, 4):
-            o0, o1, o2, o3 = out[i, start:stop], out[i + 1, start:stop], out[i + 2, start:stop], out[i + 3, start:stop]
-            for t in range(0, tokens, 4):
-                a0, a1, a2, a3 = left[i, t], left[i, t + 1], left[i, t + 2], left[i, t + 3]
-                b0, b1, b2, b3 = left[i + 1, t], left[i + 1, t + 1], left[i + 1, t + 2], left[i + 1, t + 3]
-                c0, c1, c2, c3 = left[i + 2, t], left[i + 2, t + 1], left[i + 2, t + 2], left[i + 2, t + 3]
-                d0, d1, d2, d3 = left[i + 3, t], left[i + 3, t + 1], left[i + 3, t + 2], left[i + 3, t + 3]
-                x0, x1 = right[t, start:stop], right[t + 1, start:stop]
-                x2, x3 = right[t + 2, start:stop], right[t + 3, start:stop]
-                if t == 0:
-                    for j in range(stop - start):
-                        o0[j] = a0 * x0[j] + a1 * x1[j] + a2 * x2[j] + a3 * x3[j]
-                        o1[j] = b0 * x0[j] + b1 * x1[j] + b2 * x2[j] + b3 * x3[j]
-                        o2[j] = c0 * x0[j] + c1 * x1[j] + c2 * x2[j] + c3 * x3[j]
-                        o3[j] = d0 * x0[j] + d1 * x1[j] + d2 * x2[j] + d3 * x3[j]
-                else:
-                    for j in range(stop - start):
-                        o0[j] += a0 * x0[j] + a1 * x1[j] + a2 * x2[j] + a3 * x3[j]
-                        o1[j] += b0 * x0[j] + b1 * x1[j] + b2 * x2[j] + b3 * x3[j]
-                        o2[j] += c0 * x0[j] + c1 * x1[j] + c2 * x2[j] + c3 * x3[j]
-                        o3[j] += d0 * x0[j] + d1 * x1[j] + d2 * x2[j] + d3 * x3[j]
+def multiply(left: Any, right: Any, out: Any) -> None:
+    """Write left right (B, n, m), for left (B, n, T) and right (B, T, m), n and T multiples of 4.
+
+    The second level of the cache holds some tokens of right, the first one four rows of out.
+    """
+    tokens, m = right.shape[1:]
+    for b in range(len(out)):
+        for first in range(0, tokens, TOKENS):
+            last = min(first + TOKENS, tokens)
+            for start in range(0, m, COLUMNS):
+                _multiply_tile(left[b], right[b], out[b], first, last, start, min(start + COLUMNS, m))
+
+
+@compiled
+def _multiply_tile(left: Any, right: Any, out: Any, first: int, last: int, start: int, stop: int) -> None:
+    """What tokens from the first to the last add to some columns: 16 numbers of left are held in registers."""
+    for i in range(0, len(out), 4):
+        o0, o1, o2, o3 = out[i, start:stop], out[i + 1, start:stop], out[i + 2, start:stop], out[i + 3, start:stop]
+        for t in range(first, last, 4):
+            a0, a1, a2, a3 = left[i, t], left[i, t + 1], left[i, t + 2], left[i, t + 3]
+            b0, b1, b2, b3 = left[i + 1, t], left[i + 1, t + 1], left[i + 1, t + 2], left[i + 1, t + 3]
+            c0, c1, c2, c3 = left[i + 2, t], left[i + 2, t + 1], left[i + 2, t + 2], left[i + 2, t + 3]
+            d0, d1, d2, d3 = left[i + 3, t], left[i + 3, t + 1], left[i + 3, t + 2], left[i + 3, t + 3]
+            x0, x1 = right[t, start:stop], right[t + 1, start:stop]
+            x2, x3 = right[t + 2, start:stop], right[t + 3, start:stop]
+            if t == 0:
+                for j in range(stop - start):
+                    o0[j] = a0 * x0[j] + a1 * x1[j] + a2 * x2[j] + a3 * x3[j]
+                    o1[j] = b0 * x0[j] + b1 * x1[j] + b2 * x2[j] + b3 * x3[j]
+                    o2[j] = c0 * x0[j] + c1 * x1[j] + c2 * x2[j] + c3 * x3[j]
+                    o3[j] = d0 * x0[j] + d1 * x1[j] + d2 * x2[j] + d3 * x3[j]
+            else:
+                for j in range(stop - start):
+                    o0[j] += a0 * x0[j] + a1 * x1[j] + a2 * x2[j] + a3 * x3[j]
+                    o1[j] += b0 * x0[j] + b1 * x1[j] + b2 * x2[j] + b3 * x3[j]
+                    o2[j] += c0 * x0[j] + c1 * x1[j] + c2 * x2[j] + c3 * x3[j]
+                    o3[j] += d0 * x0[j] + d1 * x1[j] + d2 * x2[j] + d3 * x3[j]
 
 
 @compiled
@@ -102,18 +115,18 @@ def patch_products(
     size, n, count = d.shape
     rows, m = total.shape
     tokens = count + -count % 4
-    left, right = np.zeros((rows, tokens), d.dtype), np.zeros((tokens, m), d.dtype)
+    left, right = np.zeros((1, rows, tokens), d.dtype), np.zeros((1, tokens, m), d.dtype)
     block = np.empty((1, rows, m), d.dtype)
     for b in range(size):
-        left[:n, :count] = d[b]
+        left[0, :n, :count] = d[b]
         for t in range(count):
             for k in range(len(moves)):
                 # Slices, so that the inner loop need not look whether an index is negative.
                 start = places[t] + moves[k]
-                source, target = images[b, start : start + run], right[t, k * run : (k + 1) * run]
+                source, target = images[b, start : start + run], right[0, t, k * run : (k + 1) * run]
                 for j in range(run):
                     target[j] = source[j]
-        _multiply(left, right, block[0])
+        multiply(left, right, block)
         accumulate(block, numbers, 1, 1 + rows, entries, total)
 
 

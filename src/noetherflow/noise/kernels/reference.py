@@ -54,9 +54,10 @@ class Batched(ABC):
         if not wanted and prefer_tokens_for_sum(len(x), n, m, asked):
             square_by_tokens(x[None], d[None], sums, WHOLE)
             return None
-        total = d.mT @ x
-        self.accumulate(total[None], sums, WHOLE)
-        return total
+        total = x.new_empty(1, n, m)
+        self._multiply(d.mT[None], x[None], total)
+        self.accumulate(total, sums, WHOLE)
+        return total[0]
 
     def patches(self, x: Tensor, d: Tensor, window: Window, sums: Sums) -> Tensor:
         """See `Kernels`."""
@@ -115,6 +116,10 @@ class Batched(ABC):
         m, r = (one.repeat_interleave(channels // groups, 1) for one in (mean, scale))
         return back, (products - m * sums) * r, sums
 
+    def _multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Write products of matrices (B, n, T) and (B, T, m)."""
+        torch.bmm(left, right, out=out)
+
     def _form(self, left: Tensor, right: Tensor, sums: Sums) -> Tensor:
         """Add the squares of products of matrices (B, n, T) and (B, T, m), and of their sum, which is returned."""
         n, m = left.shape[1], right.shape[2]
@@ -125,7 +130,8 @@ class Batched(ABC):
         def products(some: slice) -> Iterator[Tensor]:
             for part in chunks(len(left), rows * m * right.element_size(), right):
                 block.resize_(len(left[part]), len(range(n)[some]), m)
-                yield torch.bmm(left[part, some], right[part], out=block)
+                self._multiply(left[part, some], right[part], block)
+                yield block
 
         blocks = [slice(first, min(first + rows, n)) for first in range(0, n, rows)]
         totals = [self.add_stacks(products(some), sums, some.start) for some in blocks]
