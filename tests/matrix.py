@@ -26,8 +26,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 # files, which ask PyTorch for nothing that these do not.
 SUBSET = (
     "bad_input", "conventions", "custom_symmetry", "detect", "detect_random", "discover", "equilibrate",
-    "equilibrium", "exponent_rules", "extras", "fast_noise", "fused", "linear", "meters", "microbatch",
-    "model_function", "noise", "optimizer_state", "passes", "planted_faults", "products", "proof", "rebalance",
+    "equilibrium", "exponent_rules", "extras", "fast_noise", "fused", "kernels", "linear", "meters", "microbatch",
+    "model_function", "noise", "optimizer_state", "passes", "planted_faults", "proof", "rebalance",
     "report", "report_values", "residual", "rules", "simulate", "spd", "store", "store_damage", "symmetry",
     "training_continues", "trajectory", "undo", "verify", "wrapped",
 )  # fmt: skip

@@ -1,27 +1,20 @@
 """Noise without per-example gradients, against the gradients of single examples."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
 import noetherflow as nf
 from noetherflow import _batch
-from noetherflow.noise import collect as collecting
-from noetherflow.noise import passes, strips
-from noetherflow.noise.asked import Asked, Page
 from noetherflow.noise.capture.layouts import Regular
 from noetherflow.noise.collect import collect
+from noetherflow.noise.kernels import square
 from noetherflow.noise.ledger import WHOLE, Ledger, Sums
-from noetherflow.noise.squares import square, square_stack
-from noetherflow.noise.uses import Outer
 from zoo import CLASSIC, Animal, Call, ids, regression, sequential, tokens_of
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-13}
@@ -211,40 +204,6 @@ def test_every_layer(layers: Layers, variances: bool) -> None:
         fast.square_scatter.update(exact.square_scatter)
     assert_same(fast, exact)
     assert set(fast.fallback) == set(layers.fallback)
-
-
-SHAPES = st.tuples(*(st.integers(1, most) for most in (5, 40, 30, 30)))
-
-
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
-@hypothesis.given(SHAPES, st.booleans(), st.booleans(), st.booleans(), st.booleans())
-def test_every_way_of_adding_up(
-    shape: tuple[int, int, int, int], rows: bool, columns: bool, entries: bool, small: bool
-) -> None:
-    """Token by token, stacked, one by one: all are the squares of the same gradients."""
-    size, tokens, m, n = shape
-    generator = torch.Generator().manual_seed(0)
-    x, g = (torch.randn(size, tokens, k, generator=generator, dtype=torch.float64) for k in (m, n))
-    asked = Asked(rows, columns, entries, (nf.Axis("w", 0, 0, (n + 1) // 2), nf.Axis("w", 1)) if small else ())
-    page = Page.of(torch.Size((n, m)), asked)
-    wanted = Sums.blank(page, x)
-    square(square_stack(g.mT @ x, wanted), wanted, WHOLE)
-    for threshold, loops, kept in itertools.product((0, 2**14), (True, False), (True, False)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(collecting, "_SMALL", threshold)
-            if not loops:
-                patch.setattr(passes, "arrays_of", lambda *_, **__: [])
-                patch.setattr(strips, "compiled_strip", lambda *_: None)
-            found = Sums.blank(page, x)
-            gradient = collect([Outer((), x, g)], found, x, wanted=kept)
-        if kept:
-            torch.testing.assert_close(gradient, (g.mT @ x).sum(0), **TIGHT)
-        for axis in asked.grams:
-            torch.testing.assert_close(found.each.gram(axis), wanted.each.gram(axis), **TIGHT)
-            torch.testing.assert_close(found.whole.gram(axis), wanted.whole.gram(axis), **TIGHT)
-        for field in ("total", "rows", "columns", "entries"):
-            torch.testing.assert_close(getattr(found.each, field), getattr(wanted.each, field), **TIGHT)
-            torch.testing.assert_close(getattr(found.whole, field), getattr(wanted.whole, field), **TIGHT)
 
 
 @pytest.mark.usefixtures("any_direction")

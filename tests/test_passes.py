@@ -1,7 +1,5 @@
-"""Compiled loops and functions of tensors do the same, and neither hides what is not finite."""
+"""The buffer of statistics: its layout, its two rows, and what batches add to it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -9,146 +7,16 @@ import torch
 from torch import Tensor
 
 import noetherflow as nf
-from noetherflow.noise import batches, passes
-from noetherflow.noise.asked import Asked, Page
+from noetherflow.noise import batches
+from noetherflow.noise.asked import Asked
 from noetherflow.noise.batches import BatchNoise
-from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger, Sums
-from noetherflow.noise.squares import square
+from noetherflow.noise.kernels import square
+from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger
 from noetherflow.symmetry import along_axes
 
 
 def draw(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
-
-
-def blank(shape: tuple[int, ...], dtype: torch.dtype, *, entries: bool = True) -> Sums:
-    """Where sums can be added up: not zeros, so that what is written over is seen."""
-    sums = Sums.blank(Page.of(torch.Size(shape), Asked(True, True, entries)), torch.ones((), dtype=dtype))
-    sums.numbers.fill_(1.0)
-    if sums.entries is not None:
-        sums.entries.fill_(1.0)
-    return sums
-
-
-def said(sums: Sums, *more: Tensor) -> tuple[Tensor, ...]:
-    return (sums.numbers, *(() if sums.entries is None else (sums.entries,)), *more)
-
-
-def scanned(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    # More rows than the loop sums at a time.
-    matrix, total, first = draw(600, 7, dtype=dtype), torch.ones(600, 7, dtype=dtype), torch.ones(600, 7, dtype=dtype)
-    sums, part, alone = blank((600, 7), dtype), blank((900, 7), dtype), blank((600, 7), dtype, entries=False)
-    passes.scanner(matrix, sums, EACH, total=total)(False)
-    passes.scanner(matrix, part, WHOLE, 300, first)(True)
-    nothing = Sums.blank(Page.of(matrix.shape, Asked()), matrix)
-    for one in (alone, nothing):
-        passes.scanner(matrix, one, EACH)(False)
-    return *said(sums, total), *said(part, first), *said(alone), *said(nothing)
-
-
-def stacked(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    sums = blank((30, 7), dtype)
-    return said(sums, passes.scan_stack(draw(5, 30, 7, dtype=dtype), sums))
-
-
-def vectors(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    sums = blank((7,), dtype)
-    return said(sums, passes.scan_vectors(draw(600, 7, dtype=dtype), sums))
-
-
-def outer(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    sums = blank((9, 7), dtype, entries=False)
-    passes.scan_outer(draw(600, 7, dtype=dtype), draw(600, 9, dtype=dtype), sums)
-    return said(sums)
-
-
-def tables(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    sums, ids = blank((5, 6), dtype, entries=False), torch.tensor([[1, 4, 1, 1], [0, 0, 2, 4]])
-    return said(sums, passes.scan_tables(ids, draw(2, 4, 6, dtype=dtype), sums))
-
-
-def read(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    part, ids = torch.ones(4, 5, dtype=dtype), torch.tensor([3, 2, 9, 3, 0, 5, 6])
-    passes.add_tokens(part, 2, ids, draw(7, 5, dtype=dtype))
-    return (part,)
-
-
-def normalised(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    x, g = draw(3, 4, 2, 5, dtype=dtype), draw(3, 4, 2, 5, dtype=dtype)
-    return passes.affine_sums(x, g, draw(3, 4, 1, 1, dtype=dtype), draw(3, 4, 1, 1, dtype=dtype))
-
-
-def grouped(dtype: torch.dtype, weight: Tensor | None) -> tuple[Tensor, ...]:
-    x, g = draw(3, 6, 4, 5, dtype=dtype), draw(360, dtype=dtype).view(3, 6, 4, 5) + 1
-    _, mean, scale = torch.native_group_norm(x, weight, None, 3, 6, 20, 2, 1e-5)
-    return passes.group_norm_back(x, g, weight, mean, scale)
-
-
-PASSES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
-    "scanner": scanned,
-    "scan_stack": stacked,
-    "scan_vectors": vectors,
-    "scan_outer": outer,
-    "scan_tables": tables,
-    "gram": lambda dtype: (passes.gram(draw(2, 150, 7, dtype=dtype)),),
-    "gram of long vectors": lambda dtype: (passes.gram(draw(2, 70, 600, dtype=dtype) / 25),),
-    "gram of many vectors": lambda dtype: (passes.gram(draw(1, 512, 300, dtype=dtype) / 20),),
-    "add_tokens": read,
-    "channel_sums": lambda dtype: passes.channel_sums(draw(3, 4, 5, 6, dtype=dtype), draw(3, 4, 5, 6, dtype=dtype)),
-    "affine_sums": normalised,
-    "group_norm_back": lambda dtype: grouped(dtype, draw(6, dtype=dtype)),
-    "group_norm_back without a weight": lambda dtype: grouped(dtype, None),
-}
-
-
-@contextmanager
-def without_loops() -> Iterator[list[int]]:
-    """No tensor is one that the loops can work on; yields how often they were asked."""
-    asked: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "arrays_of", lambda *tensors, **_: asked.append(len(tensors)) or [])
-        yield asked
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-5)], ids=str)
-@pytest.mark.parametrize("name", PASSES)
-def test_loops_do_what_tensors_do(name: str, dtype: torch.dtype, bound: float) -> None:
-    by_loops = PASSES[name](dtype)
-    with without_loops() as asked:
-        by_tensors = PASSES[name](dtype)
-    assert asked
-    for mine, theirs in zip(by_loops, by_tensors, strict=True):
-        assert mine.dtype == theirs.dtype
-        torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound)
-        with pytest.raises(AssertionError):
-            torch.testing.assert_close(mine, 1.001 * theirs, rtol=bound, atol=bound)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(bad: float) -> None:
-    """The compiler may reorder additions, but not assume that there is nothing to see: a meter skips such steps."""
-    matrix, sums = torch.ones(300, 9), Sums.blank(Page.of(torch.Size((300, 9)), Asked(True, True)), torch.ones(()))
-    matrix[280, 4] = bad
-    passes.scanner(matrix, sums, EACH)(False)
-    rows, columns = sums.each.rows, sums.each.columns
-    assert rows is not None
-    assert columns is not None
-    assert not sums.each.total.isfinite()
-    assert not rows[280].isfinite()
-    assert not columns[0, 4].isfinite()
-    assert rows.isfinite().sum() == 299
-    assert columns.isfinite().sum() == 8
-
-
-def test_other_tensors_are_left_to_their_own_functions() -> None:
-    stack = draw(8, 6, dtype=torch.float64)
-    for one in (stack.to(torch.bfloat16), stack.mT.contiguous().mT):
-        assert not passes.arrays_of(one)
-        sums = Sums.blank(Page.of(torch.Size((6,)), Asked(rows=True)), stack)
-        total = passes.scan_vectors(one, sums)
-        torch.testing.assert_close(total, one.sum(0).to(total.dtype), rtol=0.02, atol=0.02)
-        torch.testing.assert_close(sums.each.rows, one.double().square().sum(0), rtol=0.02, atol=0.0)
-    assert passes.arrays_of(stack)
 
 
 GRAM = nf.Axis("in", 1)

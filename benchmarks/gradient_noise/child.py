@@ -19,11 +19,9 @@ from typing import Any
 
 import torch
 
-from noetherflow.noise import passes as single
 from noetherflow.noise.asked import Asked, Page
+from noetherflow.noise.kernels import Window, kernels_for
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
-from noetherflow.noise.strips import in_strips, sum_in_strips
-from noetherflow.noise.uses import Convolution, Outer
 
 from .models import SWEEP, Built, build, in_examples_of, one_by_one
 from .ways import FOUND, OURS, Way, plain, symmetries_of, ways_for
@@ -208,27 +206,19 @@ def memory(built: Built, wanted: list[str]) -> list[dict[str, Any]]:
 
 
 def load_loops() -> None:
-    """Our own compiled loops: what is there before the first step, as torch's are."""
-    matrix, stack, ids = torch.ones(2, 2), torch.ones(2, 2, 2), torch.zeros(2, 2, dtype=torch.int64)
-    image = torch.ones(2, 2, 1)
-    outer, patches = Outer((), stack, stack), Convolution((), image, image, [1], [0], [1], 1, [1])
+    """Run every kernel once: its compiled code is there before the first step, as that of torch is."""
+    stack, ids = torch.ones(2, 2, 2), torch.zeros(2, 2, dtype=torch.int64)
+    kernels, window = kernels_for(stack), Window([1], [0], [1], 1, [1])
     for asked in (Asked(True, True), Asked(True, True, entries=True)):
-        shapes = ((2, 2), (2,), (2, 2, 1))
-        sums, vector, kernel = (Sums.blank(Page.of(torch.Size(shape), asked), matrix) for shape in shapes)
-        in_strips(outer, sums, matrix)
-        in_strips(patches, kernel, matrix)
-        sum_in_strips(matrix, matrix, sums, wanted=True)
-        single.scanner(matrix, sums, EACH, total=torch.ones(2, 2))(True)
-        single.scanner(matrix, sums, WHOLE)(False)
-        single.scan_stack(stack, sums)
-        single.scan_vectors(matrix, vector)
-        single.scan_outer(matrix, matrix, sums)
-        single.scan_tables(ids, stack, sums)
-    single.add_tokens(matrix, 0, ids[0], matrix)
-    single.channel_sums(stack, stack)
-    single.affine_sums(stack, stack, image, image)
-    single.group_norm_back(stack, stack, None, matrix, matrix)
-    single.gram(torch.ones(1, 100, 2))
+        matrix, weight = (Sums.blank(Page.of(torch.Size(shape), asked), stack) for shape in ((2, 2), (2, 2, 1)))
+        kernels.outer_products(stack, stack, matrix, wanted=True)
+        kernels.patches(stack, stack, window, weight)
+        kernels.table_rows(ids, stack, matrix)
+        kernels.accumulate(stack, matrix, EACH, torch.ones(2, 2))
+        kernels.accumulate(stack, matrix, WHOLE)
+    kernels.channel_sums(stack, stack)
+    kernels.affine_sums(stack, stack, stack[..., :1].contiguous(), stack[..., :1].contiguous())
+    kernels.group_norm_back(stack, stack, None, stack[0], stack[0])
 
 
 def forked(function: Callable[[], bytes]) -> bytes:

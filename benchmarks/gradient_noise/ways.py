@@ -4,14 +4,12 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import noetherflow as nf
-from noetherflow.noise import native
 from noetherflow.noise.exact import Subject
 from noetherflow.noise.fast import FastPass
 
@@ -60,17 +58,6 @@ def metered(built: Built, *, symmetries: Symmetries = "rescalings", variances: b
             built.loss(built.model, built.batch).mean().backward()
 
     return Way(step, lambda: float(meter.noise.trace))
-
-
-def metered_by_blas(built: Built) -> Way:
-    """Products as fast as autograd's, unless that has others: what is added to them."""
-    way = metered(built)
-
-    def step() -> None:
-        with mock.patch.object(native, "_kernel_of", return_value=0):
-            way.step()
-
-    return way._replace(step=step)
 
 
 def estimate(built: Built) -> Way:
@@ -218,7 +205,6 @@ def symmetries_of(built: Built, *, matrices: bool) -> dict[str, nf.Symmetry]:
 
 OURS: dict[str, Callable[[Built], Way]] = {
     "while training": metered,
-    "while training, BLAS alone": metered_by_blas,
     "with Grams": partial(metered, symmetries="all"),
     "with variances": partial(metered, variances=True),
     "measure only": partial(metered, train=False),

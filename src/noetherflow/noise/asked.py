@@ -129,7 +129,7 @@ class Squares:
         if start == ABSENT:
             return None
         part = self.numbers[..., start : start + math.prod(shape)]
-        return part.reshape(*part.shape[:-1], *shape)
+        return part.reshape((*part.shape[:-1], *shape))
 
 
 def asked_of(params: Params, symmetries: Mapping[str, AxisSymmetry], *, variances: bool) -> dict[str, Asked]:

@@ -21,10 +21,10 @@ from noetherflow.noise.capture.fate import Fate
 from noetherflow.noise.capture.mode import Capture
 from noetherflow.noise.capture.placing import Places
 from noetherflow.noise.exact import Subject, chunks
+from noetherflow.noise.kernels import square, square_stack
 from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.ops import RULES
-from noetherflow.noise.squares import square, square_stack
 from noetherflow.symmetry import along_axes
 
 # Examples of the first batch that are done one by one as well: not two, so that other sizes are less likely the same.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -26,22 +26,19 @@ class Sums:
         ledger: Numbers of several parameters, shape (2, ...), float64: of each example, and of the sum of all.
         part: Which of these belong to this one.
         entries: The square of every entry, shape (2, *shape of the parameter), or None if they were not asked for.
-        arrays: The memory of its numbers, a vector for each row, or None if compiled loops cannot write to it.
     """
 
     page: Page
     ledger: Tensor
     part: slice
     entries: Tensor | None
-    arrays: Any
 
     @classmethod
     def blank(cls, page: Page, like: Tensor) -> "Sums":
         """Zeros, entries in the type and all of them on the device of a tensor."""
         numbers = like.new_zeros(2, page.length, dtype=torch.float64)
         entries = like.new_zeros(2, *page.shape) if page.asked.entries else None
-        array = _array(numbers)
-        return cls(page, numbers, slice(None), entries, None if array is None else [*array])
+        return cls(page, numbers, slice(None), entries)
 
     @property
     def numbers(self) -> Tensor:
@@ -62,7 +59,7 @@ class Sums:
         """Add Gram matrices to one of the two rows."""
         for axis, gram in grams.items():
             start = self.page.grams[axis]
-            self.numbers[row, start : start + gram.numel()] += gram.reshape(-1)
+            self.numbers[row, start : start + gram.numel()].add_(gram.reshape(-1))
 
 
 @final
@@ -103,27 +100,24 @@ class Ledger:
         contents: Where what is.
         numbers: Totals, sums and Gram matrices, float64, shape (..., length).
         entries: Squares of single entries, shape (..., *shape of the parameter), where these are kept.
-        array: The memory of the numbers, or None if compiled loops cannot write to it.
     """
 
     contents: Contents
     numbers: Tensor
     entries: dict[str, Tensor]
-    array: Any = None
 
     @classmethod
     def blank(cls, contents: Contents, like: Tensor) -> "Ledger":
         """Two rows of zeros to add up in, on the device of a tensor."""
         numbers = like.new_zeros(2, contents.length, dtype=torch.float64)
-        return cls(contents, numbers, {}, _array(numbers))
+        return cls(contents, numbers, {})
 
     def sums(self, name: str, kind: torch.dtype) -> Sums:
         """Where to add up the squares of a parameter in a blank ledger; entries in some type."""
         page, part = self.contents.pages[name], self.contents.parts[name]
         if page.asked.entries and name not in self.entries:
             self.entries[name] = self.numbers.new_zeros(2, *page.shape, dtype=kind)
-        arrays = None if self.array is None else [*self.array[:, part]]
-        return Sums(page, self.numbers, part, self.entries.get(name), arrays)
+        return Sums(page, self.numbers, part, self.entries.get(name))
 
     def renewed(self, name: str, kind: torch.dtype) -> Sums:
         """The same after what was added for this parameter is forgotten."""
@@ -166,7 +160,3 @@ class Ledger:
     def trace(self) -> Tensor:
         """The sum of all squares, shape (...)."""
         return self.numbers[..., [part.start for part in self.contents.parts.values()]].sum(-1)
-
-
-def _array(numbers: Tensor) -> Any:
-    return numbers.numpy() if numbers.is_cpu else None

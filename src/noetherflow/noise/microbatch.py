@@ -16,10 +16,9 @@ from noetherflow._errors import CoupledExamplesError, SettingsError
 from noetherflow.noise.asked import asked_of
 from noetherflow.noise.batches import Pool
 from noetherflow.noise.exact import resolve
+from noetherflow.noise.kernels import accumulator, square
 from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger
 from noetherflow.noise.moments import NoiseMoments
-from noetherflow.noise.passes import accumulator
-from noetherflow.noise.squares import square
 from noetherflow.symmetry import Symmetry, along_axes
 
 # Numbers that go over the wire at a time.

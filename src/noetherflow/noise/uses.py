@@ -1,15 +1,14 @@
-"""How one parameter was used in a forward pass: what its gradient, example by example, is made of."""
+"""How one parameter was used in a forward pass: what its gradient, example by example, consists of."""
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import final
 
-import torch
 from torch import Tensor
-from torch.nn import functional
+
+from noetherflow.noise.kernels.base import Window
+from noetherflow.noise.kernels.reference import add_table_rows
 
 View = Callable[[Tensor], Tensor]
 
@@ -32,41 +31,29 @@ class Use(ABC):
             tensor = view(tensor)
         return tensor
 
+    def part_of(self, stack: Tensor) -> Tensor:
+        """The same part of each tensor of a stack (B, *shape of the parameter), which is contiguous."""
+        if not self.views:
+            return stack
+        # Views are functions of a single tensor; that of an example and of the whole stack differ by an offset only.
+        single = self.of(stack.new_empty(stack.shape[1:]))
+        size = stack.shape[1:].numel()
+        start = stack.storage_offset() + single.storage_offset()
+        return stack.as_strided((len(stack), *single.shape), (size, *single.stride()), start)
+
     @property
     @abstractmethod
     def size(self) -> int:
         """Number of examples."""
 
     @abstractmethod
-    def add_to(self, part: Tensor, index: int) -> None:
-        """Add the gradient of one example to the part that was used."""
-
-    def write_to(self, part: Tensor, index: int) -> None:
-        """The same into a part that holds anything."""
-        self.add_to(part.zero_(), index)
-
-
-class Product(Use):
-    """A use for which the gradient of an example, as a matrix, is the product of two."""
-
-    @property
-    @abstractmethod
-    def terms(self) -> int:
-        """How many products are summed for an entry of an example's gradient."""
-
-    @property
-    @abstractmethod
-    def held(self) -> int:
-        """How many numbers have to be made for the product of an example."""
-
-    @abstractmethod
-    def factors(self, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each example: some rows of the left one, and the right one."""
+    def add_to(self, part: Tensor, examples: slice) -> None:
+        """Add the gradients of examples to a stack of the part that was used."""
 
 
 @final
 @dataclass(eq=False)
-class Outer(Product):
+class Outer(Use):
     """A linear map of tokens: the gradient is the sum over tokens of output gradient times input.
 
     Args:
@@ -82,41 +69,23 @@ class Outer(Product):
         """Number of examples."""
         return self.outputs.shape[0]
 
-    @property
-    def terms(self) -> int:
-        """Tokens."""
-        return self.outputs.shape[1]
-
-    @property
-    def held(self) -> int:
-        """None: they are there."""
-        return 0
-
-    def add_to(self, part: Tensor, index: int) -> None:
-        """Add the gradient of one example."""
-        left, right = self.outputs[index].mT, self.inputs[index]
-        if left.dtype == part.dtype:
-            part.addmm_(left, right)
+    def add_to(self, part: Tensor, examples: slice) -> None:
+        """Add the gradients of examples to a stack."""
+        left, right = self.outputs[examples].mT.to(part.dtype), self.inputs[examples].to(part.dtype)
+        if part.is_contiguous():
+            part.baddbmm_(left, right)
         else:
             part += left @ right
-
-    def write_to(self, part: Tensor, index: int) -> None:
-        """Write it."""
-        multiply(self.outputs[index].mT, self.inputs[index], part)
-
-    def factors(self, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each example: output gradients and inputs."""
-        return zip(self.outputs[:, :, part].mT.unbind(), self.inputs.unbind(), strict=True)
 
 
 @final
 @dataclass(eq=False)
 class Rows(Use):
-    """A table of which each token reads one row.
+    """A table of which each token reads a row.
 
     Args:
         ids: Shape (B, T).
-        outputs: Gradients, shape (B, T, d).
+        outputs: Gradients, shape (B, T, m).
     """
 
     ids: Tensor
@@ -127,9 +96,9 @@ class Rows(Use):
         """Number of examples."""
         return self.outputs.shape[0]
 
-    def add_to(self, part: Tensor, index: int) -> None:
-        """Add the gradient of one example."""
-        part.index_add_(0, self.ids[index], self.outputs[index].to(part.dtype))
+    def add_to(self, part: Tensor, examples: slice) -> None:
+        """Add the gradients of examples to a stack."""
+        add_table_rows(part, self.ids[examples], self.outputs[examples])
 
 
 @final
@@ -148,19 +117,15 @@ class Whole(Use):
         """Number of examples."""
         return self.gradients.shape[0]
 
-    def add_to(self, part: Tensor, index: int) -> None:
-        """Add the gradient of one example."""
-        part += self.gradients[index]
-
-    def write_to(self, part: Tensor, index: int) -> None:
-        """Write it."""
-        part.copy_(self.gradients[index])
+    def add_to(self, part: Tensor, examples: slice) -> None:
+        """Add the gradients of examples to a stack."""
+        part += self.gradients[examples]
 
 
 @final
 @dataclass(eq=False)
-class Convolution(Product):
-    """A convolution: a linear map of patches, of each group of channels by itself; a product if there is one group.
+class Convolution(Use):
+    """A convolution: a linear map of patches, of each group of channels by itself.
 
     Args:
         inputs: Shape (B, channels, *space).
@@ -168,7 +133,7 @@ class Convolution(Product):
         stride: Of each dimension of space.
         padding: With so many zeros before each dimension of space, and after it.
         dilation: Of each dimension of space.
-        groups: How many separate maps it is made of.
+        groups: How many separate maps it consists of.
         kernel: Its size.
     """
 
@@ -186,56 +151,12 @@ class Convolution(Product):
         return self.outputs.shape[0]
 
     @property
-    def terms(self) -> int:
-        """Places."""
-        return self.outputs[0, 0].numel()
+    def window(self) -> Window:
+        """Its geometry."""
+        return Window(self.stride, self.padding, self.dilation, self.groups, self.kernel)
 
-    @property
-    def held(self) -> int:
-        """The patches of its image, and the sum of all gradients in another order."""
-        return self.inputs.shape[1] * math.prod(self.kernel) * (self.terms + self.outputs.shape[1])
-
-    def add_to(self, part: Tensor, index: int) -> None:
-        """Add the gradient of one example."""
-        part += self._product(part, index, torch.empty_like(part))
-
-    def write_to(self, part: Tensor, index: int) -> None:
-        """Write it."""
-        self._product(part, index, part)
-
-    def factors(self, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each example: output gradients and patches."""
-        for index, gradient in enumerate(self.outputs.flatten(2)[:, part]):
-            yield gradient, self._patches_of(index).mT
-
-    @cached_property
-    def _padded(self) -> Tensor:
-        widths = [width for one in reversed(self.padding) for width in (one, one)]
-        return functional.pad(self.inputs, widths) if any(widths) else self.inputs
-
-    @cached_property
-    def _patches(self) -> Tensor:
-        """Memory for the patches of an image."""
-        return self.inputs.new_empty(self.inputs.shape[1], *self.kernel, *self.outputs.shape[2:])
-
-    def _patches_of(self, index: int) -> Tensor:
-        """Those of one image, shape (channels * kernel, places)."""
-        one, memory = self._padded[index], self._patches
-        moves = [distance * step for distance, step in zip(self.dilation, one.stride()[1:], strict=True)]
-        jumps = [distance * step for distance, step in zip(self.stride, one.stride()[1:], strict=True)]
-        memory.copy_(one.as_strided(memory.shape, (one.stride(0), *moves, *jumps), one.storage_offset()))
-        return memory.view(-1, self.terms)
-
-    def _product(self, part: Tensor, index: int, out: Tensor) -> Tensor:
-        patches, gradient = self._patches_of(index), self.outputs[index]
-        left, right = (one.reshape(self.groups, -1, self.terms) for one in (gradient, patches))
-        multiply(left, right.mT, out.view(self.groups, -1, right.shape[1]))
-        return out
-
-
-def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write a product of matrices into a tensor, which under autocast is of another type than these."""
-    if left.dtype == out.dtype:
-        torch.matmul(left, right, out=out)
-    else:
-        out.copy_(left @ right)
+    def add_to(self, part: Tensor, examples: slice) -> None:
+        """Add the gradients of examples to a stack."""
+        right = self.window.patches(self.inputs[examples].to(part.dtype))
+        left = self.outputs[examples].to(part.dtype).reshape(*right.shape[:2], -1, right.shape[3])
+        part += (left @ right.mT).reshape(part.shape)

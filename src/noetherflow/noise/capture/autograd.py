@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from noetherflow._errors import SettingsError
 from noetherflow.noise.capture.calls import unseen
-from noetherflow.noise.passes import group_norm_back
+from noetherflow.noise.kernels import group_norm_back
 
 # From what an operation was given and the gradient of what came out to what autograd hands on to its parameters.
 Note = Callable[[Tensor, Tensor], Iterable[Tensor | None]]

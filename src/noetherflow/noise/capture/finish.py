@@ -19,7 +19,7 @@ from noetherflow.noise.capture.owned import Constant, Record, joined
 from noetherflow.noise.capture.sources import Source
 from noetherflow.noise.collect import collect, stacked
 from noetherflow.noise.ledger import Sums
-from noetherflow.noise.passes import accumulator
+from noetherflow.noise.kernels import accumulator
 from noetherflow.noise.uses import Use, View, Whole
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from noetherflow.noise.capture.mode import Capture
 from noetherflow.noise.capture.owned import whole
 from noetherflow.noise.capture.sources import Tracked, roots_of
 from noetherflow.noise.ops.registry import gradient_rule
-from noetherflow.noise.passes import affine_sums, channel_sums
+from noetherflow.noise.kernels import affine_sums, channel_sums
 
 
 @gradient_rule(functional.layer_norm)
