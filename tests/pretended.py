@@ -16,7 +16,7 @@ file registers the device in the process.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class PretendedTensor(Tensor):
         """Refused, as by CUDA."""
         if force:
             return self.inner.numpy(force=True)
-        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
+        _refuse(TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first"))
 
     def __array__(self, dtype: Any = None) -> Any:
         return self.numpy()
@@ -112,6 +112,29 @@ class PretendedTensor(Tensor):
             copied = nn.Parameter(copied, requires_grad=self.requires_grad)
         memo[id(self)] = copied
         return copied
+
+
+def _refuse(error: Exception) -> None:
+    """Keep a mistake and raise it; in a backward pass, where an exception of Python ends the process, only keep it."""
+    _MISTAKES.append(error)
+    if torch._C._current_graph_task_id() == -1:
+        raise error
+
+
+@contextmanager
+def pretending() -> Iterator[list[Exception]]:
+    """A block for computations on pretended devices, which raises the first mistake at its end even if it was caught.
+
+    Backward passes run in the thread that calls them, because the devices have no threads.
+
+    Yields:
+        The mistakes so far; who expects mistakes clears the list.
+    """
+    _MISTAKES.clear()
+    with torch.autograd.set_multithreading_enabled(False):
+        yield _MISTAKES
+    if _MISTAKES:
+        raise AssertionError(f"{len(_MISTAKES)} mistakes, the first: {_MISTAKES[0]}") from _MISTAKES[0]
 
 
 def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -141,7 +164,7 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         changed["device"] = target
     if name == "aten::linalg_lstsq" and kwargs.get("driver") is None:
         changed["driver"] = "gels"
-    with _STATES.of(device) if torch.Tag.nondeterministic_seeded in func.tags else _nothing():
+    with _STATES.of(device) if torch.Tag.nondeterministic_seeded in func.tags else nullcontext():
         result = func(*tree_map(inside, args), **tree_map(inside, changed))
     if torch.Tag.inplace_view in func.tags:
         with no_dispatch():
@@ -155,7 +178,7 @@ def _device_of(name: str, func: Any, args: Any, tensors: list[Tensor]) -> torch.
     if name in _MAY_MIX:
         devices = {args[0].device} if name in ("aten::index", "aten::copy_") else set(away)
         if name == "aten::index" and args[0].device.type != NAME:
-            raise RuntimeError(f"indices should be on the CPU like the indexed tensor, found {away[0]}")
+            _refuse(RuntimeError(f"indices should be on the CPU like the indexed tensor, found {away[0]}"))
         return next(iter(devices))
     if name in _INDEXED:
         tensors = [args[0], args[2]]
@@ -164,25 +187,25 @@ def _device_of(name: str, func: Any, args: Any, tensors: list[Tensor]) -> torch.
     others = {tensor.device for tensor in tensors if tensor.device.type != NAME and (tensor.ndim or not numbers_mix)}
     if len(here | others) > 1:
         found = ", ".join(sorted(str(device) for device in here | others))
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found {found}, in {name}")
+        _refuse(RuntimeError(f"Expected all tensors to be on the same device, but found {found}, in {name}"))
     return away[0]
 
 
 def _require_possible(name: str, func: Any, args: Any, kwargs: Mapping[str, Any], device: torch.device) -> None:
     """Raise for what CUDA does not have."""
     if name in _MISSING:
-        raise NotImplementedError(f"{name} is not implemented for {device}")
+        _refuse(NotImplementedError(f"{name} is not implemented for {device}"))
     _require_own_generator(name, (args, dict(kwargs)), device)
     if name == "aten::linalg_lstsq":
         driver = kwargs.get("driver", args[3] if len(args) > 3 else None)
         if driver not in (None, "gels"):
-            raise RuntimeError(f"parameter `driver` should be one of (gels) for {device}, got {driver!r}")
+            _refuse(RuntimeError(f"parameter `driver` should be one of (gels) for {device}, got {driver!r}"))
 
 
 def _require_own_generator(name: str, given: Any, device: torch.device) -> None:
     """Raise for a generator of the CPU."""
     if any(isinstance(leaf, torch.Generator) and leaf.device.type != NAME for leaf in tree_leaves(given)):
-        raise RuntimeError(f"Expected a {device.type!r} device type for generator but found 'cpu', in {name}")
+        _refuse(RuntimeError(f"Expected a {device.type!r} device type for generator but found 'cpu', in {name}"))
 
 
 def placed(model: nn.Module, device_of: Callable[[str], torch.device]) -> nn.Module:
@@ -222,6 +245,14 @@ class _States:
     def is_available(self) -> bool:
         return False  # nobody should choose this device by himself
 
+    _initialized = True
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def device(self, device: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def _is_in_bad_fork(self) -> bool:
         return False
 
@@ -242,11 +273,6 @@ class _States:
         self._states[torch.device(device).index or 0 if not isinstance(device, int) else device] = state
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 def _factory(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A factory of the CPU for tensors of a pretended device."""
 
@@ -263,11 +289,14 @@ def _copy_from(source: Tensor, target: PretendedTensor, non_blocking: bool = Fal
 
 
 _STATES = _States()
+_MISTAKES: list[Exception] = []
 backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_STATES)
 WITHOUT_FLOAT64 = torch.device(NAME, 7)
 _LIBRARY = torch.library.Library("aten", "IMPL")
-for _operation in ("empty.memory_format empty_strided tril_indices triu_indices arange.start_step eye eye.m linspace",
-                  "arange arange.start linspace.Tensor_Tensor logspace randperm randperm.generator full"):
+for _operation in (
+    "empty.memory_format empty_strided tril_indices triu_indices arange.start_step eye eye.m linspace",
+    "arange arange.start linspace.Tensor_Tensor logspace randperm randperm.generator full",
+):
     for _name in _operation.split():
         _packet, _, _overload = _name.partition(".")
         _make = getattr(getattr(torch.ops.aten, _packet), _overload or "default")

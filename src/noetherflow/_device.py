@@ -57,6 +57,9 @@ def every_device(device: torch.device) -> list[int]:
     """The indices of all devices of a type other than the CPU; none for the CPU and for tensors without numbers.
 
     A model may be on several devices, and `torch.manual_seed` seeds all of them.
+
+    Returns:
+        The indices.
     """
     if device.type in ("cpu", "meta"):
         return []

@@ -242,7 +242,7 @@ class _Tests:
             with own_randomness(device, seed=0):
                 after = function.losses(self._symmetry.act(x, params), self._batch)
             change = torch.maximum(change, relative_change(before, after))
-        return change
+        return change.cpu()
 
     def _cosines(self, function: ModelFunction) -> tuple[Tensor, Tensor]:
         """|g . Q theta| / (|g| |Q theta|) for the gradient g of every example, shape (B,), and the rows tested."""
@@ -255,7 +255,7 @@ class _Tests:
         for single in self._examples:
             with own_randomness(device, seed=0):
                 losses, gradients = function.gradient(params, single)
-            slope, rows = cosine(gradients, direction), active_rows(self._symmetry, gradients, params).cpu()
+            slope, rows = cosine(gradients, direction).cpu(), active_rows(self._symmetry, gradients, params).cpu()
             if is_rounding(losses, gradients, direction, function.precision):
                 slope, rows = torch.zeros_like(slope), torch.zeros_like(rows)
             cosines.append(slope)

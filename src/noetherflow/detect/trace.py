@@ -101,6 +101,9 @@ def _exported(model: nn.Module, loss: Loss, batch: Batch) -> tuple[ExportedProgr
 
     A graph does not depend on the device, and its constants meet the solver on the CPU. A computation that names its
     device, such as a loss with a tensor in its closure, is exported where it is.
+
+    Returns:
+        The program and the batch.
     """
     if all(tensor.is_cpu for tensor in (*_kept_tensors(model, loss), *tensors_of(batch))):
         return _export(model, loss, batch), batch

@@ -172,7 +172,6 @@ class AxisSymmetry(Symmetry):
 
     def example_charges(self, v: Params) -> Grams:
         """Both halves of every example's charge (its diagonal, for a matrix): shape (B,) or (B, n)."""
-
         zero = torch.zeros_like(self.reduce(self._rows(v, (self.plus + self.minus)[:1], 1)[0]))
         return self._sides(lambda rows: self.reduce(rows.square()), v, 1, zero)
 
