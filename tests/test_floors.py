@@ -11,7 +11,7 @@ PACKAGE = "noetherflow"
 FLOORS = [
     {"_types", "_errors", "_weight_decay", "_spd", "_progress", "_batch", "_files", "_versions", "_table", "_codec"}
     | {"_patterns"}
-    | {"_autograd", "_holder", "_precision", "_extras", "_undo", "_fingerprint"},
+    | {"_autograd", "_holder", "_precision", "_extras", "_undo", "_fingerprint", "_device"},
     {"_params", "_per_example", "_store", "_optimizers", "_other_roads"},
     {"_model_function", "symmetry", "_user_file"},
     {"_residual", "_dtype", "_optimizer_state", "_perturbed", "_given"},

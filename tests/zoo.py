@@ -68,7 +68,8 @@ class Attention(nn.Module):
         if not self.rotary:
             return x
         turned, rest = x[..., : self.part], x[..., self.part :]
-        angle = torch.arange(x.shape[-2])[:, None] * 0.5 ** torch.arange(self.part // 2)
+        here = {"device": x.device}
+        angle = torch.arange(x.shape[-2], **here)[:, None] * 0.5 ** torch.arange(self.part // 2, **here)
         if self.rotary == "interleaved":
             angle = angle.repeat_interleave(2, -1)
             partner = torch.stack([-turned[..., 1::2], turned[..., 0::2]], -1).flatten(-2)
@@ -84,7 +85,8 @@ class Attention(nn.Module):
         k, v = (one(x).view(count, length, self.groups, 4).transpose(1, 2) for one in (self.k, self.v))
         q, k = self.rotate(self.norms[0](q)), self.rotate(self.norms[1](k))
         k, v = (one.repeat_interleave(self.heads // self.groups, 1) for one in (k, v))
-        weights = (q @ k.transpose(-1, -2) / 2).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+        future = torch.ones(length, length, device=x.device).triu(1).bool()
+        weights = (q @ k.transpose(-1, -2) / 2).masked_fill(future, -torch.inf)
         return self.o((weights.softmax(-1) @ v).transpose(1, 2).reshape(count, length, -1))
 
 

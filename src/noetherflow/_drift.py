@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from noetherflow._device import CPU
 from noetherflow._errors import SettingsError
 from noetherflow._optimizers import SGD, require_settings
 from noetherflow._params import snapshot
@@ -108,7 +109,7 @@ def drift(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str
     """
     sgd = require_settings(sgd, params)
     noise.require_examples()
-    theta = snapshot(params)
+    theta = snapshot(params, device=CPU)
     rates, grams = {}, noise.grams
     for name, symmetry in noise.symmetries.items():
         symmetry.check(theta)
@@ -165,7 +166,7 @@ def expected_step(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> 
             "the mean change in a step needs the mean gradient, which a meter does not keep: measure with "
             "estimate_noise, over the full data set"
         )
-    theta = snapshot(params)
+    theta = snapshot(params, device=CPU)
     changes = {}
     for name, symmetry in noise.symmetries.items():
         symmetry.check(theta)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from noetherflow._autograd import leaf
 from noetherflow._batch import cast, select
+from noetherflow._device import require_float64
 from noetherflow._errors import (
     CoupledExamplesError,
     HiddenParameterError,
@@ -42,7 +43,7 @@ def require_model(model: nn.Module) -> torch.device:
         The device of the first parameter.
 
     Raises:
-        SettingsError: See above.
+        SettingsError: See above, or if a device has no float64.
     """
     if not aliases(model):
         raise SettingsError(
@@ -57,6 +58,7 @@ def require_model(model: nn.Module) -> torch.device:
                 f"{name!r} is on the meta device and holds no numbers: load the weights, for example with "
                 'model.to_empty(device="cpu") and model.load_state_dict(...)'
             )
+    require_float64(tensor.device for tensor in model.parameters())
     return next(model.parameters()).device
 
 

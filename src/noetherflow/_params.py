@@ -16,20 +16,28 @@ from noetherflow._types import Params
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+|(?<=\.)_orig_mod\.")
 
 
-def snapshot(source: nn.Module | Params, dtype: torch.dtype | None = torch.float64) -> dict[str, Tensor]:
+def snapshot(
+    source: nn.Module | Params, dtype: torch.dtype | None = torch.float64, *, device: torch.device | None = None
+) -> dict[str, Tensor]:
     """A detached copy of named parameters, which later steps of an optimizer do not change.
 
     Args:
         source: A module, or tensors by name (such as `dict(model.named_parameters())`).
         dtype: The type of the copies of floating-point tensors; None keeps the type of each tensor. Integers stay
             integers.
+        device: The device of the copies; None keeps the device of each tensor.
 
     Returns:
         Tensors by canonical name: a tied weight appears once.
     """
     named = dict(source.named_parameters()) if isinstance(source, nn.Module) else source
-    converted = {name: (tensor.detach(), in_dtype(tensor.detach(), dtype)) for name, tensor in named.items()}
-    return {name: new if new.dtype != old.dtype else old.clone() for name, (old, new) in converted.items()}
+    result = {}
+    for name, tensor in named.items():
+        given = tensor.detach()
+        # Moved first: another device may have a type that the device of the tensor lacks.
+        copied = in_dtype(given if device is None else given.to(device), dtype)
+        result[name] = copied.clone() if copied is given else copied
+    return result
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
+from noetherflow._device import every_device
 from noetherflow._errors import CoupledExamplesError, EmptyDataError, LossError, NonFiniteError
 from noetherflow._types import Params
 
@@ -173,11 +174,11 @@ def own_randomness(device: torch.device, seed: int | None = None) -> Iterator[No
     """A block that may draw random numbers (dropout) and leaves the global generators of PyTorch unchanged.
 
     Args:
-        device: The device of the model.
+        device: A device of the model; the generators of the CPU and of all devices of this type are restored.
         seed: Seed within the block; None goes on from the present state.
     """
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    devices = every_device(device)
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         if seed is not None:
             torch.manual_seed(seed)
         yield

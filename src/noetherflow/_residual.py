@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from noetherflow._device import CPU, joined
 from noetherflow._types import Params
 from noetherflow.symmetry import AxisSymmetry, Symmetry
 
@@ -32,8 +33,8 @@ def cosine(gradients: Params, direction: Params, *, batched: bool = False) -> Te
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in (*stacks, *along)], torch.float32)
     g, g_size = _unit(stacks, dtype)
     v, v_size = _unit(along, dtype)
-    products = torch.stack([rows @ vector[0] for rows, vector in zip(g, v, strict=True)]).sum(0)
-    norms = [torch.stack([part.square().sum(1) for part in parts]).sum(0).sqrt() for parts in (g, v)]
+    products = torch.stack(joined(rows @ vector[0] for rows, vector in zip(g, v, strict=True))).sum(0)
+    norms = [torch.stack(joined(part.square().sum(1) for part in parts)).sum(0).sqrt() for parts in (g, v)]
     result = (products.abs() / (norms[0] * norms[1])).nan_to_num(nan=torch.inf)
     result = torch.where((g_size == 0) | (v_size == 0), 0.0, result)
     return result if batched else result[0]
@@ -47,8 +48,8 @@ def _real(tensor: Tensor) -> Tensor:
 def _unit(stacks: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """Stacks flattened to (B, n) and divided by the largest entry of each example, and that entry, shape (B,)."""
     flat = [stack.reshape(len(stack), -1).to(dtype) for stack in stacks]
-    largest = torch.stack([rows.abs().amax(1) for rows in flat if rows.numel()]).amax(0)
-    return [rows / largest[:, None] for rows in flat], largest
+    largest = torch.stack(joined(rows.abs().amax(1) for rows in flat if rows.numel())).amax(0)
+    return [rows / largest[:, None].to(rows.device) for rows in flat], largest
 
 
 def active_rows(symmetry: Symmetry, gradients: Params, params: Params) -> Tensor:
@@ -68,8 +69,8 @@ def active_rows(symmetry: Symmetry, gradients: Params, params: Params) -> Tensor
     axes = symmetry.regions(params)
     rows = [(axis.rows(gradients[axis.name]) != 0) & (axis.rows(params[axis.name]) != 0) for axis in axes]
     if isinstance(symmetry, AxisSymmetry) and symmetry.per_row:
-        return torch.stack([entries.any(1) for entries in rows]).any(0)
-    return torch.stack([entries.any() for entries in rows]).any().reshape(1)
+        return torch.stack(joined(entries.any(1) for entries in rows)).any(0)
+    return torch.stack(joined(entries.any() for entries in rows)).any().reshape(1)
 
 
 def is_rounding(losses: Tensor, gradients: Params, direction: Params, precision: torch.dtype) -> bool:
@@ -86,18 +87,19 @@ def is_rounding(losses: Tensor, gradients: Params, direction: Params, precision:
     Returns:
         Whether the cosine of g and v says nothing.
     """
-    size = losses.abs().sum().double()
-    g, v = (_length([_real(tensors[name]) for name in direction]) for tensors in (gradients, direction))
+    size = losses.abs().sum().double().to(CPU)
+    g, v = (_length([_real(tensors[n]) for n in direction]).to(CPU) for tensors in (gradients, direction))
     # A loss that vanishes, or a length that is not finite, is never rounding.
     return bool(g / size * v < min(64 * torch.finfo(precision).eps, 1e-3))
 
 
 def _length(tensors: list[Tensor]) -> Tensor:
     """The norm of several tensors, of which the squares may underflow."""
-    largest = torch.stack([tensor.abs().max() for tensor in tensors if tensor.numel()]).max().double()
+    largest = torch.stack(joined(tensor.abs().max() for tensor in tensors if tensor.numel())).max().double()
     if not largest > 0:
         return largest
-    return largest * torch.stack([(tensor / largest).norm().double() for tensor in tensors]).norm()
+    lengths = joined((tensor / largest.to(tensor.device)).norm().double() for tensor in tensors)
+    return largest * torch.stack(lengths).norm().to(largest.device)
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:

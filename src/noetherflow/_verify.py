@@ -242,19 +242,20 @@ class _Tests:
             with own_randomness(device, seed=0):
                 after = function.losses(self._symmetry.act(x, params), self._batch)
             change = torch.maximum(change, relative_change(before, after))
-        return change
+        return change.cpu()
 
     def _cosines(self, function: ModelFunction) -> tuple[Tensor, Tensor]:
         """|g . Q theta| / (|g| |Q theta|) for the gradient g of every example, shape (B,), and the rows tested."""
         params = {name: function.params[name] for name in self._symmetry.names}
+        device = next(iter(params.values())).device
         (x,) = random_coordinates(self._symmetry, params, 1, self._generator)
         direction = self._symmetry.generate(x, params)
         cosines, tested = [], []
         # One example at a time, because a large model leaves no memory for B gradients.
         for single in self._examples:
-            with own_randomness(x.device, seed=0):
+            with own_randomness(device, seed=0):
                 losses, gradients = function.gradient(params, single)
-            slope, rows = cosine(gradients, direction), active_rows(self._symmetry, gradients, params).cpu()
+            slope, rows = cosine(gradients, direction).cpu(), active_rows(self._symmetry, gradients, params).cpu()
             if is_rounding(losses, gradients, direction, function.precision):
                 slope, rows = torch.zeros_like(slope), torch.zeros_like(rows)
             cosines.append(slope)

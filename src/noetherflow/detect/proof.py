@@ -158,7 +158,7 @@ class _Point:
             column = []
             for index, (symmetry, direction) in enumerate(zip(symmetries, directions, strict=True)):
                 rounding = is_rounding(losses, gradients, direction, self._function.precision)
-                slope = cosine(gradients, direction)
+                slope = cosine(gradients, direction).cpu()
                 column.append(torch.zeros_like(slope) if rounding else slope)
                 if not tested[index].all():
                     rows = active_rows(symmetry, gradients, self._params).cpu()

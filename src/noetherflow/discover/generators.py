@@ -11,6 +11,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from noetherflow._device import CPU
 from noetherflow._errors import SettingsError
 from noetherflow._types import Batch, Loss
 from noetherflow.discover.equations import MOST_UNKNOWNS, Thresholds, refine, with_parity
@@ -216,6 +217,5 @@ def _complement(dead: Tensor) -> Tensor:
 
 def flat(tensors: Tensors) -> Tensor:
     """Tensors of shape (m, *parameter) as the rows of a matrix in float64, shape (m, n)."""
-    return torch.cat([tensor.reshape(len(tensor), math.prod(tensor.shape[1:])) for tensor in tensors.values()], 1).to(
-        "cpu", torch.float64
-    )
+    rows = [tensor.reshape(len(tensor), math.prod(tensor.shape[1:])) for tensor in tensors.values()]
+    return torch.cat([part.to(CPU, torch.float64) for part in rows], 1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow._batch import is_per_example, map_tensors, tensors_of, with_tensors
+from noetherflow._device import require_float64
 from noetherflow._dtype import working_dtype
 from noetherflow._errors import FrozenParameterError, LossError, NoetherflowError, SettingsError
 from noetherflow._model_function import ModelFunction
@@ -96,6 +97,7 @@ class Points:
 
     def __init__(self, model: nn.Module, loss: Loss, batch: Batch, generator: torch.Generator | None) -> None:
         _require_real(model)
+        require_float64(tensor.device for tensor in model.parameters())
         self._generator = generator or torch.Generator().manual_seed(0)
         with _explained():
             working = working_dtype(model, loss, batch)
@@ -147,11 +149,13 @@ class Points:
         leaves = [self._draw_leaf(leaf, chosen) for leaf in tensors_of(self._batch)]
         with _explained(), own_randomness(self._device, seed=self._seed()):
             _, gradients = self._draw_function().at_points(params, leaves, self._rebuild)
-        finite = torch.ones(count, dtype=torch.bool, device=self._device)
+        # Rows of equations are made and solved on the CPU, also if parameters are on several devices.
+        params, gradients = ({name: t.cpu() for name, t in tensors.items()} for tensors in (params, gradients))
+        finite = torch.ones(count, dtype=torch.bool)
         for gradient in gradients.values():
             finite &= gradient.isfinite().reshape(len(gradient), math.prod(gradient.shape[1:])).all(1)
         params, gradients = ({name: t[finite] for name, t in tensors.items()} for tensors in (params, gradients))
-        return Sample(params, gradients, chosen[finite.cpu()], count)
+        return Sample(params, gradients, chosen[finite], count)
 
     def changes(self, count: int, scale: float, move: Callable[[Tensors], Tensors]) -> Tensor:
         """Relative changes of losses under a transformation of the parameters.
@@ -193,7 +197,7 @@ class Points:
     def pretend(self, count: int) -> tuple[Tensors, Tensors]:
         """Parameters, and random tensors in place of gradients: equations that hold for these hold for any loss."""
         params, gradients = (
-            {name: self._normal(count, *shape) for name, shape in self.shapes.items()} for _ in range(2)
+            {name: self._normal(count, *shape).cpu() for name, shape in self.shapes.items()} for _ in range(2)
         )
         return params, gradients
 
@@ -205,7 +209,7 @@ class Points:
         return self._function.with_state(self._draw_buffer) if self._kind.buffers else self._function
 
     def _draw_parameter(self, name: str, count: int, scale: float) -> Tensor:
-        numbers = self._normal(count, *self.shapes[name])
+        numbers = self._normal(count, *self.shapes[name]).to(self._params[name].device)
         if not self._kind.near:
             return scale * numbers
         numbers *= min(scale, 3.0)  # the logarithm of a factor
@@ -226,7 +230,7 @@ class Points:
     def _draw_buffer(self, buffer: Tensor) -> Tensor:
         if not buffer.isfinite().all() or _is_mask(buffer):
             return buffer
-        numbers = self._normal(*buffer.shape)
+        numbers = self._normal(*buffer.shape).to(buffer.device)
         return buffer * (0.5 * numbers).exp() if (buffer > 0).all() else numbers.to(buffer.dtype)
 
     def _seed(self) -> int:

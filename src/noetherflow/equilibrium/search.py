@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from noetherflow._batch import cast, read
+from noetherflow._device import CPU
 from noetherflow._dtype import working_dtype
 from noetherflow._errors import NonFiniteError, SettingsError
 from noetherflow._given import require_loader
@@ -118,7 +119,7 @@ def search(
         microbatches=options.microbatches,
         max_bytes=_STACKS if options.max_bytes is None else min(_STACKS, options.max_bytes),
     )
-    initial = snapshot(model)
+    initial = snapshot(model, device=CPU)
     descent = Descent(
         measurement,
         initial,

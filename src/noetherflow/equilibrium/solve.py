@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from noetherflow._device import CPU
 from noetherflow._errors import EquilibriumError
 from noetherflow._optimizers import SGD, require_settings
 from noetherflow._params import require_names, snapshot
@@ -58,7 +59,7 @@ def potential(
     """
     sgd = require_settings(sgd, params)
     theta = _prepare(noise, params)
-    x = {name: torch.as_tensor(value) for name, value in (coordinates or {}).items()}
+    x = {name: torch.as_tensor(value, device=CPU) for name, value in (coordinates or {}).items()}
     require_names(noise.symmetries, x, "coordinates")
     return _potential(theta, noise, sgd, _blocks(theta, noise, sgd), x)[0]
 
@@ -132,7 +133,7 @@ def _prepare(noise: NoiseMoments, params: nn.Module | Params) -> dict[str, Tenso
     if not noise.symmetries:
         raise EquilibriumError("there is no symmetry to bring to rest: the noise was measured for none")
     noise.require_examples()
-    theta = snapshot(params)
+    theta = snapshot(params, device=CPU)
     for symmetry in noise.symmetries.values():
         symmetry.check(theta)
     require_names(theta, noise.mean, "the noise")

@@ -120,9 +120,9 @@ class BatchNoise:
 def pooled(
     symmetries: Mapping[str, AxisSymmetry], scatter: Ledger, mean: Mapping[str, Tensor], batches: BatchNoise
 ) -> NoiseMoments:
-    """Moments from the squares of all gradients about their mean, and from what single batches say."""
+    """Moments, on the CPU, from the squares of all gradients about their mean, and from what single batches say."""
     wanted = names_with_variances(symmetries)
-    return NoiseMoments(
+    moments = NoiseMoments(
         count=batches.count,
         mean=dict(mean),
         scatter=all_grams(symmetries, scatter.squares(), mean),
@@ -131,6 +131,7 @@ def pooled(
         spreads=batches.spreads(),
         symmetries=dict(symmetries),
     )
+    return moments.cpu()
 
 
 @final
@@ -185,5 +186,5 @@ class Pool:
             )
         scatter = self._scatter.scaled(self._batches.count / self._freedom)
         nothing = torch.full((), torch.nan, dtype=torch.float64)
-        mean = {name: nothing.to(one.device).expand(one.shape) for name, one in self._params.items()}
+        mean = {name: nothing.expand(one.shape) for name, one in self._params.items()}
         return pooled(self._symmetries, scatter, mean, self._batches)

@@ -161,7 +161,7 @@ class Estimate:
 
     def take(self) -> NoiseMoments | None:
         """The moments of the batches since the last call; None if there were none."""
-        moments, self._moments = self._moments, None
+        moments, self._moments = None if self._moments is None else self._moments.cpu(), None
         if self._quick is not None and self._quick.count:
             quick, self._quick = self._quick, self._quick.fresh(self._subject)
             return quick.moments() if moments is None else quick.moments().merge(moments)

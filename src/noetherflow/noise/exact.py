@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow._batch import tensors_of
+from noetherflow._device import require_float64
 from noetherflow._errors import (
     CoupledExamplesError,
     FrozenParameterError,
@@ -38,7 +39,7 @@ def resolve(model: nn.Module, symmetries: Mapping[str, Symmetry]) -> dict[str, S
 
     Raises:
         TypeError: If there are no names.
-        SettingsError: If a complex parameter is trained.
+        SettingsError: If a complex parameter is trained, or if a device has no float64.
         FrozenParameterError: If nothing is trained, or a symmetry would move what is not.
     """
     if not isinstance(symmetries, Mapping):
@@ -55,6 +56,7 @@ def resolve(model: nn.Module, symmetries: Mapping[str, Symmetry]) -> dict[str, S
             "last dimension of 2, and call torch.view_as_complex in forward"
         )
     canonical = aliases(model)
+    require_float64(parameter.device for parameter in params.values())
     resolved = {name: symmetry.rename(canonical) for name, symmetry in symmetries.items()}
     for name, symmetry in resolved.items():
         require_names(params, symmetry.names, f"symmetry {name!r}")

@@ -226,7 +226,8 @@ class _Running:
         return torch.zeros_like(one, dtype=accumulator(one), requires_grad=False) if found is None else found
 
     def _square(self, name: str, gap: Tensor) -> None:
-        square(gap, self.ledger.sums(name, torch.float64), WHOLE)
+        # Statistics of all parameters share a buffer, on the device of the first parameter.
+        square(gap.to(self.ledger.numbers.device), self.ledger.sums(name, torch.float64), WHOLE)
 
     def _settle(self, weight: float) -> None:
         """What came last belongs to the rest."""

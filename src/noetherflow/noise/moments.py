@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from noetherflow import _store
+from noetherflow._device import joined
 from noetherflow._errors import EmptyDataError, ParameterNameError, SettingsError
 from noetherflow._table import html_of, text_of
 from noetherflow._types import Params
@@ -118,7 +119,7 @@ class NoiseMoments:
             mean=mean,
             scatter={name: symmetry.grams(centred, batched=True) for name, symmetry in symmetries.items()},
             square_scatter={name: centred[name].square().sum(0) for name in names_with_variances(symmetries)},
-            total_scatter=torch.stack([tensor.square().sum() for tensor in centred.values()]).sum(),
+            total_scatter=torch.stack(joined(tensor.square().sum() for tensor in centred.values())).sum(),
             spreads={name: _spread(symmetry.example_charges(about)) for name, symmetry in symmetries.items()},
             symmetries=dict(symmetries),
         )
@@ -159,10 +160,21 @@ class NoiseMoments:
             },
             total_scatter=self.total_scatter
             + other.total_scatter
-            + weight * torch.stack([difference.square().sum() for difference in gap.values()]).sum(),
+            + weight * torch.stack(joined(difference.square().sum() for difference in gap.values())).sum(),
             spreads={name: spread.merge(other.spreads[name]) for name, spread in self.spreads.items()},
             fallback=self.fallback | other.fallback,
             unmeasured=self.unmeasured | other.unmeasured,
+        )
+
+    def cpu(self) -> "NoiseMoments":
+        """The moments on the CPU, where drifts and equilibria are computed."""
+        return replace(
+            self,
+            mean={name: tensor.cpu() for name, tensor in self.mean.items()},
+            scatter={name: Grams(*(side.cpu() for side in sides)) for name, sides in self.scatter.items()},
+            square_scatter={name: tensor.cpu() for name, tensor in self.square_scatter.items()},
+            total_scatter=self.total_scatter.cpu(),
+            spreads={name: Spread(*(side.cpu() for side in sides)) for name, sides in self.spreads.items()},
         )
 
     @property

@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from noetherflow._device import require_float64
 from noetherflow._errors import FrozenParameterError, ParameterShapeError, SettingsError
 from noetherflow._params import require_finite, require_names, snapshot
 from noetherflow._types import Params
@@ -48,12 +49,13 @@ def replicate(model: nn.Module, start: Params | None, count: int | None, dtype: 
         The stacks; changing them changes neither the model nor `start`.
 
     Raises:
-        SettingsError: If there is no replica, or no parameter that trains.
+        SettingsError: If there is no replica, no parameter that trains, or no float64 on the device.
         FrozenParameterError: If `start` gives a parameter that does not require gradients.
         ParameterNameError: If `start` names parameters that the model does not have.
         ParameterShapeError: If the shapes do not fit.
         NonFiniteError: If a parameter of the model is NaN or infinite.
     """
+    require_float64(tensor.device for tensor in model.parameters())
     of_model = snapshot(model, dtype)
     require_finite(of_model, "parameter")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

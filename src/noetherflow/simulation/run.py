@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from noetherflow._device import CPU
 from noetherflow._errors import EmptyDataError, SettingsError
 from noetherflow._model_function import ModelFunction
 from noetherflow._optimizers import SGD, require_settings
@@ -237,12 +238,12 @@ def _orbits(
     starts, means = [], []
     for replica in range(start.count):
         params = {name: stack[replica] for name, stack in start.moving.items()}
-        means.append(function.losses(params, batch).mean())
+        means.append(function.losses(params, batch).mean().cpu())
         noise = flow.noise
         if noise is None:
             copied = _copy_at(model, params, dtype)
             noise = estimate_noise(copied, loss, [batch], symmetries, progress=False)
-        starts.append((params, noise))
+        starts.append(({name: tensor.to(CPU) for name, tensor in params.items()}, noise))
     return OrbitIntegrator(flow, symmetries, starts, torch.stack(means))
 
 

@@ -1,12 +1,13 @@
 """Groups that act along axes of tensors: what a scaling, a rescaling and a double rotation have in common."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from noetherflow._device import joined
 from noetherflow._errors import ParameterShapeError, SettingsError
 from noetherflow._params import require_names
 from noetherflow._types import Params
@@ -163,25 +164,16 @@ class AxisSymmetry(Symmetry):
     def grams(self, v: Params, *, batched: bool = False) -> Grams:
         """Squared sizes of the rows on both sides; with `batched`, summed over a leading example dimension."""
 
-        def side(axes: tuple[Axis, ...]) -> Tensor:
-            total = self._empty_gram(v, batched)
-            for rows in self._rows(v, axes, int(batched)):
-                # Examples become further columns: the Gram of the wide matrix is the sum of the Grams.
-                total = total + self.gram(rows.movedim(0, 1).flatten(1) if batched else rows)
-            return total
+        def gram(rows: Tensor) -> Tensor:
+            # Examples become further columns: the Gram of the wide matrix is the sum of the Grams.
+            return self.gram(rows.movedim(0, 1).flatten(1) if batched else rows)
 
-        return Grams(side(self.plus), side(self.minus))
+        return self._sides(gram, v, int(batched), self._empty_gram(v, batched))
 
     def example_charges(self, v: Params) -> Grams:
         """Both halves of every example's charge (its diagonal, for a matrix): shape (B,) or (B, n)."""
-
-        def side(axes: tuple[Axis, ...]) -> Tensor:
-            total = torch.zeros_like(self.reduce(self._rows(v, (self.plus + self.minus)[:1], 1)[0]))
-            for rows in self._rows(v, axes, 1):
-                total = total + self.reduce(rows.square())
-            return total
-
-        return Grams(side(self.plus), side(self.minus))
+        zero = torch.zeros_like(self.reduce(self._rows(v, (self.plus + self.minus)[:1], 1)[0]))
+        return self._sides(lambda rows: self.reduce(rows.square()), v, 1, zero)
 
     def charge_of(self, grams: Grams) -> Tensor:
         """Plus minus minus."""
@@ -200,6 +192,12 @@ class AxisSymmetry(Symmetry):
 
     def _rows(self, v: Params, axes: tuple[Axis, ...], batch_dims: int) -> list[Tensor]:
         return [axis.rows(v[axis.name], batch_dims=batch_dims) for axis in axes]
+
+    def _sides(self, size: Callable[[Tensor], Tensor], v: Params, batch_dims: int, zero: Tensor) -> Grams:
+        """A size of the rows, summed over the axes of each side; on the CPU if the axes are on several devices."""
+        zero, *sizes = joined([zero, *map(size, self._rows(v, self.plus + self.minus, batch_dims))])
+        count = len(self.plus)
+        return Grams(sum(sizes[:count], zero), sum(sizes[count:], zero))
 
     def _coordinates(self, x: Tensor, like: Tensor) -> Tensor:
         # Coordinates are real, also those of complex tensors.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from noetherflow import _spd
+from noetherflow._device import CPU, joined
 from noetherflow._errors import ParameterShapeError
 from noetherflow._params import require_names
 from noetherflow._types import Params
@@ -40,7 +41,7 @@ class DenseSymmetry(Symmetry):
     """
 
     def __init__(self, generator: Tensor, names: Sequence[str]) -> None:
-        matrix = torch.as_tensor(generator).detach().to(torch.float64)
+        matrix = torch.as_tensor(generator).detach().to(CPU, torch.float64)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ParameterShapeError(f"a generator is a square matrix, got shape {tuple(matrix.shape)}")
         asymmetry, scale = (matrix - matrix.mT).abs().max(), matrix.abs().max()
@@ -118,7 +119,7 @@ class DenseSymmetry(Symmetry):
     def act(self, x: Tensor, v: Params) -> dict[str, Tensor]:
         """The finite transformation; tensors on which the generator does not act are returned unchanged."""
         self.check(v)
-        x = torch.as_tensor(x, dtype=torch.float64, device="cpu")
+        x = torch.as_tensor(x, dtype=torch.float64, device=CPU)
         exponential = (self._vectors * torch.exp(x * self._spectrum)) @ self._vectors.mT
         return dict(v) | self._multiply(exponential, v)
 
@@ -126,7 +127,7 @@ class DenseSymmetry(Symmetry):
         """The infinitesimal transformation, zero on tensors on which the generator does not act."""
         self.check(v)
         zeros = {name: torch.zeros_like(tensor) for name, tensor in v.items()}
-        return zeros | self._multiply(torch.as_tensor(x, dtype=torch.float64, device="cpu") * self._generator, v)
+        return zeros | self._multiply(torch.as_tensor(x, dtype=torch.float64, device=CPU) * self._generator, v)
 
     def grams(self, v: Params, *, batched: bool = False) -> Grams:
         """The squared length in every eigenspace, shape (k,), positive and negative eigenvalues apart."""
@@ -155,7 +156,7 @@ class DenseSymmetry(Symmetry):
         return Grams(*((q.abs().to(side) * side).sum(-1) for q, side in zip(self._eigenvalues, grams, strict=True)))
 
     def _flatten(self, v: Params, batch_dims: int) -> Tensor:
-        tensors = (v[name] for name in self._names)
+        tensors = joined(v[name] for name in self._names)
         return torch.cat([tensor.reshape(*tensor.shape[:batch_dims], -1) for tensor in tensors], dim=-1)
 
     def _multiply(self, matrix: Tensor, v: Params) -> dict[str, Tensor]:
@@ -163,4 +164,4 @@ class DenseSymmetry(Symmetry):
         parts = (matrix.to(flat) @ flat).split([v[name].numel() for name in self._names])
         # A real parameter beside a complex parameter remains real.
         kept = [part if v[name].is_complex() else part.real for name, part in zip(self._names, parts, strict=True)]
-        return {name: part.reshape(v[name].shape) for name, part in zip(self._names, kept, strict=True)}
+        return {n: part.reshape(v[n].shape).to(v[n].device) for n, part in zip(self._names, kept, strict=True)}
