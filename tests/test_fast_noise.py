@@ -275,7 +275,7 @@ def blind(self: Any, batch: Any, together: Tensor, **_: Any) -> None:
 
 @pytest.mark.usefixtures("any_direction")
 def test_tokens_that_come_first_are_no_examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four tokens, four examples: not even the check against single examples is needed; its twin takes them for these."""
+    """Four tokens, four examples: no check against single examples is needed; the twin takes them for these."""
     (case,) = (one for one in CASES if one.name == "tokens before examples")
     model, loss, batch = in_double(case.build())
     batch = tuple(one[:, :4] for one in batch)

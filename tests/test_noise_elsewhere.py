@@ -35,7 +35,9 @@ def test_the_noise_elsewhere_is_that_of_a_model_there(exact: bool) -> None:
     there = elsewhere.take()
     assert here is not None
     assert there is not None
-    assert set(there.fallback) == (set() if exact else {f"1.cell.{name}_l0" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")})
+    assert set(there.fallback) == (
+        set() if exact else {f"1.cell.{name}_l0" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(moved[name])

@@ -86,4 +86,3 @@ def test_a_wrong_layout_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("noetherflow.noise.capture.placing.Places.of", lambda *given: [Regular(0)] * len(given[-1]))
     with pytest.raises(AssertionError):
         outcome(of(plan), TRAIN)
-

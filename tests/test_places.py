@@ -200,7 +200,14 @@ def test_a_list_of_owners_gives_rows_with_owners() -> None:
     layout = Listed(1, torch.tensor([2, 0, 2]))
     values, owners = layout.rows(torch.arange(6).reshape(2, 3), 0, 3)
     assert owners is not None
-    assert {(int(v), int(o)) for v, o in zip(values, owners, strict=True)} == {(0, 2), (3, 2), (1, 0), (4, 0), (2, 2), (5, 2)}
+    assert {(int(v), int(o)) for v, o in zip(values, owners, strict=True)} == {
+        (0, 2),
+        (3, 2),
+        (1, 0),
+        (4, 0),
+        (2, 2),
+        (5, 2),
+    }
     assert layout_of(torch.tensor([1.0, 1.0]), 3) == Single(0)
 
 
@@ -209,7 +216,10 @@ def test_a_penalty_has_no_noise_and_a_factor_of_the_loss_is_refused() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
     x = torch.randn(6, 4)
-    losses: Callable[[nn.Module], Tensor] = lambda net: net(x).square().mean(1)
+
+    def losses(net: nn.Module) -> Tensor:
+        return net(x).square().mean(1)
+
     penalties: dict[str, Callable[[Tensor], Tensor]] = {
         "L2": lambda p: p.square().sum(), "L1": lambda p: p.abs().sum(), "norm": lambda p: p.norm(),
         "orthogonal": lambda p: (p @ p.mT - torch.eye(len(p))).square().sum() if p.ndim == 2 else 0 * p.sum(),

@@ -18,8 +18,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import noetherflow as nf
 from noise_ways import (
     EXACT,
-    FAST,
-    MEASURE,
     METERS,
     REFUSED,
     RIGHT,
@@ -33,7 +31,7 @@ from noise_ways import (
     outcome,
 )
 from users_models import Net, by_token, classified, numbers, squared, text, words
-from what_users_run import PENALTIES, ROWS, outcomes
+from what_users_run import ROWS, outcomes
 
 # What fails today: ways and reason by row. A test that passes although it waits fails, so that its entry is deleted.
 FORMED = "the gradient is not autograd's: it is formed again, and rounded otherwise"
@@ -44,6 +42,8 @@ GATHERED = "tokens that an index or a mask gathers are refused"
 GUESSED = "the axis of the examples is guessed from sizes"
 COMPARED = "a meter does not compare with single examples"
 ALL_OR_NOTHING = "a single parameter that is not measured stops the meter"
+
+
 def cases() -> list[Any]:
     """Every row in every way."""
     return [pytest.param(name, way, id=f"{name}-{way}") for name in ROWS for way in WAYS]

@@ -384,9 +384,13 @@ ROWS: dict[str, Row] = {
         net(lambda m, h: torch.vmap(lambda row: h @ row, out_dims=1)(m.b.weight)), squared, numbers(), expected=ANY
     ),
     "second thread": Row(net(), squared, numbers(), hogwild, expected=outcomes([TRAIN], RIGHT, NAMED, REFUSED)),
-    "slope by the input": Row(net(lambda m, h: torch.tanh(m.b(h))), input_slope, numbers(), expected=ANY, says="derivatives"),
+    "slope by the input": Row(
+        net(lambda m, h: torch.tanh(m.b(h))), input_slope, numbers(), expected=ANY, says="derivatives"
+    ),
     "slope by a hidden layer": Row(net(), hidden_slope, numbers(), expected=ANY, says="derivatives"),
-    "slope by torch.func": Row(net(lambda m, h: torch.tanh(m.b(h))), slope_by_func, numbers(), expected=ANY, says="derivatives"),
+    "slope by torch.func": Row(
+        net(lambda m, h: torch.tanh(m.b(h))), slope_by_func, numbers(), expected=ANY, says="derivatives"
+    ),
     **{
         f"encoder with tokens first, {length} tokens": Row(
             text(tokens_first, encoder=encoder), classified, words(length=length)

@@ -139,9 +139,9 @@ class NoiseMeter:
         """Raise if a step cannot be measured at all; the gradients that it left are right."""
         if capture.joined:
             raise CoupledExamplesError(
-                f"the loss is no sum over the examples of the batch, as far as can be seen: {capture.joined}. The gradient "
-                "of a single example does not exist, or cannot be told. MicrobatchMeter measures the noise between "
-                "microbatches"
+                "the loss is no sum over the examples of the batch, as far as can be seen: "
+                f"{capture.joined}. The gradient of a single example does not exist, or cannot be told. "
+                "MicrobatchMeter measures the noise between microbatches"
             )
         measured = capture.gradients.keys() - capture.refused.keys()
         if not measured and not capture.met and capture.refused:

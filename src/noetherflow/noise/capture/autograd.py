@@ -39,7 +39,7 @@ def tap(output: Tensor, source: Tensor, note: Note, roots: Iterable[Tensor]) -> 
 def spread(
     tensor: Tensor,
     shape: tuple[int, ...],
-    note: Callable[[Tensor], Tensor | None | list[Tensor | None]],
+    note: Callable[[Tensor], Tensor | list[Tensor | None] | None],
     roots: Iterable[Tensor],
 ) -> Tensor:
     """A tensor expanded; the gradient of every copy is noted."""
@@ -60,6 +60,9 @@ def group_norm(
 
 def _recording() -> AbstractContextManager[Any, Any]:
     """The block in which a backward pass records; gradients of gradients would need what is not computed.
+
+    Returns:
+        The block.
 
     Raises:
         DerivativeError: If the backward pass is itself to be differentiated.

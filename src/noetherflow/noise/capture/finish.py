@@ -18,8 +18,8 @@ from noetherflow.noise.capture.fate import Fate
 from noetherflow.noise.capture.owned import Constant, Record, joined
 from noetherflow.noise.capture.sources import Source
 from noetherflow.noise.collect import collect, stacked
-from noetherflow.noise.ledger import Sums
 from noetherflow.noise.kernels import accumulator
+from noetherflow.noise.ledger import Sums
 from noetherflow.noise.uses import Use, View, Whole
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from noetherflow.noise.capture.layouts import Rows
-from noetherflow.noise.uses import Outer, Rows as TableRows, Use, View, Whole
+from noetherflow.noise.uses import Outer, Use, View, Whole
+from noetherflow.noise.uses import Rows as TableRows
 
 
 @final

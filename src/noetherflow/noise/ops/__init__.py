@@ -4,5 +4,14 @@ from noetherflow.noise.ops import attention, convolution, elementwise, embedding
 from noetherflow.noise.ops.registry import RULES, gradient_rule
 
 __all__ = [
-    "RULES", "attention", "convolution", "elementwise", "embedding", "experts", "gradient_rule", "linear", "normalisation", "other",
-]  # fmt: skip
+    "RULES",
+    "attention",
+    "convolution",
+    "elementwise",
+    "embedding",
+    "experts",
+    "gradient_rule",
+    "linear",
+    "normalisation",
+    "other",
+]

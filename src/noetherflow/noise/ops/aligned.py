@@ -53,7 +53,9 @@ def aligned(capture: Capture, tracked: Tracked, dim: int, layout: Apart) -> Tens
                 def note_expanded(gradient: Tensor) -> Tensor | None:
                     vectors = gradient.movedim(dim, 0).reshape(shape[dim], *_without(shape, dim))
                     summed = vectors.sum_to_size(shape[dim], *_padded(own, behind, len(shape)))
-                    return parent.note(whole(parent.views, layout.rows(summed.reshape(shape[dim], *own), len(own), size)))
+                    return parent.note(
+                        whole(parent.views, layout.rows(summed.reshape(shape[dim], *own), len(own), size))
+                    )
 
                 return autograd.spread(tensor, shape, note_expanded, [parent.root])
         else:
@@ -85,10 +87,7 @@ def _without(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
 
 def _padded(own: tuple[int, ...], behind: int, ndim: int) -> tuple[int, ...]:
     """The shape of a parameter among dimensions of what it was expanded to, but the dimension of the examples."""
-    if behind < 0:
-        rest = own
-    else:
-        rest = _without(own, behind)
+    rest = own if behind < 0 else _without(own, behind)
     return (1,) * (ndim - 1 - len(rest)) + rest
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from noetherflow.noise.capture import autograd
 from noetherflow.noise.capture.calls import is_in_place, leaves_of, mapped, named
-from noetherflow.noise.capture.layouts import Apart, Layout, Listed, Regular, Rows, Several, Single
+from noetherflow.noise.capture.layouts import Apart, Layout, Listed, Regular, Several, Single
 from noetherflow.noise.capture.mode import Capture
 from noetherflow.noise.capture.owned import whole
 from noetherflow.noise.capture.sources import Tracked
@@ -141,7 +141,11 @@ def expanded(capture: Capture, tracked: Tracked, place: _Common, ndim: int) -> T
     """
     own = tuple(tracked.tensor.shape)
     if isinstance(place, Single):
-        return autograd.spread(tracked.tensor, own, lambda g: tracked.note(whole(tracked.views, place.rows(g, len(own), capture.size))), [tracked.root])
+
+        def note_single(gradient: Tensor) -> Tensor | None:
+            return tracked.note(whole(tracked.views, place.rows(gradient, len(own), capture.size)))
+
+        return autograd.spread(tracked.tensor, own, note_single, [tracked.root])
     dim, length, layout = place
     shape = (1,) * (ndim - len(own)) + own
     if shape[dim] != 1:

@@ -1,5 +1,6 @@
 """Products of sorted rows with the matrix of their expert: a linear map for every expert."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def grouped_mm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
         return NotImplemented
     with capture:
         starts = [0, *ends.tolist()]
-        parts = [x[start:end] @ weights[e] for e, (start, end) in enumerate(zip(starts, starts[1:], strict=False))]
+        parts = [x[start:end] @ weights[e] for e, (start, end) in enumerate(pairwise(starts))]
         if starts[-1] < len(x):
             parts.append(x.new_zeros(len(x) - starts[-1], weights.shape[2]))
         return torch.cat(parts)

@@ -22,7 +22,9 @@ def linear(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     return _linear(capture, x, weight, bias)
 
 
-@gradient_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm, torch.mv, Tensor.mv)
+@gradient_rule(
+    torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm, torch.mv, Tensor.mv
+)
 def matmul(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Vectors times a matrix from either side."""
     if len(args) != 2 or kwargs:
@@ -38,7 +40,9 @@ def matmul(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     # W X = (X^T W^T)^T: the vectors are the columns of X, and the examples may be columns.
     last = right.ndim - 1
     dim = {last: last - 1, last - 1: last}.get(layout.dim, layout.dim)
-    moved: Apart = Regular(dim, layout.inner, layout.scaled) if isinstance(layout, Regular) else Listed(dim, layout.owners)
+    moved: Apart = (
+        Regular(dim, layout.inner, layout.scaled) if isinstance(layout, Regular) else Listed(dim, layout.owners)
+    )
     result = _linear(capture, right.mT, left, None, layout=moved)
     return result if result is NotImplemented else result.mT
 

@@ -13,8 +13,8 @@ from noetherflow.noise.capture.layouts import Apart, Rows
 from noetherflow.noise.capture.mode import Capture
 from noetherflow.noise.capture.owned import whole
 from noetherflow.noise.capture.sources import Tracked, roots_of
-from noetherflow.noise.ops.registry import gradient_rule
 from noetherflow.noise.kernels import affine_sums, channel_sums
+from noetherflow.noise.ops.registry import gradient_rule
 
 
 @gradient_rule(functional.layer_norm)

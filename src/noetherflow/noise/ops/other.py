@@ -9,7 +9,7 @@ from torch.func import vjp
 
 from noetherflow._per_example import each
 from noetherflow.noise.capture import autograd
-from noetherflow.noise.capture.calls import as_function, is_in_place, leaves_of, mapped, unseen
+from noetherflow.noise.capture.calls import as_function, is_in_place, leaves_of, unseen
 from noetherflow.noise.capture.layouts import Regular, Rows
 from noetherflow.noise.capture.mode import Capture
 from noetherflow.noise.capture.owned import whole
@@ -46,14 +46,15 @@ def _by_example(
     """A call with every example alone."""
     if sum(known.tensor.numel() for known in tracked) * capture.size > _MOST:
         return NotImplemented
-    given = [*data, *(known.tensor for known in tracked)]
-    call = as_function(func, args, kwargs, *given)
+    call = as_function(func, args, kwargs, *data, *(known.tensor for known in tracked))
     fixed = [known.tensor.detach() for known in tracked]
     output = call(*data, *fixed)
     if not isinstance(output, Tensor):
         return NotImplemented
     with unseen(), torch.no_grad():
-        results = capture.places.of(func, args, kwargs, {id(x): (x, y) for x, y in zip(data, layouts, strict=True)}, [output.detach()])
+        results = capture.places.of(
+            func, args, kwargs, {id(x): (x, y) for x, y in zip(data, layouts, strict=True)}, [output.detach()]
+        )
         (place,) = results
         if not isinstance(place, Regular) or not _is_separate(capture.size, call, data, layouts, fixed, output, place):
             return NotImplemented
@@ -67,7 +68,10 @@ def _by_example(
             return vjp(lambda *params: call(*inputs, *params), *fixed)[1](gradient)
 
         stacks = each(pulled, (*examples, gradients), (False,) * (len(examples) + 1), randomness="error")
-        return [known.note(whole(known.views, Rows(stack[:, None], None))) for known, stack in zip(tracked, stacks, strict=True)]
+        return [
+            known.note(whole(known.views, Rows(stack[:, None], None)))
+            for known, stack in zip(tracked, stacks, strict=True)
+        ]
 
     return autograd.tap(output.clone(), output.new_empty(0), note, [known.root for known in tracked])
 
@@ -97,15 +101,16 @@ def _of_rows(
             (layout,) = capture.places.of(func, args, kwargs, given | rows, [output])
         if not isinstance(layout, Regular):
             continue
-        moved = {}
+        moved = []
         for known, (dim, inner) in zip(tracked, places, strict=True):
             tensor = aligned(capture, known, dim, Regular(0, inner))
             if tensor is None:
                 return NotImplemented
-            capture.place(tensor, Regular(dim, inner))
-            moved[id(known.tensor)] = tensor
+            capture.marks.place(tensor, Regular(dim, inner))
+            moved.append(tensor)
+        call = as_function(func, args, kwargs, *(known.tensor for known in tracked))
         with capture:
-            return func(*mapped(lambda x: moved.get(id(x), x), args), **mapped(lambda x: moved.get(id(x), x), kwargs))
+            return call(*moved)
     return NotImplemented
 
 
@@ -128,4 +133,10 @@ def _is_separate(
     if alone.shape != expected.shape:
         return False
     rounding = 100 * torch.finfo(output.dtype).eps
-    return torch.allclose(alone, expected, rtol=rounding, atol=rounding * float(expected.abs().max() if expected.numel() else 0), equal_nan=True)
+    return torch.allclose(
+        alone,
+        expected,
+        rtol=rounding,
+        atol=rounding * float(expected.abs().max() if expected.numel() else 0),
+        equal_nan=True,
+    )

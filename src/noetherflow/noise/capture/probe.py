@@ -1,0 +1,181 @@
+"""A function that is called again with the entries of some examples replaced: what changes depends on these."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from noetherflow.noise.capture.calls import is_in_place, leaves_of, mapped, name_of, unseen
+from noetherflow.noise.capture.kinds import SUMS
+from noetherflow.noise.capture.layouts import SHARED, Apart, Layout, Listed, Regular, Several, Shared, Single, inners
+
+
+@final
+class Probe:
+    """A function that is called again with the entries of some examples replaced.
+
+    Args:
+        size: Number of examples.
+        func: The function.
+        args: Its arguments.
+        kwargs: Its named arguments.
+        given: The tensors that depend on the batch.
+        results: What it returned.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: dict[int, tuple[Tensor, Layout]],
+        results: Sequence[Tensor],
+    ) -> None:
+        self._size, self._func, self._name = size, func, name_of(func)
+        self._args, self._kwargs, self._given = args, kwargs, given
+        in_place = is_in_place(func) or "out" in kwargs
+        devices = {leaf.device for leaf in leaves_of((*args, *kwargs.values())) if leaf.is_cuda}
+        with torch.random.fork_rng(devices=list(devices)):
+            self._results = list(self._called(None, _other)) if in_place else list(results)
+            self._changed = [(chosen, self._changes(chosen)) for chosen in _subsets(size)]
+
+    def layouts(self) -> list[Layout]:
+        """Of every result."""
+        return [self._layout(index) for index in range(len(self._results))]
+
+    def _called(self, chosen: Tensor | None, other: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        def put(leaf: Tensor) -> Tensor:
+            entry = self._given.get(id(leaf))
+            if chosen is None or entry is None:
+                return leaf.clone()
+            labels = entry[1].labels(leaf.shape, self._size).long()
+            inside = torch.cat([torch.zeros(1, dtype=torch.bool), chosen])[labels].to(leaf.device)
+            return torch.where(inside, other(leaf), leaf)
+
+        returned = self._func(*mapped(put, self._args), **mapped(put, self._kwargs))
+        return list(leaves_of((returned,)))
+
+    def _changes(self, chosen: Tensor) -> list[Tensor]:
+        """Where NaN arrives; where a result cannot be NaN, or no argument, where it is another."""
+        spreads = all(can_be_nan(leaf) for leaf, _ in self._given.values())
+        arrives = [spreads and can_be_nan(result) for result in self._results]
+        spread = self._called(chosen, _nan) if any(arrives) else self._results
+        moved = self._results if all(arrives) else self._called(chosen, _other)
+        changes = []
+        for before, nan, after, is_spread in zip(self._results, spread, moved, arrives, strict=True):
+            if is_spread:
+                changes.append((nan.isnan() & ~before.isnan()).cpu())
+            else:
+                changes.append(((after != before) & ~((after != after) & (before != before))).cpu())
+        return changes
+
+    def _layout(self, index: int) -> Layout:
+        """The first candidate along which no entry changes with examples that are others'."""
+        shape = self._results[index].shape
+        changed = [(chosen, changes[index]) for chosen, changes in self._changed]
+        if not any(bool(changes.any()) for _, changes in changed):
+            return SHARED
+        touched = {
+            dim: [changes.movedim(dim, 0).reshape(shape[dim], -1).any(1) for _, changes in changed]
+            for dim in range(len(shape))
+        }
+        for candidate in self._candidates(shape):
+            if isinstance(candidate, Single):
+                leaks = any(bool(c.any()) and not bool(chosen[candidate.example]) for chosen, c in changed)
+            else:
+                owners = candidate.labels(shape, self._size)
+                owners = owners[tuple(slice(None) if d == candidate.dim else 0 for d in range(len(shape)))].long()
+                inside = [torch.cat([torch.zeros(1, dtype=torch.bool), chosen])[owners] for chosen, _ in changed]
+                leaks = any(bool((t & ~i).any()) for t, i in zip(touched[candidate.dim], inside, strict=True))
+            if not leaks:
+                return candidate
+        return Several(additive=self._is_additive(), cause=self._name)
+
+    def _candidates(self, shape: torch.Size) -> list[Any]:
+        """Where the examples may be: best where they were, counted from the left or from the right."""
+        near: list[Any] = []
+        for leaf, layout in self._given.values():
+            if isinstance(layout, Single):
+                near.append(layout)
+            if isinstance(layout, (Regular, Listed)):
+                for dim in (layout.dim, layout.dim - leaf.ndim + len(shape)):
+                    if not 0 <= dim < len(shape) or shape[dim] == 0:
+                        continue
+                    if isinstance(layout, Regular) and layout.inner in inners(shape[dim], self._size):
+                        near.append(Regular(dim, layout.inner))
+                    if isinstance(layout, Listed) and shape[dim] == len(layout.owners):
+                        near.append(Listed(dim, layout.owners))
+        every = [Regular(dim, inner) for dim, length in enumerate(shape) for inner in inners(length, self._size)]
+        return near + every
+
+    def _is_additive(self) -> bool:
+        """Whether a function that joins examples sums over them: a sum, or a loss that would be one per example."""
+        if self._name in SUMS:
+            return True
+        if "reduction" not in self._kwargs and not hasattr(functional, self._name):
+            return False
+        if self._kwargs.get("reduction", "mean") == "none" or not _takes_reduction(self._func):
+            return False
+        single = {**self._kwargs, "reduction": "none"}
+        with unseen(), torch.no_grad():
+            results = list(leaves_of((self._func(*self._args, **single),)))
+            layouts = Probe(self._size, self._func, self._args, single, self._given, results).layouts()
+        return all(isinstance(layout, (Apart, Shared)) for layout in layouts)
+
+
+def _takes_reduction(func: Any) -> bool:
+    code = getattr(func, "__code__", None)
+    return code is not None and "reduction" in code.co_varnames
+
+
+def _nan(leaf: Tensor) -> Tensor:
+    return torch.full_like(leaf, torch.nan)
+
+
+def _other(leaf: Tensor) -> Tensor:
+    """A tensor whose every entry is as far from the other end of the range."""
+    if leaf.dtype is torch.bool:
+        return ~leaf
+    if leaf.is_complex():
+        return -leaf
+    return (leaf.max() + leaf.min() - leaf) if leaf.numel() else leaf
+
+
+def can_be_nan(leaf: Tensor) -> bool:
+    """Whether the entries of a tensor can be NaN."""
+    return leaf.is_floating_point() or leaf.is_complex()
+
+
+def _subsets(size: int) -> list[Tensor]:
+    """Some of the examples, and the others, so that no shift and no grouping leaves all of these sets unchanged.
+
+    Two balanced sets and their complements tell every pair of up to four examples apart. For more, sets are drawn until
+    no cyclic shift of the examples, and no division into equal groups, leaves both sets as they are.
+
+    Args:
+        size: Number of examples B.
+
+    Returns:
+        Masks of shape (B,).
+    """
+    index = torch.arange(size)
+    if size <= 4:
+        sets = [index % 2 == 1, index // 2 % 2 == 1][: 1 if size == 2 else 2]
+    else:
+        generator = torch.Generator().manual_seed(size)
+        while True:
+            sets = [torch.randperm(size, generator=generator) < size // 2 for _ in range(2)]
+            code = sets[0] * 2 + sets[1] * 1
+            shifts = all(bool((code.roll(shift) != code).any()) for shift in range(1, size))
+            widths = [width for width in range(2, size) if size % width == 0]
+            groups = all(
+                bool((code.view(-1, width) != code.view(-1, width)[:, :1]).any())
+                and bool((code.view(width, -1) != code.view(width, -1)[:1]).any())
+                for width in widths
+            )
+            if shifts and groups:
+                break
+    return [part for chosen in sets for part in (chosen, ~chosen)]
