@@ -165,7 +165,11 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     if name == "aten::linalg_lstsq" and kwargs.get("driver") is None:
         changed["driver"] = "gels"
     with _STATES.of(device) if torch.Tag.nondeterministic_seeded in func.tags else nullcontext():
-        result = func(*tree_map(inside, args), **tree_map(inside, changed))
+        given, named = tree_map(inside, args), tree_map(inside, changed)
+        if name == "aten::histc" and not given[0].is_floating_point():
+            result = func(given[0].double(), *given[1:], **named).to(given[0].dtype)  # the CPU counts no integers
+        else:
+            result = func(*given, **named)
     if torch.Tag.inplace_view in func.tags:
         with no_dispatch():
             func(*args, **kwargs)  # the shape that PyTorch knows of the argument changes, too

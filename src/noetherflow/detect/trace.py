@@ -1,7 +1,6 @@
 """The computation of a model's loss as a graph of operations without side effects."""
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -14,11 +13,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, default_decompositions
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
-from noetherflow._batch import map_tensors, tensors_of, with_tensors
-from noetherflow._device import CPU
+from noetherflow._batch import tensors_of, with_tensors
 from noetherflow._errors import TraceError
 from noetherflow._params import aliases
 from noetherflow._types import Batch, Loss
@@ -70,7 +67,11 @@ def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
     # The forward pass of DistributedDataParallel cannot be exported. It is that of the module inside.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     try:
-        program, batch = _exported(inner, loss, batch)
+        with _quiet(), _checkpoints_as_calls(), torch.enable_grad():
+            program = torch.export.export(_Holder(inner, loss, batch), tuple(tensors_of(batch)), strict=False)
+            _mark_regions_without_gradients(program.graph_module)
+            _separate_shared_buffers(program)
+            program = program.run_decompositions(_decompositions())
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise TraceError(
@@ -94,55 +95,6 @@ def trace(model: nn.Module, loss: Loss, batch: Batch) -> Graph:
             if spec.kind is InputKind.BUFFER and _moves(values[name]):
                 varying.add(name)
     return Graph(program.graph_module, parameters, values, frozenset(varying))
-
-
-def _exported(model: nn.Module, loss: Loss, batch: Batch) -> tuple[ExportedProgram, Batch]:
-    """The program of the losses and the batch that it takes, both on the CPU if the computation can move there.
-
-    A graph does not depend on the device, and its constants meet the solver on the CPU. A computation that names its
-    device, such as a loss with a tensor in its closure, is exported where it is.
-
-    Returns:
-        The program and the batch.
-    """
-    if all(tensor.is_cpu for tensor in (*_kept_tensors(model, loss), *tensors_of(batch))):
-        return _export(model, loss, batch), batch
-    try:
-        copied, loss_copy = _on_cpu(model, loss)
-        given = map_tensors(lambda tensor: tensor.to(CPU), batch)
-        return _export(copied, loss_copy, given), given
-    except Exception as error:
-        try:
-            return _export(model, loss, batch), batch
-        except Exception:
-            raise error from None
-
-
-def _export(model: nn.Module, loss: Loss, batch: Batch) -> ExportedProgram:
-    with _quiet(), _checkpoints_as_calls(), torch.enable_grad():
-        program = torch.export.export(_Holder(model, loss, batch), tuple(tensors_of(batch)), strict=False)
-        _mark_regions_without_gradients(program.graph_module)
-        _separate_shared_buffers(program)
-        return program.run_decompositions(_decompositions())
-
-
-def _kept_tensors(model: nn.Module, loss: Loss) -> list[Tensor]:
-    """The tensors that the modules of a model and of a loss hold."""
-    modules = [*model.modules(), *(loss.modules() if isinstance(loss, nn.Module) else ())]
-    return [value for module in modules for value in tree_leaves(vars(module)) if isinstance(value, Tensor)]
-
-
-def _on_cpu(model: nn.Module, loss: Loss) -> tuple[nn.Module, Loss]:
-    """Copies on the CPU; parameters have memory without numbers, which no export reads."""
-    memo: dict[int, Tensor] = {}
-    for tensor in _kept_tensors(model, loss):
-        if isinstance(tensor, nn.Parameter):
-            empty = torch.empty_like(tensor, device=CPU, requires_grad=False)
-            memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-        else:
-            memo[id(tensor)] = tensor.detach().to(CPU)
-    copied: tuple[nn.Module, Loss] = copy.deepcopy((model, loss), memo)
-    return copied
 
 
 def key_of(target: Any) -> str:
