@@ -118,11 +118,13 @@ def interrupted(at: int) -> Iterator[list[int]]:
                 raise Interrupt
 
     before = sys.gettrace()
+    gc.disable()  # callbacks of the collector are no part of a step
     sys.settrace(trace)
     try:
         yield calls
     finally:
         sys.settrace(before)
+        gc.enable()
 
 
 def attributes(model: nn.Module) -> dict[str, Any]:

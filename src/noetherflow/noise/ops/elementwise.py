@@ -119,8 +119,9 @@ def _common(data: list[tuple[Tensor, Layout]], ndim: int) -> _Common | None:
     first = places[0]
     for place in places[1:]:
         if isinstance(first, tuple) and isinstance(place, tuple) and isinstance(first[2], Listed):
-            equal = first[:2] == place[:2] and isinstance(place[2], Listed)
-            if not equal or not torch.equal(first[2].owners, place[2].owners):
+            if first[:2] != place[:2] or not isinstance(place[2], Listed):
+                return None
+            if not torch.equal(first[2].owners, place[2].owners):
                 return None
         elif place != first:
             return None

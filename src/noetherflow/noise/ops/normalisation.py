@@ -26,8 +26,8 @@ def layer_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
     if layout is None or not capture.is_constant(weight, bias):
         return NotImplemented
     w, b = capture.tracked(weight), capture.tracked(bias)
-    fixed = [None if affine is None else affine.detach() for affine in (weight, bias)]
-    output, mean, deviation = torch.native_layer_norm(x, shape, *fixed, 1e-5 if eps is None else eps)
+    gain, shift = (None if affine is None else affine.detach() for affine in (weight, bias))
+    output, mean, deviation = torch.native_layer_norm(x, shape, gain, shift, 1e-5 if eps is None else eps)
 
     def note(inputs: Tensor, outputs: Tensor) -> list[Tensor | None]:
         parts = [layout.rows(part, kept, size) for part in (inputs, outputs, mean.detach(), deviation.detach())]
@@ -79,9 +79,9 @@ def instance_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: di
     """Gain and bias after a normalisation of every channel by itself."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
     x, mean, variance, weight, bias, own, momentum, eps = named(names, args, kwargs)
-    options = [True if own is None else own, 0.1 if momentum is None else momentum, 1e-5 if eps is None else eps]
+    own, momentum, eps = own is None or own, 0.1 if momentum is None else momentum, 1e-5 if eps is None else eps
     with capture:
-        result = functional.instance_norm(x, mean, variance, None, None, *options)
+        result = functional.instance_norm(x, mean, variance, None, None, own, momentum, eps)
         shape = (-1, *(1,) * (x.ndim - 2))
         result = result if weight is None else result * weight.reshape(shape)
         return result if bias is None else result + bias.reshape(shape)
