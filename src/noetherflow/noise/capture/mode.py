@@ -231,7 +231,7 @@ class Capture(TorchFunctionMode):
             return (*gradients[:place], result, *gradients[place + 1 :])
 
         # Held as well: the node of a parameter lives no longer than what refers to it.
-        self._hooks.append((node, node.register_prehook(arrive)))
+        self._hooks.append((edge, node.register_prehook(arrive)))
         self.track(Tracked(source, root, root, zero))
 
     def _zero(self, like: Tensor) -> Tensor:

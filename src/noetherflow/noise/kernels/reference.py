@@ -1,5 +1,6 @@
 """The specification: batched functions of tensors, chunked by bytes, without a loop over examples, on any device."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -125,11 +126,13 @@ class Batched(ABC):
         n, m = left.shape[1], right.shape[2]
         # Gram matrices need all rows of a gradient.
         rows = n if sums.page.grams else max(1, min(n, budget(right) // max(1, m * right.element_size())))
-        block = right.new_empty(0)
+        parts = list(chunks(len(left), rows * m * right.element_size(), right))
+        memory = right.new_empty(max((len(left[part]) for part in parts), default=0) * rows * m)
 
         def products(some: slice) -> Iterator[Tensor]:
-            for part in chunks(len(left), rows * m * right.element_size(), right):
-                block.resize_(len(left[part]), len(range(n)[some]), m)
+            for part in parts:
+                shape = len(left[part]), len(range(n)[some]), m
+                block = memory[: math.prod(shape)].view(shape)
                 self._multiply(left[part, some], right[part], block)
                 yield block
 
