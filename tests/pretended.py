@@ -10,6 +10,9 @@ operation of PyTorch, also below autograd and `torch.func`, passes through `__to
 - gives results the device of the arguments, and factories with `device=` the device that they name,
 - draws random numbers from a state of the device, so that a device whose state is not restored is noticed.
 
+What it cannot do: the fused cells of LSTM and GRU, which the CPU does not have; autocast; and `torch.export` of a loss
+with a tensor in its closure, which the exporter takes for a tensor of the CPU.
+
 There are the devices `pretended:0`, `pretended:1`, and `pretended:7`, which has no float64, like MPS. Importing this
 file registers the device in the process.
 """

@@ -164,16 +164,6 @@ def test_moments_are_saved_and_loaded_from_any_device(device: torch.device, tmp_
     require_equal(first, nf.drift(noise, SGD, cases.case("diagonal").model))
 
 
-def test_symmetries_of_a_loss_with_a_constant_in_its_closure(device: torch.device) -> None:
-    subject = of_case(cases.case("diagonal")).on(device)
-    weights = torch.ones(3, dtype=torch.float64, device=device)
-
-    def weighted(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return (weights * (model(batch[0]) - batch[1]).square()).sum(1)
-
-    assert list(nf.find_symmetries(subject.model, weighted, subject.batches[0])) == ["0 -> 2"]
-
-
 DOORS: dict[str, Callable[[Subject], object]] = {
     "estimate_noise": lambda s: nf.estimate_noise(s.model, s.loss, s.batches, s.symmetries, progress=False),
     "find_symmetries": lambda s: nf.find_symmetries(s.model, s.loss, s.batches[0]),
