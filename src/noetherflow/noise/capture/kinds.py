@@ -10,6 +10,11 @@ MOVES = {
     "contiguous", "clone", "detach", "detach_", "__get__", "atleast_1d", "atleast_2d", "atleast_3d", "tril", "triu",
     "pad", "_pad", "unsafe_chunk", "unsafe_split",
 }  # fmt: skip
+# Functions that make tensors of the shape or the type of others.
+FACTORIES = {
+    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "new_empty",
+    "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided",
+}  # fmt: skip
 # Functions that return where entries are.
 INDICES = {"nonzero", "argwhere", "where"}
 # Functions that return entries of their first argument; further tensors say which.

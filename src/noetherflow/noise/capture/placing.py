@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from noetherflow.noise.capture.calls import leaves_of, mapped, name_of, named, unseen
-from noetherflow.noise.capture.kinds import ADDS, CASTS, FACTORS, INDICES, LINEAR, MOVES, PICKS, WRITES
+from noetherflow.noise.capture.kinds import ADDS, CASTS, FACTORIES, FACTORS, INDICES, LINEAR, MOVES, PICKS, WRITES
 from noetherflow.noise.capture.layouts import (
     EMPTY,
     NO_EXAMPLE,
@@ -66,9 +66,11 @@ class Places:
         Returns:
             A layout for each.
         """
+        name = name_of(func)
+        if name in FACTORIES:
+            return [SHARED] * len(results)
         if self.size == 1:
             return [Single(0)] * len(results)
-        name = name_of(func)
         if name in PICKS and args and id(args[0]) in given:
             given = {id(args[0]): given[id(args[0])]}  # which entries are picked does not change whose they are
         layouts = [layout for _, layout in given.values()]
