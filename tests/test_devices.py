@@ -74,6 +74,7 @@ def test_a_case_has_the_numbers_of_the_cpu(case: cases.Case, run: str, device: t
     agree(run, of_case(case), device)
 
 
+@pytest.mark.filterwarnings("ignore:computed in torch.float32")
 @pytest.mark.parametrize(
     ("name", "run"),
     [
