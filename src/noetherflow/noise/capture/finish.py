@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
-from noetherflow._per_example import each
 from noetherflow.noise.asked import Asked, Page
 from noetherflow.noise.capture.fate import Fate
 from noetherflow.noise.capture.owned import Constant, Record, joined
+from noetherflow.noise.capture.pulling import pulled
 from noetherflow.noise.capture.sources import Source
 from noetherflow.noise.collect import collect, stacked
 from noetherflow.noise.kernels import accumulator
@@ -114,14 +113,13 @@ def _derived(
         native = [use for use in uses if isinstance(use, Whole) and use.native and passes_on]
         for part in (_embedded(use.views, use.gradients.sum(0), root) for use in native):
             rest = None if rest is None else rest - part
-    if uses or rest is not None:
-        pull = vjp(source.function, *(parent.tensor.detach() for parent in source.parents))[1]
+    params = [parent.tensor.detach() for parent in source.parents]
     if uses:
-        for parent, part in zip(source.parents, each(pull, (stack,), (False,), randomness="same"), strict=True):
+        for parent, part in zip(source.parents, pulled(source.function, [], params, stack), strict=True):
             parent.note(Whole(parent.views, part, native=True))
     if rest is not None and constant:
-        for parent, part in zip(source.parents, pull(rest), strict=True):
-            parent.note(Constant(parent.views, part))
+        for parent, part in zip(source.parents, pulled(source.function, [], params, rest[None]), strict=True):
+            parent.note(Constant(parent.views, part[0]))
     if not passes_on:
         return None
     parts = [part for part in (rest, stack.sum(0) if uses else None) if part is not None]

@@ -5,14 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
-from noetherflow._per_example import each
 from noetherflow.noise.capture import autograd
 from noetherflow.noise.capture.calls import as_function, is_in_place, leaves_of, unseen
 from noetherflow.noise.capture.layouts import Regular, Rows
 from noetherflow.noise.capture.mode import Capture
 from noetherflow.noise.capture.owned import whole
+from noetherflow.noise.capture.pulling import pulled
 from noetherflow.noise.capture.sources import Tracked
 from noetherflow.noise.ops.aligned import aligned
 from noetherflow.noise.ops.registry import gradient_rule
@@ -63,11 +62,7 @@ def _by_example(
         examples = [_stack(leaf.detach(), layout, capture.size) for leaf, layout in zip(data, layouts, strict=True)]
         gradients = _stack(gradient, place, capture.size)
 
-        def pulled(*parts: Tensor) -> Any:
-            *inputs, gradient = parts
-            return vjp(lambda *params: call(*inputs, *params), *fixed)[1](gradient)
-
-        stacks = each(pulled, (*examples, gradients), (False,) * (len(examples) + 1), randomness="error")
+        stacks = pulled(call, examples, fixed, gradients)
         return [
             known.note(whole(known.views, Rows(stack[:, None], None)))
             for known, stack in zip(tracked, stacks, strict=True)
