@@ -62,7 +62,11 @@ def plan_of(part: Any, examples: int = 6, tokens: int = 6) -> Plan:
     return Plan(sizes, True, (part,), "examples first", 0)
 
 
-@pytest.mark.parametrize("part", [*((layout, OPERATIONS[0]) for layout in LAYOUTS), *PARTS], ids=str)
+def name_of(part: Any) -> str:
+    return part if isinstance(part, str) else "-".join(piece.__name__ for piece in part)
+
+
+@pytest.mark.parametrize("part", [*((layout, OPERATIONS[0]) for layout in LAYOUTS), *PARTS], ids=name_of)
 def test_every_part_is_measured_by_single_examples(part: Any) -> None:
     """Every part has independent examples: what is refused above is not refused for a fault of the part."""
     assert outcome(of(plan_of(part, 4, 6)), EXACT) == RIGHT
