@@ -96,6 +96,7 @@ CONTRACT = {
     "find_symmetries": "model, loss, batch",
     "explain": "model, loss, batch",
     "exponent_rule": "keys",
+    "gradient_rule": "functions",
     "verify_symmetry": "model, loss, batch, symmetry",
     "check_completeness": "model, loss, batch",
     "discover_generators": "model, loss, batch",

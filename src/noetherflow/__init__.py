@@ -49,7 +49,7 @@ from noetherflow.discover import (
     discover_rescalings,
 )
 from noetherflow.equilibrium import Equilibrium, Imbalance, Outcome, Status, equilibrate, potential, solve_equilibrium
-from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments, estimate_noise
+from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments, estimate_noise, gradient_rule
 from noetherflow.simulation import GradientDescent, GradientFlow, Langevin, NoetherFlow, Trajectory, simulate
 from noetherflow.symmetry import (
     Action,
@@ -131,6 +131,7 @@ __all__ = [
     "explain",
     "exponent_rule",
     "find_symmetries",
+    "gradient_rule",
     "linear",
     "potential",
     "rebalance_",

@@ -4,5 +4,6 @@ from noetherflow.noise.estimate import estimate_noise
 from noetherflow.noise.meter import NoiseMeter
 from noetherflow.noise.microbatch import MicrobatchMeter
 from noetherflow.noise.moments import NoiseMoments
+from noetherflow.noise.ops.registry import gradient_rule
 
-__all__ = ["MicrobatchMeter", "NoiseMeter", "NoiseMoments", "estimate_noise"]
+__all__ = ["MicrobatchMeter", "NoiseMeter", "NoiseMoments", "estimate_noise", "gradient_rule"]

@@ -182,13 +182,13 @@ class Reference(Batched):
 def _reduce(squares: Tensor, sums: Sums, rows: slice, first: int) -> None:
     """Add squares of entries (rows of the buffer, r, m), of r rows of the gradient from the first on, to the buffer."""
     page, asked = sums.page, sums.page.asked
-    by_row = squares.sum(2)
-    parts = [(0, by_row.sum(1, keepdim=True))]
-    if asked.rows:
+    by_row = squares.sum(2) if asked.rows else None
+    parts = [(0, squares.sum((1, 2))[:, None] if by_row is None else by_row.sum(1, keepdim=True))]
+    if by_row is not None:
         parts.append((page.rows_from(first), by_row))
     if asked.columns:
         parts.append((page.columns, squares.sum(1)))
-    if first == 0 and squares.shape[1] == page.shape[:1].numel():
+    if len(parts) > 1 and first == 0 and squares.shape[1] == page.shape[:1].numel():
         parts = [(0, torch.cat([part for _, part in parts], 1))]  # neighbours in the buffer
     for start, part in parts:
         sums.numbers[rows, start : start + part.shape[1]].add_(part)
@@ -267,6 +267,9 @@ def _square_single_tokens(x: Tensor, d: Tensor, sums: Sums) -> None:
     page = sums.page
     squares_x, squares_d = x.square(), d.square()
     lengths_x, lengths_d = squares_x.sum(1), squares_d.sum(1)
+    if not (page.asked.rows or page.asked.columns or page.asked.entries or page.grams):
+        sums.numbers[EACH, 0].add_(lengths_x @ lengths_d)
+        return
     by_column = lengths_d @ squares_x if page.asked.columns else None
     add_sums(sums.numbers[EACH], lengths_x @ squares_d, page.rows, by_column, page.columns)
     if sums.entries is not None:
