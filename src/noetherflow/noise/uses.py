@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from noetherflow.noise.kernels.base import Window
-from noetherflow.noise.kernels.reference import add_table_rows
+from noetherflow.noise.kernels.formulas import add_table_rows
 
 View = Callable[[Tensor], Tensor]
 

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from noetherflow.noise.kernels.base import Kernels, Window, accumulator
 from noetherflow.noise.kernels.choose import kernels_for
+from noetherflow.noise.kernels.formulas import distinct_rows
 from noetherflow.noise.ledger import EACH, Sums
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "accumulator",
     "affine_sums",
     "channel_sums",
+    "distinct_rows",
     "group_norm_back",
     "kernels_for",
     "square",

@@ -13,7 +13,8 @@ from torch.nn import functional
 from noetherflow.noise.kernels import cpu_loops as loops
 from noetherflow.noise.kernels.base import Window
 from noetherflow.noise.kernels.costs import Costs
-from noetherflow.noise.kernels.reference import Batched, Reference, add_grams, add_sums
+from noetherflow.noise.kernels.formulas import add_grams, add_sums
+from noetherflow.noise.kernels.reference import Batched, Reference
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
 
 # Numbers in a patch from which on the compiled product is faster than that of PyTorch.

@@ -3,18 +3,23 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 from torch.nn import grad
 
-from noetherflow.noise.asked import ABSENT
 from noetherflow.noise.kernels.base import Window, accumulator
-from noetherflow.noise.kernels.costs import Costs, prefer_tokens_for_sum, sides_of
+from noetherflow.noise.kernels.costs import Costs, prefer_tokens_for_sum
+from noetherflow.noise.kernels.formulas import (
+    add_grams,
+    square_by_tokens,
+    square_rows,
+    square_single_tokens,
+    tables_of,
+    widened,
+)
 from noetherflow.noise.ledger import EACH, WHOLE, Sums
-from noetherflow.symmetry import Axis
 
 # Bytes of gradients that are formed at a time: on a CPU they stay in the cache, elsewhere launches are few.
 _CACHE, _MEMORY = 2**20, 2**28
@@ -43,10 +48,10 @@ class Batched(ABC):
 
     def outer_products(self, x: Tensor, d: Tensor, sums: Sums, *, wanted: bool) -> Tensor | None:
         """See `Kernels`."""
-        x, d = _widened(x, d)
+        x, d = widened(x, d)
         (n, m), asked = (d.shape[2], x.shape[2]), sums.page.asked
         if x.shape[1] == 1:
-            _square_single_tokens(x[:, 0], d[:, 0], sums)
+            square_single_tokens(x[:, 0], d[:, 0], sums)
         elif self.costs.prefer_tokens(x.shape[1], n, m, asked):
             square_by_tokens(x, d, sums, EACH)
         else:
@@ -62,7 +67,7 @@ class Batched(ABC):
 
     def patches(self, x: Tensor, d: Tensor, window: Window, sums: Sums) -> Tensor:
         """See `Kernels`."""
-        x, d = _widened(x, d)
+        x, d = widened(x, d)
         shape = sums.page.shape
         n, m, places = d.shape[1], shape[1:].numel(), d.shape[2:].numel()
         # Token Grams know matrices only, not the dimensions of a kernel.
@@ -86,12 +91,12 @@ class Batched(ABC):
 
     def table_rows(self, ids: Tensor, d: Tensor, sums: Sums) -> Tensor:
         """See `Kernels`."""
-        page, (d,) = sums.page, _widened(d)
+        page, (d,) = sums.page, widened(d)
         if any(axis.dim % 2 == 0 or axis.within for axis in page.asked.grams):
             # Rows of an example's gradient meet each other: it has to be formed.
             parts = chunks(len(ids), page.shape.numel() * d.element_size(), d)
             return self.add_stacks((tables_of(ids[part], d[part], page.shape) for part in parts), sums)
-        _square_rows(ids, d, sums)
+        square_rows(ids, d, sums)
         total = d.new_zeros(page.shape).index_add_(0, ids.flatten(), d.flatten(0, 1))
         self.accumulate(total[None], sums, WHOLE)
         return total
@@ -150,7 +155,7 @@ class Reference(Batched):
 
     def accumulate(self, stack: Tensor, sums: Sums, row: int, total: Tensor | None = None, first: int = 0) -> None:
         """See `Kernels`."""
-        (stack,) = _widened(stack)
+        (stack,) = widened(stack)
         if total is not None:
             total.add_(stack[0] if len(stack) == 1 else stack.sum(0))
         squares = stack[0].square() if len(stack) == 1 else stack.square().sum(0)
@@ -161,7 +166,7 @@ class Reference(Batched):
         """See `Kernels`."""
         total = squares = None
         for stack in stacks:
-            (stack,) = _widened(stack)
+            (stack,) = widened(stack)
             if total is None or squares is None:
                 total, squares = stack.sum(0), stack.square().sum(0)
             elif len(stack) == 1:
@@ -207,114 +212,3 @@ def chunks(count: int, size: int, like: Tensor) -> Iterator[slice]:
 def budget(like: Tensor) -> int:
     """Bytes to form at a time on the device of a tensor."""
     return _CACHE if like.is_cpu else _MEMORY
-
-
-def add_table_rows(stack: Tensor, ids: Tensor, d: Tensor) -> None:
-    """Add d (B, T, m) to the rows of tables (B, n, m) that ids (B, T) name."""
-    examples = torch.arange(len(ids), device=ids.device)[:, None].expand(ids.shape)
-    stack.index_put_((examples, ids), d.to(stack.dtype), accumulate=True)
-
-
-def tables_of(ids: Tensor, d: Tensor, shape: torch.Size) -> Tensor:
-    """The gradients (B, n, m) of a table of some shape."""
-    stack = d.new_zeros(len(ids), *shape)
-    add_table_rows(stack, ids, d)
-    return stack
-
-
-def add_grams(stack: Tensor, sums: Sums, row: int) -> None:
-    """Add Gram matrices of gradients (B, n, m) to a row of the buffer."""
-    if sums.page.grams:
-        whole = stack.reshape(len(stack), *sums.page.shape)
-        sums.add_grams(row, {axis: _gram(axis, whole) for axis in sums.page.grams})
-
-
-def add_sums(numbers: Tensor, by_row: Tensor, rows: int, by_column: Tensor | None, columns: int) -> None:
-    """Add sums by row and by column to a vector in which they begin somewhere, or nowhere; their total comes first."""
-    numbers[0].add_(by_row.sum(dtype=numbers.dtype))
-    for part, start in ((by_row, rows), (by_column, columns)):
-        if part is not None and start != ABSENT:
-            # Not `+=`, which would copy the result to where it is.
-            numbers[start : start + part.numel()].add_(part)
-
-
-def square_by_tokens(x: Tensor, d: Tensor, sums: Sums, row: int) -> None:
-    """Add the squares of G_b = d_b^T x_b, for x (B, T, m) and d (B, T, n), from inner products of tokens (token Grams).
-
-    |G|^2 = sum_st (x x^T)_st (d d^T)_st, and G G^T = d^T (x x^T) d: no G is formed.
-    """
-    page, numbers = sums.page, sums.numbers[row]
-    on_rows, on_columns = sides_of(page.asked)
-    total: Tensor | None = None
-    sides = ((0, page.rows, on_rows, d, x), (1, page.columns, on_columns, x, d))
-    for dim, start, wanted, side, other in sides:
-        if not wanted:
-            continue
-        weighted = (other @ other.mT) @ side
-        by_entry = (weighted * side).sum((0, 1)).to(numbers.dtype)
-        total = by_entry.sum()
-        if start != ABSENT:
-            numbers[start : start + len(by_entry)].add_(by_entry)
-        for axis in page.grams:
-            if axis.dim % 2 == dim:
-                first, second = (replace(axis, dim=0).rows(one.flatten(0, 1).mT) for one in (weighted, side))
-                sums.add_grams(row, {axis: first @ second.mT})
-    numbers[0].add_(((x @ x.mT) * (d @ d.mT)).sum() if total is None else total)
-
-
-def _square_single_tokens(x: Tensor, d: Tensor, sums: Sums) -> None:
-    """Add the squares of outer products d_b x_b^T of vectors x (B, m) and d (B, n): products of squares."""
-    page = sums.page
-    squares_x, squares_d = x.square(), d.square()
-    lengths_x, lengths_d = squares_x.sum(1), squares_d.sum(1)
-    by_column = lengths_d @ squares_x if page.asked.columns else None
-    add_sums(sums.numbers[EACH], lengths_x @ squares_d, page.rows, by_column, page.columns)
-    if sums.entries is not None:
-        sums.entries[EACH].add_(squares_d.mT @ squares_x)
-    for axis in page.grams:
-        side, other = (d, squares_x) if axis.dim % 2 == 0 else (x, squares_d)
-        if axis.within is not None:
-            other = other[:, axis.within[1] : axis.within[2]]
-        rows = replace(axis, dim=0, within=None).rows((side * other.sum(1, keepdim=True).sqrt()).mT)
-        sums.add_grams(EACH, {axis: rows @ rows.mT})
-
-
-def _square_rows(ids: Tensor, d: Tensor, sums: Sums) -> None:
-    """Add the squares of gradients of a table whose rows are read; tokens that read the same row are summed first."""
-    page = sums.page
-    row, distinct = distinct_rows(ids, d, page.shape[0])
-    squares = distinct.square()
-    by_row = sums.numbers.new_zeros(page.shape[0]).index_add_(0, row, squares.sum(1).to(sums.numbers.dtype))
-    add_sums(sums.numbers[EACH], by_row, page.rows, squares.sum(0), page.columns)
-    if sums.entries is not None:
-        sums.entries[EACH].index_add_(0, row, squares.to(sums.entries.dtype))
-    for axis in page.grams:
-        side = replace(axis, dim=0).rows(distinct.mT)
-        sums.add_grams(EACH, {axis: side @ side.mT})
-
-
-def distinct_rows(ids: Tensor, d: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sums of d (B, T, m) over tokens of an example that read the same row of a table of `count` rows.
-
-    Returns:
-        Rows of the table, shape (B T,), and the sum for each, shape (B T, m): zeros where there are fewer. The shapes
-        do not depend on what is in ids, so that no device has to be waited for.
-    """
-    keys, order = (ids + count * torch.arange(len(ids), device=ids.device)[:, None]).flatten().sort()
-    new = torch.ones_like(keys, dtype=torch.bool)
-    torch.ne(keys[1:], keys[:-1], out=new[1:])
-    place = new.cumsum(0) - 1
-    row = torch.zeros_like(keys).scatter_(0, place, keys % count)
-    return row, d.new_zeros(len(keys), d.shape[2]).index_add_(0, place, d.flatten(0, 1)[order])
-
-
-def _gram(axis: Axis, stack: Tensor) -> Tensor:
-    rows = axis.rows(stack, batch_dims=1)
-    side = rows[0] if len(rows) == 1 else rows.transpose(0, 1).flatten(1)
-    return side @ side.mT
-
-
-def _widened(*tensors: Tensor) -> list[Tensor]:
-    """Tensors in the dtype in which sums are kept."""
-    kind = accumulator(*tensors)
-    return [tensor if tensor.dtype is kind else tensor.to(kind) for tensor in tensors]
