@@ -103,7 +103,7 @@ class Rows(Use):
 
 @final
 @dataclass(eq=False)
-class Whole(Use):
+class PerExample(Use):
     """The gradient of every example as it is.
 
     Args:

@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from noetherflow.noise.asked import ABSENT
+from noetherflow.noise.buffers import EACH, Buffer
 from noetherflow.noise.kernels.base import accumulator
 from noetherflow.noise.kernels.costs import sides_of
-from noetherflow.noise.ledger import EACH, Sums
+from noetherflow.noise.statistics import ABSENT
 from noetherflow.symmetry import Axis
 
 
@@ -25,11 +25,11 @@ def tables_of(ids: Tensor, d: Tensor, shape: torch.Size) -> Tensor:
     return stack
 
 
-def add_grams(stack: Tensor, sums: Sums, row: int) -> None:
+def add_grams(stack: Tensor, buffer: Buffer, row: int) -> None:
     """Add Gram matrices of gradients (B, n, m) to a row of the buffer."""
-    if sums.page.grams:
-        whole = stack.reshape(len(stack), *sums.page.shape)
-        sums.add_grams(row, {axis: _gram(axis, whole) for axis in sums.page.grams})
+    if buffer.layout.grams:
+        gradients = stack.reshape(len(stack), *buffer.layout.shape)
+        buffer.add_grams(row, {axis: _gram(axis, gradients) for axis in buffer.layout.grams})
 
 
 def add_sums(numbers: Tensor, by_row: Tensor, rows: int, by_column: Tensor | None, columns: int) -> None:
@@ -41,59 +41,59 @@ def add_sums(numbers: Tensor, by_row: Tensor, rows: int, by_column: Tensor | Non
             numbers[start : start + part.numel()].add_(part)
 
 
-def square_by_tokens(x: Tensor, d: Tensor, sums: Sums, row: int) -> None:
+def square_by_tokens(x: Tensor, d: Tensor, buffer: Buffer, row: int) -> None:
     """Add the squares of G_b = d_b^T x_b, for x (B, T, m) and d (B, T, n), from inner products of tokens (token Grams).
 
     |G|^2 = sum_st (x x^T)_st (d d^T)_st, and G G^T = d^T (x x^T) d: no G is formed.
     """
-    page, numbers = sums.page, sums.numbers[row]
-    on_rows, on_columns = sides_of(page.asked)
+    layout, numbers = buffer.layout, buffer.numbers[row]
+    on_rows, on_columns = sides_of(layout.requested)
     total: Tensor | None = None
-    sides = ((0, page.rows, on_rows, d, x), (1, page.columns, on_columns, x, d))
-    for dim, start, wanted, side, other in sides:
-        if not wanted:
+    sides = ((0, layout.rows, on_rows, d, x), (1, layout.columns, on_columns, x, d))
+    for dim, start, needed, side, other in sides:
+        if not needed:
             continue
         weighted = (other @ other.mT) @ side
         by_entry = (weighted * side).sum((0, 1)).to(numbers.dtype)
         total = by_entry.sum()
         if start != ABSENT:
             numbers[start : start + len(by_entry)].add_(by_entry)
-        for axis in page.grams:
+        for axis in layout.grams:
             if axis.dim % 2 == dim:
-                first, second = (replace(axis, dim=0).rows(one.flatten(0, 1).mT) for one in (weighted, side))
-                sums.add_grams(row, {axis: first @ second.mT})
+                first, second = (replace(axis, dim=0).rows(tokens.flatten(0, 1).mT) for tokens in (weighted, side))
+                buffer.add_grams(row, {axis: first @ second.mT})
     numbers[0].add_(((x @ x.mT) * (d @ d.mT)).sum() if total is None else total)
 
 
-def square_single_tokens(x: Tensor, d: Tensor, sums: Sums) -> None:
+def square_single_tokens(x: Tensor, d: Tensor, buffer: Buffer) -> None:
     """Add the squares of outer products d_b x_b^T of vectors x (B, m) and d (B, n): products of squares."""
-    page = sums.page
+    layout = buffer.layout
     squares_x, squares_d = x.square(), d.square()
     lengths_x, lengths_d = squares_x.sum(1), squares_d.sum(1)
-    by_column = lengths_d @ squares_x if page.asked.columns else None
-    add_sums(sums.numbers[EACH], lengths_x @ squares_d, page.rows, by_column, page.columns)
-    if sums.entries is not None:
-        sums.entries[EACH].add_(squares_d.mT @ squares_x)
-    for axis in page.grams:
+    by_column = lengths_d @ squares_x if layout.requested.columns else None
+    add_sums(buffer.numbers[EACH], lengths_x @ squares_d, layout.rows, by_column, layout.columns)
+    if buffer.entries is not None:
+        buffer.entries[EACH].add_(squares_d.mT @ squares_x)
+    for axis in layout.grams:
         side, other = (d, squares_x) if axis.dim % 2 == 0 else (x, squares_d)
         if axis.within is not None:
             other = other[:, axis.within[1] : axis.within[2]]
         rows = replace(axis, dim=0, within=None).rows((side * other.sum(1, keepdim=True).sqrt()).mT)
-        sums.add_grams(EACH, {axis: rows @ rows.mT})
+        buffer.add_grams(EACH, {axis: rows @ rows.mT})
 
 
-def square_rows(ids: Tensor, d: Tensor, sums: Sums) -> None:
+def square_rows(ids: Tensor, d: Tensor, buffer: Buffer) -> None:
     """Add the squares of gradients of a table whose rows are read; tokens that read the same row are summed first."""
-    page = sums.page
-    row, distinct = distinct_rows(ids, d, page.shape[0])
+    layout = buffer.layout
+    row, distinct = distinct_rows(ids, d, layout.shape[0])
     squares = distinct.square()
-    by_row = sums.numbers.new_zeros(page.shape[0]).index_add_(0, row, squares.sum(1).to(sums.numbers.dtype))
-    add_sums(sums.numbers[EACH], by_row, page.rows, squares.sum(0), page.columns)
-    if sums.entries is not None:
-        sums.entries[EACH].index_add_(0, row, squares.to(sums.entries.dtype))
-    for axis in page.grams:
+    by_row = buffer.numbers.new_zeros(layout.shape[0]).index_add_(0, row, squares.sum(1).to(buffer.numbers.dtype))
+    add_sums(buffer.numbers[EACH], by_row, layout.rows, squares.sum(0), layout.columns)
+    if buffer.entries is not None:
+        buffer.entries[EACH].index_add_(0, row, squares.to(buffer.entries.dtype))
+    for axis in layout.grams:
         side = replace(axis, dim=0).rows(distinct.mT)
-        sums.add_grams(EACH, {axis: side @ side.mT})
+        buffer.add_grams(EACH, {axis: side @ side.mT})
 
 
 def distinct_rows(ids: Tensor, d: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import grad
 
+from noetherflow.noise.buffers import EACH, OF_SUM, Buffer
 from noetherflow.noise.kernels.base import Window, accumulator
 from noetherflow.noise.kernels.costs import Costs, prefer_tokens_for_sum
 from noetherflow.noise.kernels.formulas import (
@@ -19,7 +20,6 @@ from noetherflow.noise.kernels.formulas import (
     tables_of,
     widened,
 )
-from noetherflow.noise.ledger import EACH, WHOLE, Sums
 
 # Bytes of gradients that are formed at a time: on a CPU they stay in the cache, elsewhere launches are few.
 _CACHE, _MEMORY = 2**20, 2**28
@@ -32,47 +32,47 @@ class Batched(ABC):
     costs: ClassVar[Costs]
 
     @abstractmethod
-    def accumulate(self, stack: Tensor, sums: Sums, row: int, total: Tensor | None = None, first: int = 0) -> None:
+    def accumulate(self, stack: Tensor, buffer: Buffer, row: int, total: Tensor | None = None, first: int = 0) -> None:
         """See `Kernels`."""
 
-    def add_stacks(self, stacks: Iterable[Tensor], sums: Sums, first: int = 0) -> Tensor:
+    def add_stacks(self, stacks: Iterable[Tensor], buffer: Buffer, first: int = 0) -> Tensor:
         """See `Kernels`."""
         total: Tensor | None = None
         for stack in stacks:
             if total is None:
                 total = stack.new_zeros(stack.shape[1:], dtype=accumulator(stack))
-            self.accumulate(stack, sums, EACH, total, first)
+            self.accumulate(stack, buffer, EACH, total, first)
         assert total is not None
-        self.accumulate(total[None], sums, WHOLE, first=first)
+        self.accumulate(total[None], buffer, OF_SUM, first=first)
         return total
 
-    def outer_products(self, x: Tensor, d: Tensor, sums: Sums, *, wanted: bool) -> Tensor | None:
+    def outer_products(self, x: Tensor, d: Tensor, buffer: Buffer, *, needs_sum: bool) -> Tensor | None:
         """See `Kernels`."""
         x, d = widened(x, d)
-        (n, m), asked = (d.shape[2], x.shape[2]), sums.page.asked
+        (n, m), requested = (d.shape[2], x.shape[2]), buffer.layout.requested
         if x.shape[1] == 1:
-            square_single_tokens(x[:, 0], d[:, 0], sums)
-        elif self.costs.prefer_tokens(x.shape[1], n, m, asked):
-            square_by_tokens(x, d, sums, EACH)
+            square_single_tokens(x[:, 0], d[:, 0], buffer)
+        elif self.costs.prefer_tokens(x.shape[1], n, m, requested):
+            square_by_tokens(x, d, buffer, EACH)
         else:
-            return self._form(d.mT, x, sums)
+            return self._form(d.mT, x, buffer)
         x, d = x.flatten(0, 1), d.flatten(0, 1)
-        if not wanted and prefer_tokens_for_sum(len(x), n, m, asked):
-            square_by_tokens(x[None], d[None], sums, WHOLE)
+        if not needs_sum and prefer_tokens_for_sum(len(x), n, m, requested):
+            square_by_tokens(x[None], d[None], buffer, OF_SUM)
             return None
         total = x.new_empty(1, n, m)
         self._multiply(d.mT[None], x[None], total)
-        self.accumulate(total, sums, WHOLE)
+        self.accumulate(total, buffer, OF_SUM)
         return total[0]
 
-    def patches(self, x: Tensor, d: Tensor, window: Window, sums: Sums) -> Tensor:
+    def patches(self, x: Tensor, d: Tensor, window: Window, buffer: Buffer) -> Tensor:
         """See `Kernels`."""
         x, d = widened(x, d)
-        shape = sums.page.shape
+        shape = buffer.layout.shape
         n, m, places = d.shape[1], shape[1:].numel(), d.shape[2:].numel()
         # Token Grams know matrices only, not the dimensions of a kernel.
-        plain = window.groups == 1 and not sums.page.grams
-        by_tokens = plain and self.costs.prefer_tokens(places, n, m, sums.page.asked)
+        plain = window.groups == 1 and not buffer.layout.grams
+        by_tokens = plain and self.costs.prefer_tokens(places, n, m, buffer.layout.requested)
         parts = chunks(len(x), max(n, window.groups * places) * m * x.element_size(), x)
 
         def factors(part: slice) -> tuple[Tensor, Tensor]:
@@ -81,24 +81,24 @@ class Batched(ABC):
 
         if not by_tokens:
             products = (left @ right for left, right in map(factors, parts))
-            return self.add_stacks((one.reshape(len(one), n, m) for one in products), sums).view(shape)
+            return self.add_stacks((stack.reshape(len(stack), n, m) for stack in products), buffer).view(shape)
         for left, right in map(factors, parts):
-            square_by_tokens(right[:, 0], left[:, 0].mT, sums, EACH)
+            square_by_tokens(right[:, 0], left[:, 0].mT, buffer, EACH)
         weight_gradient = (grad.conv1d_weight, grad.conv2d_weight, grad.conv3d_weight)[len(window.kernel) - 1]
         total = weight_gradient(x, shape, d, window.stride, window.padding, window.dilation, window.groups)  # type: ignore[no-untyped-call]
-        self.accumulate(total.reshape(1, n, m), sums, WHOLE)
+        self.accumulate(total.reshape(1, n, m), buffer, OF_SUM)
         return total
 
-    def table_rows(self, ids: Tensor, d: Tensor, sums: Sums) -> Tensor:
+    def table_rows(self, ids: Tensor, d: Tensor, buffer: Buffer) -> Tensor:
         """See `Kernels`."""
-        page, (d,) = sums.page, widened(d)
-        if any(axis.dim % 2 == 0 or axis.within for axis in page.asked.grams):
+        layout, (d,) = buffer.layout, widened(d)
+        if any(axis.dim % 2 == 0 or axis.within for axis in layout.requested.grams):
             # Rows of an example's gradient meet each other: it has to be formed.
-            parts = chunks(len(ids), page.shape.numel() * d.element_size(), d)
-            return self.add_stacks((tables_of(ids[part], d[part], page.shape) for part in parts), sums)
-        square_rows(ids, d, sums)
-        total = d.new_zeros(page.shape).index_add_(0, ids.flatten(), d.flatten(0, 1))
-        self.accumulate(total[None], sums, WHOLE)
+            parts = chunks(len(ids), layout.shape.numel() * d.element_size(), d)
+            return self.add_stacks((tables_of(ids[part], d[part], layout.shape) for part in parts), buffer)
+        square_rows(ids, d, buffer)
+        total = d.new_zeros(layout.shape).index_add_(0, ids.flatten(), d.flatten(0, 1))
+        self.accumulate(total[None], buffer, OF_SUM)
         return total
 
     def affine_sums(self, x: Tensor, d: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ class Batched(ABC):
 
     def channel_sums(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
-        x, d = (one.reshape(*x.shape[:2], -1) for one in (x, d))
+        x, d = (images.reshape(*x.shape[:2], -1) for images in (x, d))
         return (x * d).sum(2), d.sum(2)
 
     def group_norm_back(
@@ -119,30 +119,30 @@ class Batched(ABC):
         sizes = (size, channels, x[0, 0].numel(), groups)
         back = torch.ops.aten.native_group_norm_backward(d, x, mean, scale, weight, *sizes, [True, False, False])[0]
         products, sums = self.channel_sums(x, d)
-        m, r = (one.repeat_interleave(channels // groups, 1) for one in (mean, scale))
+        m, r = (by_group.repeat_interleave(channels // groups, 1) for by_group in (mean, scale))
         return back, (products - m * sums) * r, sums
 
     def _multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Write products of matrices (B, n, T) and (B, T, m)."""
         torch.bmm(left, right, out=out)
 
-    def _form(self, left: Tensor, right: Tensor, sums: Sums) -> Tensor:
+    def _form(self, left: Tensor, right: Tensor, buffer: Buffer) -> Tensor:
         """Add the squares of products of matrices (B, n, T) and (B, T, m), and of their sum, which is returned."""
         n, m = left.shape[1], right.shape[2]
         # Gram matrices need all rows of a gradient.
-        rows = n if sums.page.grams else max(1, min(n, budget(right) // max(1, m * right.element_size())))
+        rows = n if buffer.layout.grams else max(1, min(n, budget(right) // max(1, m * right.element_size())))
         parts = list(chunks(len(left), rows * m * right.element_size(), right))
         memory = right.new_empty(max((len(left[part]) for part in parts), default=0) * rows * m)
 
-        def products(some: slice) -> Iterator[Tensor]:
+        def products(selected: slice) -> Iterator[Tensor]:
             for part in parts:
-                shape = len(left[part]), len(range(n)[some]), m
+                shape = len(left[part]), len(range(n)[selected]), m
                 block = memory[: math.prod(shape)].view(shape)
-                self._multiply(left[part, some], right[part], block)
+                self._multiply(left[part, selected], right[part], block)
                 yield block
 
         blocks = [slice(first, min(first + rows, n)) for first in range(0, n, rows)]
-        totals = [self.add_stacks(products(some), sums, some.start) for some in blocks]
+        totals = [self.add_stacks(products(block), buffer, block.start) for block in blocks]
         return totals[0] if len(totals) == 1 else torch.cat(totals)
 
 
@@ -153,16 +153,16 @@ class Reference(Batched):
     name = "reference"
     costs = Costs(squaring=45, call=1_000_000)
 
-    def accumulate(self, stack: Tensor, sums: Sums, row: int, total: Tensor | None = None, first: int = 0) -> None:
+    def accumulate(self, stack: Tensor, buffer: Buffer, row: int, total: Tensor | None = None, first: int = 0) -> None:
         """See `Kernels`."""
         (stack,) = widened(stack)
         if total is not None:
             total.add_(stack[0] if len(stack) == 1 else stack.sum(0))
         squares = stack[0].square() if len(stack) == 1 else stack.square().sum(0)
-        _reduce(squares[None], sums, slice(row, row + 1), first)
-        add_grams(stack, sums, row)
+        _reduce(squares[None], buffer, slice(row, row + 1), first)
+        add_grams(stack, buffer, row)
 
-    def add_stacks(self, stacks: Iterable[Tensor], sums: Sums, first: int = 0) -> Tensor:
+    def add_stacks(self, stacks: Iterable[Tensor], buffer: Buffer, first: int = 0) -> Tensor:
         """See `Kernels`."""
         total = squares = None
         for stack in stacks:
@@ -175,30 +175,30 @@ class Reference(Batched):
             else:
                 total.add_(stack.sum(0))
                 squares.add_(stack.square().sum(0))
-            add_grams(stack, sums, EACH)
+            add_grams(stack, buffer, EACH)
         assert total is not None
         assert squares is not None
         # Both rows of the buffer at once: half as many launches.
-        _reduce(torch.stack([squares, total.square()]), sums, slice(EACH, WHOLE + 1), first)
-        add_grams(total[None], sums, WHOLE)
+        _reduce(torch.stack([squares, total.square()]), buffer, slice(EACH, OF_SUM + 1), first)
+        add_grams(total[None], buffer, OF_SUM)
         return total
 
 
-def _reduce(squares: Tensor, sums: Sums, rows: slice, first: int) -> None:
+def _reduce(squares: Tensor, buffer: Buffer, rows: slice, first: int) -> None:
     """Add squares of entries (rows of the buffer, r, m), of r rows of the gradient from the first on, to the buffer."""
-    page, asked = sums.page, sums.page.asked
+    layout, requested = buffer.layout, buffer.layout.requested
     by_row = squares.sum(2)
     parts = [(0, by_row.sum(1, keepdim=True))]
-    if asked.rows:
-        parts.append((page.rows_from(first), by_row))
-    if asked.columns:
-        parts.append((page.columns, squares.sum(1)))
-    if first == 0 and squares.shape[1] == page.shape[:1].numel():
+    if requested.rows:
+        parts.append((layout.rows_from(first), by_row))
+    if requested.columns:
+        parts.append((layout.columns, squares.sum(1)))
+    if first == 0 and squares.shape[1] == layout.shape[:1].numel():
         parts = [(0, torch.cat([part for _, part in parts], 1))]  # neighbours in the buffer
     for start, part in parts:
-        sums.numbers[rows, start : start + part.shape[1]].add_(part)
-    if sums.entries is not None:
-        entries = sums.entries.view(2, page.shape[:1].numel(), -1)
+        buffer.numbers[rows, start : start + part.shape[1]].add_(part)
+    if buffer.entries is not None:
+        entries = buffer.entries.view(2, layout.shape[:1].numel(), -1)
         entries[rows, first : first + squares.shape[1]].add_(squares)
 
 

@@ -12,7 +12,7 @@ from noetherflow.noise.capture import autograd
 from noetherflow.noise.capture.calls import as_function, is_in_place, leaves_of, unseen
 from noetherflow.noise.capture.layouts import Regular, Rows
 from noetherflow.noise.capture.mode import Capture
-from noetherflow.noise.capture.owned import whole
+from noetherflow.noise.capture.owned import per_example
 from noetherflow.noise.capture.sources import Tracked
 from noetherflow.noise.ops.aligned import aligned
 from noetherflow.noise.ops.registry import gradient_rule
@@ -69,7 +69,7 @@ def _by_example(
 
         stacks = each(pulled, (*examples, gradients), (False,) * (len(examples) + 1), randomness="error")
         return [
-            known.note(whole(known.views, Rows(stack[:, None], None)))
+            known.note(per_example(known.views, Rows(stack[:, None], None)))
             for known, stack in zip(tracked, stacks, strict=True)
         ]
 
