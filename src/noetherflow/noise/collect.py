@@ -18,10 +18,10 @@ def collect(uses: Sequence[Use], buffer: Buffer, like: Tensor, *, needs_sum: boo
         uses: All uses of the parameter; an example's gradients of different uses are summed before they are squared.
         buffer: The buffer.
         like: A tensor of the dtype and device of the gradients.
-        needs_sum: Whether the sum of all gradients is wanted, beyond its squares.
+        needs_sum: Whether the sum of all gradients is returned, beyond its squares.
 
     Returns:
-        That sum; None if it is not wanted and was not formed.
+        That sum; None if it is not needed and was not formed.
     """
     kernels, (use, *others) = kernels_for(like), uses
     if not others and not use.views:

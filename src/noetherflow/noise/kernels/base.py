@@ -1,8 +1,8 @@
 """The seam: what every set of kernels computes, and what it is told about the operation.
 
 Above the seam nothing depends on the device; below it nothing is known of symmetries. A set works on stacks of tensors,
-examples along the first dimension, and adds squares of gradients to a `Buffer`: row `EACH` holds sums over examples, row
-`OF_SUM` the squares of the sum of all gradients.
+examples along the first dimension, and adds squares of gradients to a `Buffer`: to row `EACH` sums over examples, to
+row `OF_SUM` the squares of the sum of all gradients.
 """
 
 from collections.abc import Iterable, Sequence
