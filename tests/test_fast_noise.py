@@ -11,10 +11,10 @@ from torch.nn import functional
 
 import noetherflow as nf
 from noetherflow import _batch
+from noetherflow.noise.buffers import OF_SUM, Buffer, Buffers
 from noetherflow.noise.capture.layouts import Regular
 from noetherflow.noise.collect import collect
 from noetherflow.noise.kernels import square
-from noetherflow.noise.ledger import WHOLE, Ledger, Sums
 from zoo import CLASSIC, Animal, Call, ids, regression, sequential, tokens_of
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-13}
@@ -188,7 +188,7 @@ def squared_axes(model: nn.Module) -> dict[str, nf.Symmetry]:
 @pytest.fixture
 def any_direction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("noetherflow.noise.exact.Subject.require_symmetric", lambda *_: None)
-    monkeypatch.setattr("noetherflow.noise.fast.FastPass._is_symmetric", lambda *_: True)
+    monkeypatch.setattr("noetherflow.noise.layerwise.LayerwisePass._is_symmetric", lambda *_: True)
 
 
 @pytest.mark.parametrize("variances", [True, False], ids=["variances", "sums"])
@@ -211,11 +211,11 @@ def test_gradients_of_a_tied_weight_are_summed_before_they_are_squared(monkeypat
     """The twin that must fail: every use squared on its own."""
     model, loss, batch = in_double(regression(Reused(), (5, 3), (5, 3)))
 
-    def apart(uses: Any, sums: Sums, like: Tensor, **_: Any) -> Tensor:
+    def apart(uses: Any, sums: Buffer, like: Tensor, **_: Any) -> Tensor:
         parts = [one for use in uses if (one := collect([use], sums, like)) is not None]
-        sums.numbers[WHOLE] = 0.0
+        sums.numbers[OF_SUM] = 0.0
         gradient = torch.stack(parts).sum(0)
-        square(gradient, sums, WHOLE)
+        square(gradient, sums, OF_SUM)
         return gradient
 
     exact = nf.estimate_noise(model, loss, [batch], {}, exact=True)
@@ -225,7 +225,7 @@ def test_gradients_of_a_tied_weight_are_summed_before_they_are_squared(monkeypat
     # The check against single examples sees it, and does these parameters exactly.
     assert set(wrong.fallback) == {"one.weight", "one.bias"}
     assert_same(wrong, exact)
-    monkeypatch.setattr("noetherflow.noise.fast.FastPass.check", blind)
+    monkeypatch.setattr("noetherflow.noise.layerwise.LayerwisePass.check", blind)
     with pytest.raises(AssertionError):
         assert_same(nf.estimate_noise(model, loss, [batch], {}, exact=False), exact)
 
@@ -258,19 +258,19 @@ def test_a_gradient_that_vanishes_is_no_reason_to_fall_back(
 
     assert not fallback()
     # The twin: a gradient that is small but not nothing, and wrong.
-    whole = Ledger.row
+    whole = Buffers.row
 
-    def wrong(self: Ledger, index: int) -> Ledger:
+    def wrong(self: Buffers, index: int) -> Buffers:
         found = whole(self, index)
-        found.numbers[self.contents.parts["query.bias"].start] *= 2.0
+        found.numbers[self.model_layout.parts["query.bias"].start] *= 2.0
         return found
 
-    monkeypatch.setattr(Ledger, "row", wrong)
+    monkeypatch.setattr(Buffers, "row", wrong)
     assert fallback() == {"query.bias"}
 
 
 def blind(self: Any, batch: Any, together: Tensor, **_: Any) -> None:
-    self._own = [0, 1]
+    self._batched = [0, 1]
 
 
 @pytest.mark.usefixtures("any_direction")
@@ -280,7 +280,7 @@ def test_tokens_that_come_first_are_no_examples(monkeypatch: pytest.MonkeyPatch)
     model, loss, batch = in_double(case.build())
     batch = tuple(one[:, :4] for one in batch)
     exact = nf.estimate_noise(model, loss, [batch], {}, exact=True)
-    monkeypatch.setattr("noetherflow.noise.fast.FastPass.check", blind)
+    monkeypatch.setattr("noetherflow.noise.layerwise.LayerwisePass.check", blind)
     assert_same(nf.estimate_noise(model, loss, [batch], {}, exact=False), exact)
     monkeypatch.setattr("noetherflow.noise.capture.placing.Places.of", lambda *_: [Regular(0)])
     with pytest.raises(AssertionError):
@@ -303,7 +303,7 @@ def classify(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-def test_the_quick_way_is_taken_by_itself_and_over_batches_of_any_size() -> None:
+def test_the_layerwise_way_is_taken_by_itself_and_over_batches_of_any_size() -> None:
     model = large()
     data = examples(50)
     batches = [tuple(part) for part in zip(*(one.split(16) for one in data), strict=True)]

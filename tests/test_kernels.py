@@ -14,14 +14,14 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import noetherflow as nf
-from noetherflow.noise.asked import Asked, Page
+from noetherflow.noise.buffers import EACH, OF_SUM, Buffer
 from noetherflow.noise.collect import collect, stacked
 from noetherflow.noise.kernels import choose, reference, square, square_stack
 from noetherflow.noise.kernels.base import Kernels
 from noetherflow.noise.kernels.choose import kernels_for
 from noetherflow.noise.kernels.costs import Costs
-from noetherflow.noise.ledger import EACH, WHOLE, Sums
-from noetherflow.noise.uses import Convolution, Outer, Rows, Use, Whole
+from noetherflow.noise.statistics import Requested, StatisticsLayout
+from noetherflow.noise.uses import Convolution, Outer, PerExample, Rows, Use
 from oracles import row_positions
 
 SETS = ("reference", "cpu")
@@ -45,8 +45,8 @@ def gradient_of(use: Any, index: int, shape: Sequence[int]) -> Tensor:
     """The gradient of a single example, by a loop over tokens, or by autograd for a convolution."""
     found = torch.zeros(shape, dtype=torch.float64)
     part = use.of(found)
-    d = use.gradients[index].double() if isinstance(use, Whole) else use.outputs[index].double()
-    if isinstance(use, Whole):
+    d = use.gradients[index].double() if isinstance(use, PerExample) else use.outputs[index].double()
+    if isinstance(use, PerExample):
         part += d
     elif isinstance(use, Outer):
         for t in range(len(d)):
@@ -64,7 +64,7 @@ def gradient_of(use: Any, index: int, shape: Sequence[int]) -> Tensor:
     return found
 
 
-def statistics(gradients: Sequence[Tensor], asked: Asked, shape: Sequence[int]) -> dict[Any, Tensor]:
+def statistics(gradients: Sequence[Tensor], asked: Requested, shape: Sequence[int]) -> dict[Any, Tensor]:
     """The sums over gradients of everything that can be requested, from the definitions."""
     like = torch.zeros(shape, dtype=torch.float64)
     entries = torch.zeros_like(like)
@@ -85,9 +85,9 @@ def statistics(gradients: Sequence[Tensor], asked: Asked, shape: Sequence[int]) 
     return found | grams
 
 
-def begun(page: Page, kind: torch.dtype) -> Sums:
+def begun(layout: StatisticsLayout, kind: torch.dtype) -> Buffer:
     """A buffer to which something was added before."""
-    sums = Sums.blank(page, torch.zeros((), dtype=kind))
+    sums = Buffer.blank(layout, torch.zeros((), dtype=kind))
     for one in (sums.numbers, sums.entries):
         if one is not None:
             one += 1.0
@@ -104,18 +104,23 @@ def require(found: Tensor, truth: Tensor, bound: float) -> None:
 
 
 def check(
-    uses: Sequence[Use], shape: Sequence[int], asked: Asked, kind: torch.dtype = torch.float64, *, wanted: bool = True
+    uses: Sequence[Use],
+    shape: Sequence[int],
+    asked: Requested,
+    kind: torch.dtype = torch.float64,
+    *,
+    needs_sum: bool = True,
 ) -> None:
     """Compare every statistic of a parameter with that of the loop."""
     gradients = [sum(gradient_of(use, b, shape) for use in uses) for b in range(uses[0].size)]
     whole = sum(gradients, torch.zeros(shape, dtype=torch.float64))
-    sums = begun(Page.of(torch.Size(shape), asked), reference.accumulator(torch.zeros((), dtype=kind)))
-    total = collect(uses, sums, torch.zeros((), dtype=kind), wanted=wanted)
-    assert total is not None or not wanted
+    sums = begun(StatisticsLayout.of(torch.Size(shape), asked), reference.accumulator(torch.zeros((), dtype=kind)))
+    total = collect(uses, sums, torch.zeros((), dtype=kind), needs_sum=needs_sum)
+    assert total is not None or not needs_sum
     if total is not None:
         assert total.shape == torch.Size(shape)
         require(total, whole, BOUNDS[kind])
-    for squares, single in ((sums.each, gradients), (sums.whole, [whole])):
+    for squares, single in ((sums.each, gradients), (sums.of_sum, [whole])):
         for key, truth in statistics(single, asked, shape).items():
             found = squares.gram(key) if isinstance(key, nf.Axis) else getattr(squares, key)
             require(found, truth + 1.0, BOUNDS[kind])
@@ -164,17 +169,18 @@ CASES: dict[str, Callable[[], tuple[Sequence[Use], Any]]] = {
     "table": lambda: table(5, 9, 6, 4),
     "table, a single token": lambda: table(5, 1, 6, 4),
     "table, no token": lambda: table(5, 0, 6, 4),
-    "vectors": lambda: ([Whole((), draw(7, 5))], (5,)),
-    "numbers": lambda: ([Whole((), draw(7))], ()),
-    "matrices": lambda: ([Whole((), draw(7, 5, 6))], (5, 6)),
-    "cubes": lambda: ([Whole((), draw(7, 5, 4, 3))], (5, 4, 3)),
+    "vectors": lambda: ([PerExample((), draw(7, 5))], (5,)),
+    "numbers": lambda: ([PerExample((), draw(7))], ()),
+    "matrices": lambda: ([PerExample((), draw(7, 5, 6))], (5, 6)),
+    "cubes": lambda: ([PerExample((), draw(7, 5, 4, 3))], (5, 4, 3)),
     "table and linear": lambda: uses_of(table(5, 9, 6, 4), linear(5, 7, 6, 4)),
     "linear twice": lambda: uses_of(linear(5, 7, 6, 4), linear(5, 3, 6, 4)),
     "part of a packed map": lambda: uses_of(
         viewed(linear(5, 7, 4, 6), (12, 6), lambda w: w[4:8]), viewed(linear(5, 2, 6, 12), (12, 6), lambda w: w.t())
     ),
     "rows of a part, and vectors": lambda: uses_of(
-        viewed(table(5, 9, 3, 4), (6, 4), lambda w: w.chunk(2)[1]), ([Whole((lambda w: w[2],), draw(5, 4))], (6, 4))
+        viewed(table(5, 9, 3, 4), (6, 4), lambda w: w.chunk(2)[1]),
+        ([PerExample((lambda w: w[2],), draw(5, 4))], (6, 4)),
     ),
     "convolution and linear": lambda: uses_of(
         convolution(5, 2, 1, *PLAIN), viewed(linear(5, 3, 4, 24), (4, 4, 3, 2), lambda w: w.flatten(1))
@@ -208,17 +214,17 @@ def axes(shape: Sequence[int]) -> tuple[nf.Axis, ...]:
     return tuple(found)
 
 
-REQUESTS: dict[str, Callable[[Sequence[int]], Asked]] = {
-    "total": lambda _: Asked(),
-    "rows": lambda _: Asked(rows=True),
-    "columns": lambda _: Asked(columns=True),
-    "rows and columns": lambda _: Asked(True, True),
-    "entries": lambda _: Asked(entries=True),
-    "Grams of rows": lambda shape: Asked(
+REQUESTS: dict[str, Callable[[Sequence[int]], Requested]] = {
+    "total": lambda _: Requested(),
+    "rows": lambda _: Requested(rows=True),
+    "columns": lambda _: Requested(columns=True),
+    "rows and columns": lambda _: Requested(True, True),
+    "entries": lambda _: Requested(entries=True),
+    "Grams of rows": lambda shape: Requested(
         True, grams=tuple(a for a in axes(shape) if a.dim % len(shape) == 0 and a.within is None)
     ),
-    "everything": lambda shape: Asked(True, True, True, axes(shape)),
-    "Grams without parts": lambda shape: Asked(True, True, grams=tuple(a for a in axes(shape) if a.within is None)),
+    "everything": lambda shape: Requested(True, True, True, axes(shape)),
+    "Grams without parts": lambda shape: Requested(True, True, grams=tuple(a for a in axes(shape) if a.within is None)),
 }
 
 
@@ -229,7 +235,7 @@ def formula(tokens: bool | None, size: int) -> Iterator[None]:
         patch.setattr(reference, "_CACHE", size)
         if tokens is not None:
 
-            def prefer(_: int, n: int, m: int, asked: Asked) -> bool:
+            def prefer(_: int, n: int, m: int, asked: Requested) -> bool:
                 return tokens and not asked.entries and not any(axis.within for axis in asked.grams)
 
             patch.setattr(Costs, "prefer_tokens", lambda self, *given: prefer(*given))
@@ -248,7 +254,7 @@ def test_every_statistic(name: str, request_name: str, way: str) -> None:
     asked = REQUESTS[request_name](shape)
     with formula(*FORMULAS[way]):
         check(uses, shape, asked)
-        check(uses, shape, asked, wanted=False)
+        check(uses, shape, asked, needs_sum=False)
 
 
 def cast(use: Any, kind: torch.dtype) -> Use:
@@ -265,14 +271,14 @@ def test_every_statistic_in_less_precision(name: str, way: str, kind: torch.dtyp
     uses, shape = CASES[name]()
     with formula(*FORMULAS[way]):
         check([cast(use, kind) for use in uses], shape, REQUESTS["everything"](shape), kind)
-        check([cast(use, kind) for use in uses], shape, Asked(True, True), kind, wanted=False)
+        check([cast(use, kind) for use in uses], shape, Requested(True, True), kind, needs_sum=False)
 
 
 def test_half_precision_does_not_overflow() -> None:
     x, d = (torch.full((2, 3, 4), 300.0, dtype=torch.float16) for _ in range(2))
     for way in ("formed", "tokens"):
         with formula(*FORMULAS[way]):
-            check([Outer((), x, d)], (4, 4), Asked(True, True), torch.float16)
+            check([Outer((), x, d)], (4, 4), Requested(True, True), torch.float16)
 
 
 SIZE = st.sampled_from((1, 2, 3, 4, 6, 8))
@@ -284,13 +290,13 @@ SIZE = st.sampled_from((1, 2, 3, 4, 6, 8))
 )  # fmt: skip
 @hypothesis.given(SIZE, SIZE, SIZE, SIZE, st.sampled_from(list(FORMULAS)), st.integers(0, 31), st.booleans())
 def test_sizes_that_are_equal_or_divide_each_other(
-    size: int, tokens: int, n: int, m: int, way: str, flags: int, wanted: bool
+    size: int, tokens: int, n: int, m: int, way: str, flags: int, needs_sum: bool
 ) -> None:
-    asked = Asked(bool(flags & 1), bool(flags & 2), bool(flags & 4), axes((n, m)) if flags & 8 else ())
+    asked = Requested(bool(flags & 1), bool(flags & 2), bool(flags & 4), axes((n, m)) if flags & 8 else ())
     parts = [linear(size, tokens, n, m, contiguous=bool(flags & 16)), table(size, tokens, n, m)]
     with formula(*FORMULAS[way]):
         for uses, shape in (*parts, uses_of(*parts)):
-            check(uses, shape, asked, wanted=wanted)
+            check(uses, shape, asked, needs_sum=needs_sum)
 
 
 class Launches(TorchDispatchMode):
@@ -312,10 +318,10 @@ def test_launches_do_not_depend_on_the_number_of_examples(name: str, way: str) -
             "table": lambda: table(size, 7, 12, 6),
             "convolution": lambda: convolution(size, 2, 1, *PLAIN),
             "tied": lambda: uses_of(table(size, 7, 12, 6), linear(size, 7, 12, 6)),
-            "vectors": lambda: ([Whole((), draw(size, 5))], (5,)),
+            "vectors": lambda: ([PerExample((), draw(size, 5))], (5,)),
         }
         uses, shape = made[name]()
-        sums = begun(Page.of(torch.Size(shape), Asked(True, True)), torch.float64)
+        sums = begun(StatisticsLayout.of(torch.Size(shape), Requested(True, True)), torch.float64)
         with formula(FORMULAS[way][0], 2**28), Launches() as mode:
             collect(uses, sums, draw(1))
         return mode.count
@@ -329,7 +335,7 @@ def test_gradients_that_are_not_finite_stay_so() -> None:
     for bad in (float("nan"), float("inf")):
         stack, sums = (
             torch.ones(2, 300, 9),
-            Sums.blank(Page.of(torch.Size((300, 9)), Asked(True, True)), torch.ones(())),
+            Buffer.blank(StatisticsLayout.of(torch.Size((300, 9)), Requested(True, True)), torch.ones(())),
         )
         stack[1, 280, 4] = bad
         square_stack(stack, sums)
@@ -345,11 +351,11 @@ def test_gradients_that_are_not_finite_stay_so() -> None:
 
 def test_a_single_gradient() -> None:
     """To the row that is named, and to no other."""
-    gradient, asked = draw(5, 4, 3), Asked(True, True, True, axes((5, 4, 3)))
-    for row, other in ((EACH, WHOLE), (WHOLE, EACH)):
-        sums = Sums.blank(Page.of(gradient.shape, asked), gradient)
+    gradient, asked = draw(5, 4, 3), Requested(True, True, True, axes((5, 4, 3)))
+    for row, other in ((EACH, OF_SUM), (OF_SUM, EACH)):
+        sums = Buffer.blank(StatisticsLayout.of(gradient.shape, asked), gradient)
         square(gradient, sums, row)
-        squares = sums.each if row == EACH else sums.whole
+        squares = sums.each if row == EACH else sums.of_sum
         for key, truth in statistics([gradient], asked, gradient.shape).items():
             require(squares.gram(key) if isinstance(key, nf.Axis) else getattr(squares, key), truth, 1e-10)
         assert not sums.numbers[other].any()

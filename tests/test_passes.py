@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import noetherflow as nf
-from noetherflow.noise import batches
-from noetherflow.noise.asked import Asked
-from noetherflow.noise.batches import BatchNoise
+from noetherflow.noise import pooling
+from noetherflow.noise.buffers import EACH, OF_SUM, Buffers, ModelLayout
 from noetherflow.noise.kernels import square
-from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger
+from noetherflow.noise.pooling import BatchNoise
+from noetherflow.noise.statistics import Requested
 from noetherflow.symmetry import along_axes
 
 
@@ -22,50 +22,50 @@ def draw(*shape: int, dtype: torch.dtype) -> Tensor:
 GRAM = nf.Axis("in", 1)
 
 
-def ledger_of(seed: int) -> tuple[Ledger, dict[str, Tensor]]:
-    """A ledger that holds some numbers, and these."""
+def buffers_of(seed: int) -> tuple[Buffers, dict[str, Tensor]]:
+    """Buffers that hold some numbers, and these."""
     generator = torch.Generator().manual_seed(seed)
     params = {"out": torch.zeros(2, 4), "in": torch.zeros(4, 3)}
-    contents = Contents.of({"out": Asked(columns=True), "in": Asked(rows=True, grams=(GRAM,))}, params)
-    ledger = Ledger.blank(contents, torch.zeros(()))
-    ledger.numbers[EACH] = torch.rand(contents.length, generator=generator, dtype=torch.float64)
-    total, *columns = ledger.numbers[EACH, :5]
-    other, *rest = ledger.numbers[EACH, 5:]
+    model_layout = ModelLayout.of({"out": Requested(columns=True), "in": Requested(rows=True, grams=(GRAM,))}, params)
+    buffers = Buffers.blank(model_layout, torch.zeros(()))
+    buffers.numbers[EACH] = torch.rand(model_layout.length, generator=generator, dtype=torch.float64)
+    total, *columns = buffers.numbers[EACH, :5]
+    other, *rest = buffers.numbers[EACH, 5:]
     held = {"out": total, "columns": torch.stack(columns), "in": other, "rows": torch.stack(rest[:4])}
-    return ledger.row(EACH), held | {"gram": torch.stack(rest[4:]).view(3, 3)}
+    return buffers.row(EACH), held | {"gram": torch.stack(rest[4:]).view(3, 3)}
 
 
-def test_a_ledger_gives_back_what_it_holds() -> None:
-    ledger, held = ledger_of(0)
-    found = ledger.scaled(1.0).combine(ledger, 2.0).scaled(0.5).squares()
+def test_buffers_give_back_what_they_hold() -> None:
+    buffers, held = buffers_of(0)
+    found = buffers.scaled(1.0).combine(buffers, 2.0).scaled(0.5).squares()
     assert found["out"].rows is None
     assert found["in"].columns is None
-    assert not found["out"].page.grams
+    assert not found["out"].layout.grams
     torch.testing.assert_close(found["out"].total, 1.5 * held["out"])
     torch.testing.assert_close(found["out"].columns, 1.5 * held["columns"][None])
     torch.testing.assert_close(found["in"].total, 1.5 * held["in"])
     torch.testing.assert_close(found["in"].rows, 1.5 * held["rows"][:, None])
     torch.testing.assert_close(found["in"].gram(GRAM), 1.5 * held["gram"])
-    torch.testing.assert_close(ledger.trace, held["in"] + held["out"])
+    torch.testing.assert_close(buffers.trace, held["in"] + held["out"])
 
 
-def test_diagonals_of_a_ledger() -> None:
-    ledger, held = ledger_of(0)
-    contents, places = ledger.contents.diagonals()
-    found = Ledger(contents, ledger.numbers[places], {}).squares()
+def test_diagonals_of_buffers() -> None:
+    buffers, held = buffers_of(0)
+    model_layout, indices = buffers.model_layout.diagonals()
+    found = Buffers(model_layout, buffers.numbers[indices], {}).squares()
     assert torch.equal(found["in"].gram(GRAM), held["gram"].diagonal())
     assert torch.equal(found["in"].rows[:, 0], held["rows"])
     assert torch.equal(found["out"].columns[0], held["columns"])
 
 
-def test_both_rows_of_a_ledger_are_settled() -> None:
-    contents = Contents.of({"one": Asked(rows=True, entries=True)}, {"one": torch.zeros(2, 3)})
-    ledger = Ledger.blank(contents, torch.zeros(()))
-    sums = ledger.sums("one", torch.float64)
+def test_both_rows_of_buffers_are_merged() -> None:
+    model_layout = ModelLayout.of({"one": Requested(rows=True, entries=True)}, {"one": torch.zeros(2, 3)})
+    buffers = Buffers.blank(model_layout, torch.zeros(()))
+    sums = buffers.buffer("one", torch.float64)
     square(draw(2, 3, dtype=torch.float64), sums, EACH)
-    square(2 * draw(2, 3, dtype=torch.float64), sums, WHOLE)
+    square(2 * draw(2, 3, dtype=torch.float64), sums, OF_SUM)
     squares = draw(2, 3, dtype=torch.float64).square()
-    found = ledger.settled(-1 / 8).squares()["one"]
+    found = buffers.merge_rows(-1 / 8).squares()["one"]
     torch.testing.assert_close(found.total, squares.sum() / 2)
     torch.testing.assert_close(found.rows, squares.sum(1, keepdim=True) / 2)
     torch.testing.assert_close(found.entries, squares / 2)
@@ -74,7 +74,7 @@ def test_both_rows_of_a_ledger_are_settled() -> None:
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 40])
 def test_what_batches_say_is_summed_up(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are, as if all had been kept."""
-    monkeypatch.setattr(batches, "_TOGETHER", 16)
+    monkeypatch.setattr(pooling, "_TOGETHER", 16)
     symmetries: Any = along_axes({
         "hidden": nf.DiagonalSymmetry([nf.Axis("in", 0)], [nf.Axis("out", 1)]),
         "matrix": nf.MatrixSymmetry([nf.Axis("in", 1)]),
@@ -83,10 +83,10 @@ def test_what_batches_say_is_summed_up(count: int, monkeypatch: pytest.MonkeyPat
     noise = BatchNoise(symmetries, params)
     sizes, values = [], []
     for index in range(count):
-        ledger, held = ledger_of(index)
+        buffers, held = buffers_of(index)
         sizes.append(3 + index % 5)
-        noise.add(sizes[-1], ledger, sizes[-1] - 1)
-        assert len(noise._sizes) < batches._TOGETHER
+        noise.add(sizes[-1], buffers, sizes[-1] - 1)
+        assert len(noise._sizes) < pooling._TOGETHER
         plus, minus = (held[side] / (sizes[-1] - 1) for side in ("rows", "columns"))
         values.append(torch.stack([plus, minus, plus - minus]))
         if index == count // 2:

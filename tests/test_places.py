@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import noetherflow as nf
-from noetherflow.noise.capture.fate import Fate
+from noetherflow.noise.buffers import ModelLayout
 from noetherflow.noise.capture.layouts import (
     SHARED,
     Apart,
@@ -25,7 +25,7 @@ from noetherflow.noise.capture.layouts import (
 )
 from noetherflow.noise.capture.mode import Capture
 from noetherflow.noise.capture.placing import Places
-from noetherflow.noise.ledger import Contents
+from noetherflow.noise.capture.sink import GradientSink
 from noetherflow.noise.ops import RULES
 
 SIZE = 4
@@ -33,7 +33,7 @@ SIZE = 4
 
 def capture_of(batch: Tensor, size: int) -> Capture:
     parameter = nn.Parameter(torch.ones(1))
-    return Capture({"p": parameter}, Contents({}), Places(size), [batch], RULES, fate=Fate.PASSED_ON)
+    return Capture({"p": parameter}, ModelLayout({}), Places(size), [batch], RULES, sink=GradientSink.PASSED_ON)
 
 
 def layout_after(function: Callable[[Tensor], Any], batch: Tensor) -> Layout:

@@ -14,7 +14,7 @@ from cases import Case, case, squared_error
 from noetherflow import _verify
 from noetherflow._residual import cosine, entangled, relative_change
 from noetherflow.detect import proof
-from noetherflow.noise import exact, fast
+from noetherflow.noise import exact, layerwise
 
 SIZES = (1e-170, 1e-160, 1.0, 1e155)
 
@@ -131,14 +131,14 @@ def test_the_fast_way_tells_symmetries_by_the_mean_gradient(monkeypatch: pytest.
     one = case("diagonal")
     for symmetry, expected in ((one.symmetries["hidden"], True), (one.wrong["hidden"], False)):
         subject = exact.Subject.of(one.model, scaled(size), {"only": symmetry}, None)
-        passed = fast.FastPass(subject, variances=False, max_bytes=2**20)
+        passed = layerwise.LayerwisePass(subject, variances=False, max_bytes=2**20)
         monkeypatch.setattr(exact.Subject, "require_symmetric", lambda *_: None)
         passed.check(one.batch, subject.losses_of(one.batch), random=False, where="the batch")
-        measured, losses = passed._measure(one.batch, calm=False)
+        measured, losses = passed._measure(one.batch, without_dropout=False)
         gradients = passed._gradients(measured)
         # Squares that vanish cannot be compared with those of single examples: then all is done example by example.
-        gradients |= passed._exactly(measured.ledger, one.batch, len(losses), "the batch")
-        assert passed._is_symmetric(measured.ledger, gradients, len(losses)) is expected
+        gradients |= passed._exactly(measured.buffers, one.batch, len(losses), "the batch")
+        assert passed._is_symmetric(measured.buffers, gradients, len(losses)) is expected
 
 
 def unscaled(gradients: Any, direction: Any, *, batched: bool = False) -> Tensor:

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from noetherflow.noise.asked import Asked, Page
+from noetherflow.noise.buffers import EACH, OF_SUM, Buffer
 from noetherflow.noise.kernels import Window, kernels_for
-from noetherflow.noise.ledger import EACH, WHOLE, Sums
+from noetherflow.noise.statistics import Requested, StatisticsLayout
 
 from .models import SWEEP, Built, build, in_examples_of, one_by_one
 from .ways import FOUND, OURS, Way, plain, symmetries_of, ways_for
@@ -209,13 +209,15 @@ def load_loops() -> None:
     """Run every kernel once: its compiled code is there before the first step, as that of torch is."""
     stack, ids = torch.ones(2, 2, 2), torch.zeros(2, 2, dtype=torch.int64)
     kernels, window = kernels_for(stack), Window([1], [0], [1], 1, [1])
-    for asked in (Asked(True, True), Asked(True, True, entries=True)):
-        matrix, weight = (Sums.blank(Page.of(torch.Size(shape), asked), stack) for shape in ((2, 2), (2, 2, 1)))
-        kernels.outer_products(stack, stack, matrix, wanted=True)
+    for asked in (Requested(True, True), Requested(True, True, entries=True)):
+        matrix, weight = (
+            Buffer.blank(StatisticsLayout.of(torch.Size(shape), asked), stack) for shape in ((2, 2), (2, 2, 1))
+        )
+        kernels.outer_products(stack, stack, matrix, needs_sum=True)
         kernels.patches(stack, stack, window, weight)
         kernels.table_rows(ids, stack, matrix)
         kernels.accumulate(stack, matrix, EACH, torch.ones(2, 2))
-        kernels.accumulate(stack, matrix, WHOLE)
+        kernels.accumulate(stack, matrix, OF_SUM)
     kernels.channel_sums(stack, stack)
     kernels.affine_sums(stack, stack, stack[..., :1].contiguous(), stack[..., :1].contiguous())
     kernels.group_norm_back(stack, stack, None, stack[0], stack[0])

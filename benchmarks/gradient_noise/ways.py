@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 import noetherflow as nf
 from noetherflow.noise.exact import Subject
-from noetherflow.noise.fast import FastPass
+from noetherflow.noise.layerwise import LayerwisePass
 
 from .models import Built, one_by_one
 
@@ -63,10 +63,12 @@ def metered(built: Built, *, symmetries: Symmetries = "rescalings", variances: b
 def estimate(built: Built) -> Way:
     """One batch of many: `estimate_noise` also checks the first one."""
     subject = Subject.of(built.model, built.loss, symmetries_of(built, matrices=False), None)
-    quick = FastPass(subject, variances=False, max_bytes=2**28)
-    quick.check(built.batch, subject.losses_of(built.batch), random=False, where="the batch")
+    layerwise = LayerwisePass(subject, variances=False, max_bytes=2**28)
+    layerwise.check(built.batch, subject.losses_of(built.batch), random=False, where="the batch")
     # The same batch again and again changes no average.
-    return Way(lambda: quick.add(built.batch, "the batch"), lambda: float(quick.moments().trace) * built.unbiased)
+    return Way(
+        lambda: layerwise.add(built.batch, "the batch"), lambda: float(layerwise.moments().trace) * built.unbiased
+    )
 
 
 def loop(built: Built) -> Way:

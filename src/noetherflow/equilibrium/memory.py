@@ -7,8 +7,8 @@ from torch import nn
 
 from noetherflow._errors import SettingsError
 from noetherflow._types import Params
-from noetherflow.noise.asked import names_with_variances
 from noetherflow.noise.exact import resolve
+from noetherflow.noise.statistics import names_with_variances
 from noetherflow.symmetry import Symmetry
 
 _FLOAT64 = 8

@@ -20,11 +20,11 @@ from noetherflow._progress import track
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.detect import find_symmetries
 from noetherflow.noise.exact import Subject, exact_moments, single_examples
-from noetherflow.noise.fast import FastPass
+from noetherflow.noise.layerwise import LayerwisePass
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.symmetry import Action, Symmetry
 
-# Models of no more parameters are measured exactly unless something else is asked for: it costs nothing to speak of.
+# Models of no more parameters are measured exactly unless exact=False: the cost is negligible.
 _FEW = 20_000
 
 
@@ -126,7 +126,7 @@ class Estimate:
         if exact is None:
             exact = sum(tensor.numel() for tensor in subject.trained.values()) <= _FEW
         self._subject, self._exact, self._variances, self._max_bytes = subject, exact, variances, max_bytes
-        self._quick = None if exact else FastPass(subject, variances=variances, max_bytes=max_bytes)
+        self._layerwise = None if exact else LayerwisePass(subject, variances=variances, max_bytes=max_bytes)
         self._moments: NoiseMoments | None = None
         self._random: bool | None = None
 
@@ -151,7 +151,7 @@ class Estimate:
         batch = cast(given, subject.dtype, subject.device)
         if self._random is None:
             self._check(batch, where)
-        if self._quick is not None and self._quick.add(batch, where):
+        if self._layerwise is not None and self._layerwise.add(batch, where):
             return
         together = subject.losses_of(batch)
         require_losses(together, where)
@@ -162,9 +162,9 @@ class Estimate:
     def take(self) -> NoiseMoments | None:
         """The moments of the batches since the last call; None if there were none."""
         moments, self._moments = None if self._moments is None else self._moments.cpu(), None
-        if self._quick is not None and self._quick.count:
-            quick, self._quick = self._quick, self._quick.fresh(self._subject)
-            return quick.moments() if moments is None else quick.moments().merge(moments)
+        if self._layerwise is not None and self._layerwise.count:
+            layerwise, self._layerwise = self._layerwise, self._layerwise.fresh(self._subject)
+            return layerwise.moments() if moments is None else layerwise.moments().merge(moments)
         return moments
 
     def at(self, trained: Params) -> "Estimate":
@@ -174,11 +174,11 @@ class Estimate:
         subject = replace(self._subject, function=function, trained=dict(trained))
         other = Estimate(subject, exact=self._exact, variances=self._variances, max_bytes=self._max_bytes)
         other._random = self._random
-        other._quick = None if self._quick is None else self._quick.fresh(subject)
+        other._layerwise = None if self._layerwise is None else self._layerwise.fresh(subject)
         return other
 
     def _check(self, batch: Batch, where: str) -> None:
-        """What has to hold of the first batch; decides whether the fast pass can be used."""
+        """What has to hold of the first batch; decides whether the layerwise pass can be used."""
         subject = self._subject
         together = subject.losses_of(batch)
         size = require_losses(together, where)
@@ -187,11 +187,11 @@ class Estimate:
         unreached = subject.function.unreached(subject.trained, batch)
         require_differentiable(unreached, subject.trained, subject.moved, where)
         if subject.function.reentrant:
-            self._quick = None  # its backward pass runs inside another, where a sum cannot be taken apart
+            self._layerwise = None  # its backward pass runs inside another, where a sum cannot be taken apart
         self._random = not torch.equal(together, subject.losses_of(batch))
-        if self._quick is not None:
+        if self._layerwise is not None:
             with single_examples(batch, size, where):
-                self._quick.check(batch, together, random=self._random, where=where)
+                self._layerwise.check(batch, together, random=self._random, where=where)
 
 
 def _length(loader: Any) -> int | None:

@@ -78,7 +78,7 @@ class Subject:
         function: Losses and gradients at any parameters.
         trained: The parameters to differentiate by, by canonical name.
         symmetries: With canonical names.
-        dtype: The floating-point type asked for, or None.
+        dtype: The requested floating-point type, or None.
     """
 
     function: ModelFunction
@@ -113,8 +113,8 @@ class Subject:
         """Some sum of directions in which the loss should not change, one of each symmetry."""
         total: dict[str, Tensor] = {}
         for symmetry in self.symmetries.values():
-            for name, one in self._direction_of(symmetry).items():
-                total[name] = total[name] + one if name in total else one
+            for name, part in self._direction_of(symmetry).items():
+                total[name] = total[name] + part if name in total else part
         return total
 
     def _direction_of(self, symmetry: Symmetry) -> dict[str, Tensor]:

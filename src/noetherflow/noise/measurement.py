@@ -58,7 +58,7 @@ class Measurement:
                 Subject.of(model, loss, self.symmetries, dtype), exact=None, variances=True, max_bytes=max_bytes
             )
             return
-        # A meter looks at a module in passing, and a module in train mode writes into its buffers.
+        # A meter measures while the module runs, and a module in train mode writes into its buffers.
         self._model = copy_of(model, dtype)
         if len(self._batches) < 2:
             raise SettingsError(

@@ -1,4 +1,4 @@
-"""Noise measured in passing: inside a training step, or a step that only measures."""
+"""Noise measured inside a training step, or in a step that only measures."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,15 +12,15 @@ from noetherflow._errors import CoupledExamplesError, EmptyDataError, SettingsEr
 from noetherflow._holder import eager
 from noetherflow._per_example import require_uncoupled
 from noetherflow._types import Batch
-from noetherflow.noise.asked import asked_of
-from noetherflow.noise.batches import Pool
-from noetherflow.noise.capture.fate import Fate
+from noetherflow.noise.buffers import ModelLayout
 from noetherflow.noise.capture.mode import Capture
 from noetherflow.noise.capture.placing import Places
+from noetherflow.noise.capture.sink import GradientSink
 from noetherflow.noise.exact import resolve
-from noetherflow.noise.ledger import Contents
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.ops import RULES
+from noetherflow.noise.pooling import Pool
+from noetherflow.noise.statistics import requested_of
 from noetherflow.symmetry import Symmetry, along_axes
 
 
@@ -72,9 +72,9 @@ class NoiseMeter:
 
     def reset(self) -> None:
         """Forget everything measured so far, and which parameters are trained."""
-        self._params = {name: one for name, one in self._model.named_parameters() if one.requires_grad}
-        asked = asked_of(self._params, self._symmetries, variances=self._variances)
-        self._contents = Contents.of(asked, self._params)
+        self._params = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        requested = requested_of(self._params, self._symmetries, variances=self._variances)
+        self._model_layout = ModelLayout.of(requested, self._params)
         self._pool = Pool(self._symmetries, self._params)
         self._places: dict[int, Places] = {}
         self.unmeasured: dict[str, str] = {}
@@ -85,9 +85,8 @@ class NoiseMeter:
 
         Args:
             batch: What goes into the model: the leading dimension of its first tensor is that of the examples.
-            weight: What the loss of one example counts in the loss whose backward pass runs: 1 / B by default, for a
-                mean over the batch; 1 for a sum, 1 / (k B) for one of k steps that accumulate gradients. A loss scale
-                multiplies it.
+            weight: Coefficient of an example's loss in the loss that is differentiated: 1 / B by default, for a mean
+                over the batch; 1 for a sum, 1 / (k B) under k-step accumulation. A loss scale multiplies it.
             train: Whether parameters get their gradients. If not, `.grad` of those that were trained when the meter was
                 made, or reset, stays what it was, and sums of gradients are not even formed where their squares cost
                 less.
@@ -108,8 +107,8 @@ class NoiseMeter:
             raise EmptyDataError("the batch holds no tensor with an entry per example")
         given = [leaf for leaf in leaves if is_per_example(leaf, size)]
         places = self._places.setdefault(size, Places(size))
-        fate = Fate.PASSED_ON if train else Fate.DROPPED
-        capture = Capture(self._params, self._contents, places, given, RULES, fate=fate)
+        sink = GradientSink.PASSED_ON if train else GradientSink.DROPPED
+        capture = Capture(self._params, self._model_layout, places, given, RULES, sink=sink)
         with eager(), capture:
             yield
         if size < 2:
@@ -117,7 +116,7 @@ class NoiseMeter:
         self._require_measured(capture)
         self.unmeasured = capture.refused | self.unmeasured
         # A step that overflows is left out, as a gradient scaler skips it.
-        scatter = capture.ledger.settled(-1.0 / size)
+        scatter = capture.buffers.merge_rows(-1.0 / size)
         if not self._pool.add(scatter, size, size - 1, 1 / size if weight is None else weight):
             self.skipped += 1
 
@@ -131,8 +130,8 @@ class NoiseMeter:
         moments = self._pool.moments()
         if not self.unmeasured:
             return moments
-        names = [name for name, one in self._symmetries.items() if self.unmeasured.keys().isdisjoint(one.names)]
-        entries = {name: one for name, one in moments.square_scatter.items() if name not in self.unmeasured}
+        names = [name for name, s in self._symmetries.items() if self.unmeasured.keys().isdisjoint(s.names)]
+        entries = {name: squares for name, squares in moments.square_scatter.items() if name not in self.unmeasured}
         return replace(moments.select(*names), square_scatter=entries, unmeasured=dict(self.unmeasured))
 
     def _require_measured(self, capture: Capture) -> None:

@@ -13,12 +13,12 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from noetherflow._errors import CoupledExamplesError, SettingsError
-from noetherflow.noise.asked import asked_of
-from noetherflow.noise.batches import Pool
+from noetherflow.noise.buffers import EACH, OF_SUM, Buffers, ModelLayout
 from noetherflow.noise.exact import resolve
 from noetherflow.noise.kernels import accumulator, square
-from noetherflow.noise.ledger import EACH, WHOLE, Contents, Ledger
 from noetherflow.noise.moments import NoiseMoments
+from noetherflow.noise.pooling import Pool
+from noetherflow.noise.statistics import requested_of
 from noetherflow.symmetry import Symmetry, along_axes
 
 # Numbers that go over the wire at a time.
@@ -94,8 +94,8 @@ class MicrobatchMeter:
         resolved = resolve(model, symmetries)
         along = along_axes(resolved)
         self._model, self._group = model, group
-        self._params = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        self._contents = Contents.of(asked_of(self._params, along, variances=variances), self._params)
+        self._params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._model_layout = ModelLayout.of(requested_of(self._params, along, variances=variances), self._params)
         self._pool = Pool(along, self._params)
         self.skipped = 0
 
@@ -117,7 +117,7 @@ class MicrobatchMeter:
         """
         if self._group is not None:
             _require_independent(self._model)
-        with _Running(self._params, self._contents) as running:
+        with _Running(self._params, self._model_layout) as running:
             yield running.add
             if self._group is not None:
                 running.merge(self._group)
@@ -127,7 +127,7 @@ class MicrobatchMeter:
                     f"{running.count}: call what `meter.step()` gives after the backward pass of each, of two or more "
                     "(gradient accumulation), or give a `group` of several ranks"
                 )
-            if not self._pool.add(running.ledger.row(EACH), running.examples, running.count - 1):
+            if not self._pool.add(running.buffers.row(EACH), running.examples, running.count - 1):
                 self.skipped += 1
 
     @property
@@ -144,10 +144,10 @@ class MicrobatchMeter:
 class _Running:
     """The gradients of the microbatches of one step, taken in as they come."""
 
-    def __init__(self, params: Mapping[str, nn.Parameter], contents: Contents) -> None:
+    def __init__(self, params: Mapping[str, nn.Parameter], model_layout: ModelLayout) -> None:
         self.count = self.examples = 0
-        # The second row is for what comes next.
-        self.ledger = Ledger.blank(contents, next(iter(params.values())))
+        # Row OF_SUM holds the squares of the gap between the next microbatch and the mean so far.
+        self.buffers = Buffers.blank(model_layout, next(iter(params.values())))
         self._params = params
         self._arrived: dict[str, Tensor] = {}
         self._mean: dict[str, Tensor] = {}
@@ -155,10 +155,10 @@ class _Running:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "_Running":
-        for name, one in self._params.items():
-            if one.requires_grad:
+        for name, parameter in self._params.items():
+            if parameter.requires_grad:
                 # Where gradients go into .grad: it exists only as long as somebody holds it.
-                node = get_gradient_edge(one).node
+                node = get_gradient_edge(parameter).node
                 self._nodes.append(node)
                 self._handles.append(node.register_prehook(partial(self._note, name)))
         return self
@@ -188,7 +188,7 @@ class _Running:
             gap -= self._mean[name]
             self._mean[name].add_(gap, alpha=share)
             self._square(name, gap)
-        self._settle(share * self.examples)
+        self._merge_rows(share * self.examples)
         self.count += 1
         self.examples += size
 
@@ -197,17 +197,17 @@ class _Running:
         mine = self.examples
         counts = torch.tensor([self.count, mine], device=next(iter(self._params.values())).device)
         dist.all_reduce(counts, group=group)
-        self.count, self.examples = (int(one) for one in counts.tolist())
+        self.count, self.examples = (int(count) for count in counts.tolist())
         for names in _buckets(self._params):
             gaps = [self._take(self._mean, name) for name in names]
-            wholes = [one * (mine / max(1, self.examples)) for one in gaps]
-            _sum_(wholes, group)
-            for name, gap, whole in zip(names, gaps, wholes, strict=True):
-                self._square(name, gap.sub_(whole))
-        self._settle(mine)
-        _sum_([self.ledger.numbers[EACH]], group)
+            means = [gap * (mine / max(1, self.examples)) for gap in gaps]
+            _sum_(means, group)
+            for name, gap, mean in zip(names, gaps, means, strict=True):
+                self._square(name, gap.sub_(mean))
+        self._merge_rows(mine)
+        _sum_([self.buffers.numbers[EACH]], group)
         for names in _buckets(self._params):
-            entries = [self.ledger.entries[name][EACH] for name in names if name in self.ledger.entries]
+            entries = [self.buffers.entries[name][EACH] for name in names if name in self.buffers.entries]
             if entries:
                 _sum_(entries, group)
 
@@ -221,19 +221,20 @@ class _Running:
 
     def _take(self, tensors: dict[str, Tensor], name: str) -> Tensor:
         """What is there of a parameter, or zeros if no gradient reached it."""
-        found = tensors.pop(name, None)
-        one = self._params[name]
-        return torch.zeros_like(one, dtype=accumulator(one), requires_grad=False) if found is None else found
+        taken, parameter = tensors.pop(name, None), self._params[name]
+        if taken is None:
+            return torch.zeros_like(parameter, dtype=accumulator(parameter), requires_grad=False)
+        return taken
 
     def _square(self, name: str, gap: Tensor) -> None:
         # Statistics of all parameters share a buffer, on the device of the first parameter.
-        square(gap.to(self.ledger.numbers.device), self.ledger.sums(name, torch.float64), WHOLE)
+        square(gap.to(self.buffers.numbers.device), self.buffers.buffer(name, torch.float64), OF_SUM)
 
-    def _settle(self, weight: float) -> None:
-        """What came last belongs to the rest."""
-        self.ledger.settled(weight)
-        for one in (self.ledger.numbers, *self.ledger.entries.values()):
-            one[WHOLE] = 0.0
+    def _merge_rows(self, weight: float) -> None:
+        """Add a multiple of row OF_SUM to row EACH, and set row OF_SUM to zero."""
+        self.buffers.merge_rows(weight)
+        for statistics in (self.buffers.numbers, *self.buffers.entries.values()):
+            statistics[OF_SUM] = 0.0
 
 
 def _require_independent(model: nn.Module) -> None:
@@ -249,18 +250,18 @@ def _require_independent(model: nn.Module) -> None:
 def _buckets(params: Mapping[str, Tensor]) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
-    for name, one in params.items():
-        if names and size + one.numel() > _BUCKET:
+    for name, parameter in params.items():
+        if names and size + parameter.numel() > _BUCKET:
             yield names
             names, size = [], 0
         names.append(name)
-        size += one.numel()
+        size += parameter.numel()
     yield names
 
 
 def _sum_(tensors: Sequence[Tensor], group: "dist.ProcessGroup") -> None:
     """Make each tensor the sum of those of all ranks, in one message."""
-    flat = torch.cat([one.flatten() for one in tensors])
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat, group=group)
-    for one, whole in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
-        one.copy_(whole.view(one.shape))
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view(tensor.shape))

@@ -13,8 +13,8 @@ from noetherflow._device import joined
 from noetherflow._errors import EmptyDataError, ParameterNameError, SettingsError
 from noetherflow._table import html_of, text_of
 from noetherflow._types import Params
-from noetherflow.noise.asked import names_with_variances
 from noetherflow.noise.consistency import require_consistent
+from noetherflow.noise.statistics import names_with_variances
 from noetherflow.noise.table import tables_of
 from noetherflow.symmetry import Grams, Symmetry
 

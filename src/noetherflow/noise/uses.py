@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from noetherflow.noise.kernels.base import Window
-from noetherflow.noise.kernels.reference import add_table_rows
+from noetherflow.noise.kernels.formulas import add_table_rows
 
 View = Callable[[Tensor], Tensor]
 
@@ -103,7 +103,7 @@ class Rows(Use):
 
 @final
 @dataclass(eq=False)
-class Whole(Use):
+class PerExample(Use):
     """The gradient of every example as it is.
 
     Args:

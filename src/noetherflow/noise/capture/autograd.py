@@ -22,7 +22,7 @@ class DerivativeError(SettingsError):
 
 
 def tap(output: Tensor, source: Tensor, note: Note, roots: Iterable[Tensor]) -> Tensor:
-    """A tensor as it is, written in place; its gradient is noted in passing.
+    """A tensor as it is, written in place; its gradient is noted in the backward pass.
 
     Args:
         output: What an operation returned: no view, and not saved for its own backward pass.

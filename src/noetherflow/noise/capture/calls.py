@@ -24,7 +24,7 @@ def unseen() -> AbstractContextManager[Any, Any]:
     """A block inside a backward pass that neither modes nor autograd see."""
     quiet = torch._C.DisableTorchFunction()
     if not torch.is_grad_enabled():
-        return quiet  # as in nearly every backward pass, where small calls between large products are felt
+        return quiet  # as in almost every backward pass, where small calls between large products are felt
     both = ExitStack()
     both.enter_context(quiet)
     both.enter_context(torch.no_grad())

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from noetherflow.noise.asked import Asked, Page
-from noetherflow.noise.capture.fate import Fate
+from noetherflow.noise.buffers import Buffer
 from noetherflow.noise.capture.owned import Constant, Record, joined
 from noetherflow.noise.capture.pulling import pulled
+from noetherflow.noise.capture.sink import GradientSink
 from noetherflow.noise.capture.sources import Source
 from noetherflow.noise.collect import collect, stacked
 from noetherflow.noise.kernels import accumulator
-from noetherflow.noise.ledger import Sums
-from noetherflow.noise.uses import Use, View, Whole
+from noetherflow.noise.statistics import Requested, StatisticsLayout
+from noetherflow.noise.uses import PerExample, Use, View
 
 if TYPE_CHECKING:
     from noetherflow.noise.capture.mode import Capture
@@ -50,7 +50,7 @@ def arrived(capture: "Capture", source: Source, root: Tensor, zero: Tensor, inco
     elif incoming is not None and incoming.data_ptr() == zero.data_ptr():
         incoming = None  # nothing but what stands for records
     uses = joined(records, capture.size)
-    passes_on = capture.fate is Fate.PASSED_ON
+    passes_on = capture.sink is GradientSink.PASSED_ON
     if incoming is not None and not source.refused and _is_unseen(source, incoming, records, uses, passes_on=passes_on):
         source.refuse("a use that was not seen")
     if source.refused:
@@ -60,15 +60,15 @@ def arrived(capture: "Capture", source: Source, root: Tensor, zero: Tensor, inco
         return _derived(source, root, incoming, uses, passes_on=passes_on, constant=constant)
     if not uses:
         return incoming if passes_on else None
-    sums = capture.ledger.sums(source.name, accumulator(root))
-    gradient = collect(uses, sums, root, wanted=capture.fate is not Fate.DROPPED)
+    sums = capture.buffers.buffer(source.name, accumulator(root))
+    gradient = collect(uses, sums, root, needs_sum=capture.sink is not GradientSink.DROPPED)
     if gradient is not None:
         for record in records:
             if isinstance(record, Constant):
                 gradient = gradient + _embedded(record.views, record.gradient, root)
         gradient = gradient.to(root.dtype)
     # A gradient that goes on is not held on to, or autograd would copy it.
-    capture.gradients[source.name] = gradient if capture.fate is Fate.KEPT else None
+    capture.gradients[source.name] = gradient if capture.sink is GradientSink.KEPT else None
     return gradient if passes_on else None
 
 
@@ -78,7 +78,7 @@ def _is_unseen(
     """Whether more arrived than autograd itself carried on from what was recorded."""
     if source.constant:
         return False  # the gradient of a penalty is whatever it is
-    native = [use for use in uses if isinstance(use, Whole) and use.native] if passes_on else []
+    native = [use for use in uses if isinstance(use, PerExample) and use.native] if passes_on else []
     known = [_embedded(use.views, use.gradients.sum(0), incoming) for use in native]
     known += [_embedded(record.views, record.gradient, incoming) for record in records if isinstance(record, Constant)]
     rest = incoming
@@ -96,7 +96,7 @@ def _refused(root: Tensor, incoming: Tensor | None, uses: Sequence[Use]) -> Tens
     rest = [use for use in uses if not use.native]
     parts = [] if incoming is None else [incoming]
     if rest:
-        total = collect(rest, Sums.blank(Page.of(root.shape, Asked()), root), root)
+        total = collect(rest, Buffer.blank(StatisticsLayout.of(root.shape, Requested()), root), root)
         assert total is not None
         parts.append(total.to(root.dtype))
     return sum(parts[1:], parts[0]) if parts else None
@@ -110,13 +110,13 @@ def _derived(
     rest = incoming
     if uses:
         stack = stacked(uses, source.shape, root)
-        native = [use for use in uses if isinstance(use, Whole) and use.native and passes_on]
+        native = [use for use in uses if isinstance(use, PerExample) and use.native and passes_on]
         for part in (_embedded(use.views, use.gradients.sum(0), root) for use in native):
             rest = None if rest is None else rest - part
     params = [parent.tensor.detach() for parent in source.parents]
     if uses:
         for parent, part in zip(source.parents, pulled(source.function, [], params, stack), strict=True):
-            parent.note(Whole(parent.views, part, native=True))
+            parent.note(PerExample(parent.views, part, native=True))
     if rest is not None and constant:
         for parent, part in zip(source.parents, pulled(source.function, [], params, rest[None]), strict=True):
             parent.note(Constant(parent.views, part[0]))

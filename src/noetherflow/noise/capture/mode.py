@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from noetherflow.noise.buffers import Buffers, ModelLayout
 from noetherflow.noise.capture import autograd, backward, finish
 from noetherflow.noise.capture.calls import (
     WITH_DROPOUT,
@@ -24,12 +25,11 @@ from noetherflow.noise.capture.calls import (
     without_dropout,
 )
 from noetherflow.noise.capture.derived import derive
-from noetherflow.noise.capture.fate import Fate
 from noetherflow.noise.capture.layouts import SHARED, Apart, Layout, Lost, Several
 from noetherflow.noise.capture.marks import Marks
 from noetherflow.noise.capture.placing import Places
+from noetherflow.noise.capture.sink import GradientSink
 from noetherflow.noise.capture.sources import Source, Tracked, roots_of
-from noetherflow.noise.ledger import Contents, Ledger
 
 # What says something about a tensor and is no tensor: requested all the time.
 _FACTS = {
@@ -51,15 +51,15 @@ class Capture(TorchFunctionMode):
 
     Args:
         params: Trained parameters by name; of these, every use is recorded.
-        contents: What to add up for each.
+        model_layout: Which statistics of each parameter are accumulated.
         places: Where examples are in results; it serves for all steps with as many examples.
         batch: The tensors of the batch that have an entry per example.
         rules: What to do about each function that meets a parameter and data.
-        fate: What becomes of the parameters' own gradients.
-        calm: Run without dropout.
+        sink: Where the sums of the parameters' gradients go.
+        without_dropout: Leave out dropout.
 
     Attributes:
-        ledger: The squares of all parameters, added up in the backward pass.
+        buffers: Where the backward pass accumulates the statistics of all parameters.
         gradients: The sum of the gradients of each parameter that was reached, if it is kept, or None.
         refused: After the block: the parameters whose gradients cannot be taken apart by example, with the cause.
         joined: What joined the examples in front of the backward pass; empty if each has a loss of its own.
@@ -69,22 +69,22 @@ class Capture(TorchFunctionMode):
     def __init__(
         self,
         params: Mapping[str, Tensor],
-        contents: Contents,
+        model_layout: ModelLayout,
         places: Places,
         batch: Iterable[Tensor],
         rules: Mapping[Any, Rule],
         *,
-        fate: Fate,
-        calm: bool = False,
+        sink: GradientSink,
+        without_dropout: bool = False,
     ) -> None:
         super().__init__()
-        self.size, self.places, self.fate = places.size, places, fate
-        self.ledger = Ledger.blank(contents, next(iter(params.values())))
+        self.size, self.places, self.sink = places.size, places, sink
+        self.buffers = Buffers.blank(model_layout, next(iter(params.values())))
         self.gradients: dict[str, Tensor | None] = {}
         self.refused: dict[str, str] = {}
         self.joined = ""
         self.met = False
-        self._rules, self._calm, self._params = rules, calm, params
+        self._rules, self._without_dropout, self._params = rules, without_dropout, params
         self.marks = Marks(batch, self.size)
         self._tracked: dict[int, Tracked] = {}
         self._stand_ins: dict[int, Tensor] = {}
@@ -138,7 +138,7 @@ class Capture(TorchFunctionMode):
             layout = self.layout(leaf)
             if layout is not SHARED:
                 data[id(leaf)] = (leaf, layout)
-        if self._calm and func in WITH_DROPOUT:
+        if self._without_dropout and func in WITH_DROPOUT:
             result = without_dropout(func, args, kwargs)
         elif not tracked or not torch.is_grad_enabled() or is_detached(func):
             result = func(*args, **kwargs)
@@ -215,7 +215,7 @@ class Capture(TorchFunctionMode):
         if not leaf._backward_hooks:
             return leaf
         # Hooks of the user's see the complete gradient, or nothing.
-        root = leaf.detach().requires_grad_() if self.fate is Fate.DROPPED else leaf.view_as(leaf)
+        root = leaf.detach().requires_grad_() if self.sink is GradientSink.DROPPED else leaf.view_as(leaf)
         self._stand_ins[id(leaf)] = root
         return root
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.noise.capture.layouts import Rows
-from noetherflow.noise.uses import Outer, Use, View, Whole
+from noetherflow.noise.uses import Outer, PerExample, Use, View
 from noetherflow.noise.uses import Rows as TableRows
 
 
@@ -21,11 +21,11 @@ class Owned:
         kind: What the gradient is made of: outer products, rows of a table, or gradients of the parameter's shape.
         views: What leads from the parameter to what was used.
         values: Inputs (N, m), ids (N,), or gradients (N, ...).
-        gradients: Gradients of what came out, (N, n); None for `whole`.
+        gradients: Gradients of what came out, (N, n); None for `per_example`.
         owners: The example of each vector, shape (N,).
     """
 
-    kind: Literal["outer", "table", "whole"]
+    kind: Literal["outer", "table", "per_example"]
     views: tuple[View, ...]
     values: Tensor
     gradients: Tensor | None
@@ -64,12 +64,12 @@ def table(views: tuple[View, ...], ids: Rows, gradients: Rows) -> Use | Owned:
     return Owned("table", views, ids.values, gradients.values, ids.owners)
 
 
-def whole(views: tuple[View, ...], gradients: Rows) -> Use | Owned:
+def per_example(views: tuple[View, ...], gradients: Rows) -> Use | Owned:
     """A use as it is: the gradient of an example is the sum of its vectors."""
     values, owners = gradients
     if owners is None:
-        return Whole(views, values.sum(1) if values.shape[1] > 1 else values[:, 0])
-    return Owned("whole", views, values, None, owners)
+        return PerExample(views, values.sum(1) if values.shape[1] > 1 else values[:, 0])
+    return Owned("per_example", views, values, None, owners)
 
 
 def joined(uses: Sequence[Record], size: int) -> list[Use]:
@@ -90,9 +90,9 @@ def joined(uses: Sequence[Record], size: int) -> list[Use]:
     for (kind, views), parts in groups.items():
         owners = torch.cat([part.owners for part in parts])
         values = torch.cat([part.values for part in parts])
-        if kind == "whole":
+        if kind == "per_example":
             stack = values.new_zeros(size, *values.shape[1:])
-            result.append(Whole(views, stack.index_add_(0, owners, values)))
+            result.append(PerExample(views, stack.index_add_(0, owners, values)))
             continue
         gradients = torch.cat([part.gradients for part in parts if part.gradients is not None])
         by_example = [_by_example(stack, owners, size) for stack in (values, gradients)]

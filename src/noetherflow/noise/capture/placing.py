@@ -1,4 +1,4 @@
-"""Where the examples are in what a function returns: PyTorch's own functions are asked, and the answers are kept.
+"""Where the examples are in what a function returns: PyTorch's functions are called again, and the answers are kept.
 
 Functions that move entries are given the labels of examples instead of numbers. Any other function is probed: it is
 called again with the entries of some examples replaced by NaN. So a function needs no rule, and a function that joins
@@ -86,14 +86,14 @@ class Places:
         key = self._key(func, name, args, kwargs, given)
         if key is not None and key in self._answers:
             return self._answers[key]
-        answer = self._found(func, name, args, kwargs, given, results)
+        answer = self._answer(func, name, args, kwargs, given, results)
         # Numbers of rows have no gradient: a choice that all examples make together is a constant.
         answer = [
             SHARED if isinstance(layout, (Several, Lost)) and not can_be_nan(leaf) else layout
             for layout, leaf in zip(answer, results, strict=True)
         ]
         if scales := {layout.scaled for layout in layouts if isinstance(layout, Apart) and layout.scaled}:
-            answer = [one.with_scale(min(scales)) if isinstance(one, Apart) else one for one in answer]
+            answer = [part.with_scale(min(scales)) if isinstance(part, Apart) else part for part in answer]
         if key is not None:
             if len(self._answers) >= _MOST:
                 self._answers.clear()
@@ -123,7 +123,7 @@ class Places:
             return None
         return key
 
-    def _found(
+    def _answer(
         self,
         func: Any,
         name: str,
@@ -187,8 +187,8 @@ class Places:
         moved = func(*args, **kwargs)
         if name == "__setitem__":
             moved = args[0]
-        found = [layout_of(labels, self.size) for labels in leaves_of((moved,))]
-        return _with_cause(found, name) if len(found) == count else [Lost(name)] * count
+        moved_layouts = [layout_of(labels, self.size) for labels in leaves_of((moved,))]
+        return _with_cause(moved_layouts, name) if len(moved_layouts) == count else [Lost(name)] * count
 
     def _added(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[int, tuple[Tensor, Layout]]
@@ -228,8 +228,8 @@ def _fixed(value: Any, given: dict[int, tuple[Tensor, Layout]]) -> Any:
     return value
 
 
-def _with_cause(found: list[Layout], name: str) -> list[Layout]:
-    return [Several(layout.additive, name) if isinstance(layout, Several) else layout for layout in found]
+def _with_cause(layouts: list[Layout], name: str) -> list[Layout]:
+    return [Several(layout.additive, name) if isinstance(layout, Several) else layout for layout in layouts]
 
 
 def _joined(

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
+from noetherflow.noise.buffers import EACH, Buffer
 from noetherflow.noise.kernels.base import Kernels, Window, accumulator
 from noetherflow.noise.kernels.choose import kernels_for
-from noetherflow.noise.ledger import EACH, Sums
+from noetherflow.noise.kernels.formulas import distinct_rows
 
 __all__ = [
     "Kernels",
@@ -12,6 +13,7 @@ __all__ = [
     "accumulator",
     "affine_sums",
     "channel_sums",
+    "distinct_rows",
     "group_norm_back",
     "kernels_for",
     "square",
@@ -19,16 +21,16 @@ __all__ = [
 ]
 
 
-def square(gradient: Tensor, sums: Sums, row: int) -> None:
+def square(gradient: Tensor, buffer: Buffer, row: int) -> None:
     """Add the squares of a single gradient to a row of the buffer."""
-    kernels_for(gradient).accumulate(as_matrices(gradient[None]), sums, row)
+    kernels_for(gradient).accumulate(as_matrices(gradient[None]), buffer, row)
 
 
-def square_stack(stack: Tensor, sums: Sums) -> Tensor:
+def square_stack(stack: Tensor, buffer: Buffer) -> Tensor:
     """Add the squares of gradients (B, *shape) to the sums over examples; returns the sum of the gradients."""
     matrices = as_matrices(stack)
     total = matrices.new_zeros(matrices.shape[1:], dtype=accumulator(stack))
-    kernels_for(stack).accumulate(matrices, sums, EACH, total)
+    kernels_for(stack).accumulate(matrices, buffer, EACH, total)
     return total.view(stack.shape[1:])
 
 

@@ -1,8 +1,8 @@
 """The seam: what every set of kernels computes, and what it is told about the operation.
 
 Above the seam nothing depends on the device; below it nothing is known of symmetries. A set works on stacks of tensors,
-examples along the first dimension, and adds squares of gradients to a buffer of statistics (`Sums`). Row `EACH` of the
-buffer holds sums over examples, row `WHOLE` the squares of the sum of all gradients.
+examples along the first dimension, and adds squares of gradients to a `Buffer`: to row `EACH` sums over examples, to
+row `OF_SUM` the squares of the sum of all gradients.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from noetherflow.noise.ledger import Sums
+from noetherflow.noise.buffers import Buffer
 
 
 @final
@@ -47,7 +47,7 @@ class Window:
 
     def patches(self, x: Tensor) -> Tensor:
         """The patches of images x (B, channels, *space) on which the kernel acts: (B, groups, patch, places)."""
-        widths = [width for one in reversed(self.padding) for width in (one, one)]
+        widths = [width for side in reversed(self.padding) for width in (side, side)]
         x = functional.pad(x, widths) if any(widths) else x
         for dim, (size, step, distance) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 2):
             x = x.unfold(dim, distance * (size - 1) + 1, step)[..., ::distance]
@@ -62,54 +62,54 @@ class Kernels(Protocol):
 
     name: ClassVar[str]
 
-    def outer_products(self, x: Tensor, d: Tensor, sums: Sums, *, wanted: bool) -> Tensor | None:
+    def outer_products(self, x: Tensor, d: Tensor, buffer: Buffer, *, needs_sum: bool) -> Tensor | None:
         """Add the squares of g_b = sum_t d_bt x_bt^T and of sum_b g_b, for x (B, T, m) and d (B, T, n).
 
         Args:
             x: Inputs of a linear map.
             d: Gradients of its outputs.
-            sums: The buffer, for gradients of shape (n, m).
-            wanted: Whether the sum of gradients has to be returned.
+            buffer: The buffer, for gradients of shape (n, m).
+            needs_sum: Whether the sum of gradients has to be returned.
 
         Returns:
-            The sum, shape (n, m); None if it is not wanted and its squares cost less.
+            The sum, shape (n, m); None if it is not needed and its squares cost less.
         """
 
-    def patches(self, x: Tensor, d: Tensor, window: Window, sums: Sums) -> Tensor:
+    def patches(self, x: Tensor, d: Tensor, window: Window, buffer: Buffer) -> Tensor:
         """Add the squares of gradients of a convolution's weight, and of their sum, which is returned.
 
         Args:
             x: Images, shape (B, channels, *space).
             d: Gradients of the outputs, shape (B, n, *places).
             window: The geometry.
-            sums: The buffer, for gradients of shape (n, channels / groups, *kernel).
+            buffer: The buffer, for gradients of shape (n, channels / groups, *kernel).
         """
 
-    def table_rows(self, ids: Tensor, d: Tensor, sums: Sums) -> Tensor:
+    def table_rows(self, ids: Tensor, d: Tensor, buffer: Buffer) -> Tensor:
         """Add the squares of gradients of a table (n, m), and of their sum, which is returned.
 
         Args:
             ids: The row of the table that each token reads, shape (B, T).
             d: Gradients of what was read, shape (B, T, m).
-            sums: The buffer.
+            buffer: The buffer.
         """
 
-    def add_stacks(self, stacks: Iterable[Tensor], sums: Sums, first: int = 0) -> Tensor:
+    def add_stacks(self, stacks: Iterable[Tensor], buffer: Buffer, first: int = 0) -> Tensor:
         """Add the squares of gradients that come in stacks, and of their sum, which is returned, shape (r, m).
 
         Args:
-            stacks: Some rows of gradients as matrices, each of shape (b, r, m); it is done with before the next comes.
-            sums: The buffer; Gram matrices are added if the stacks hold all rows.
+            stacks: Rows of gradients as matrices, each of shape (b, r, m); it is done with before the next comes.
+            buffer: The buffer; Gram matrices are added if the stacks hold all rows.
             first: Which row of the gradient is the first of these.
         """
 
-    def accumulate(self, stack: Tensor, sums: Sums, row: int, total: Tensor | None = None, first: int = 0) -> None:
+    def accumulate(self, stack: Tensor, buffer: Buffer, row: int, total: Tensor | None = None, first: int = 0) -> None:
         """Add the squares of gradients to a row of the buffer, and the gradients to a total.
 
         Args:
-            stack: Some rows of the gradients as matrices, shape (B, r, m).
-            sums: The buffer; Gram matrices are added if the stack holds all rows.
-            row: EACH or WHOLE.
+            stack: Rows of the gradients as matrices, shape (B, r, m).
+            buffer: The buffer; Gram matrices are added if the stack holds all rows.
+            row: EACH or OF_SUM.
             total: Shape (r, m), or None.
             first: Which row of the gradient is the first of these.
         """
@@ -154,7 +154,7 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
 
 @cache
 def _accumulator(*kinds: torch.dtype) -> torch.dtype:
-    found = torch.float32
+    widest = torch.float32
     for kind in kinds:
-        found = torch.promote_types(found, kind)
-    return found
+        widest = torch.promote_types(widest, kind)
+    return widest

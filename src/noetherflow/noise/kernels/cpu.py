@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from noetherflow.noise.buffers import EACH, OF_SUM, Buffer
 from noetherflow.noise.kernels import cpu_loops as loops
 from noetherflow.noise.kernels.base import Window
 from noetherflow.noise.kernels.costs import Costs
-from noetherflow.noise.kernels.reference import Batched, Reference, add_grams, add_sums
-from noetherflow.noise.ledger import EACH, WHOLE, Sums
+from noetherflow.noise.kernels.formulas import add_grams, add_sums
+from noetherflow.noise.kernels.reference import Batched, Reference
 
 # Numbers in a patch from which on the compiled product is faster than that of PyTorch.
 _WIDE = 64
@@ -34,42 +35,42 @@ class Cpu(Batched):
     def __init__(self) -> None:
         self._reference = Reference()
 
-    def accumulate(self, stack: Tensor, sums: Sums, row: int, total: Tensor | None = None, first: int = 0) -> None:
+    def accumulate(self, stack: Tensor, buffer: Buffer, row: int, total: Tensor | None = None, first: int = 0) -> None:
         """See `Kernels`."""
-        page, (_, n, m) = sums.page, stack.shape
+        layout, (_, n, m) = buffer.layout, stack.shape
         entries = None
-        if sums.entries is not None:
-            entries = sums.entries[row].view(page.shape[:1].numel(), -1)[first : first + n]
-        numbers = sums.numbers[row]
+        if buffer.entries is not None:
+            entries = buffer.entries[row].view(layout.shape[:1].numel(), -1)[first : first + n]
+        numbers = buffer.numbers[row]
         arrays = _arrays(stack, numbers, entries, total)
         if not arrays:
-            self._reference.accumulate(stack, sums, row, total, first)
+            self._reference.accumulate(stack, buffer, row, total, first)
             return
         stacked, vector, squares, added = arrays
-        rows, columns = page.rows_from(first), page.columns
+        rows, columns = layout.rows_from(first), layout.columns
         if m == 1:  # a stack of vectors: the long dimension is the last
             rows, columns = columns, rows
             stacked, squares, added = (
-                None if one is None else one.swapaxes(-1, -2) for one in (stacked, squares, added)
+                None if array is None else array.swapaxes(-1, -2) for array in (stacked, squares, added)
             )
         loops.accumulate(stacked, vector, rows, columns, squares, added)
-        add_grams(stack, sums, row)
+        add_grams(stack, buffer, row)
 
-    def patches(self, x: Tensor, d: Tensor, window: Window, sums: Sums) -> Tensor:
+    def patches(self, x: Tensor, d: Tensor, window: Window, buffer: Buffer) -> Tensor:
         """See `Kernels`."""
-        places, n, m = d.shape[2:].numel(), d.shape[1], sums.page.shape[1:].numel()
+        places, n, m = d.shape[2:].numel(), d.shape[1], buffer.layout.shape[1:].numel()
         flat = d.flatten(2).contiguous()
         compiled = (
             # The compiled product has a single thread, and few numbers in a patch leave its vectors empty.
             torch.get_num_threads() == 1
             and m >= _WIDE
             and window.groups == 1
-            and not sums.page.grams
+            and not buffer.layout.grams
             and x.dtype is d.dtype
             and bool(_arrays(flat))
-            and not self.costs.prefer_tokens(places, n, m, sums.page.asked)
+            and not self.costs.prefer_tokens(places, n, m, buffer.layout.requested)
         )
-        return _form_from_patches(self, x, flat, window, sums) if compiled else super().patches(x, d, window, sums)
+        return _form_from_patches(self, x, flat, window, buffer) if compiled else super().patches(x, d, window, buffer)
 
     def _multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """See `Batched`."""
@@ -84,18 +85,18 @@ class Cpu(Batched):
     def affine_sums(self, x: Tensor, d: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
         shape = x.shape[:2]
-        arrays = _arrays(*(one.reshape(*shape, -1) for one in (x, d)), *(one.reshape(shape) for one in (mean, scale)))
+        arrays = _arrays(*(tokens.reshape(*shape, -1) for tokens in (x, d)), *(m.reshape(shape) for m in (mean, scale)))
         if not arrays:
             return super().affine_sums(x, d, mean, scale)
         gains, biases = (x.new_zeros(len(x), *x.shape[2:]) for _ in range(2))
-        loops.affine_sums(*arrays, *(one.view(len(x), -1).numpy() for one in (gains, biases)))
+        loops.affine_sums(*arrays, *(affine.view(len(x), -1).numpy() for affine in (gains, biases)))
         return gains, biases
 
     def channel_sums(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
         shape = x.shape[:2]
         products, sums = x.new_empty(shape.numel()), x.new_empty(shape.numel())
-        arrays = _arrays(*(one.reshape(shape.numel(), -1) for one in (x, d)), products, sums)
+        arrays = _arrays(*(images.reshape(shape.numel(), -1) for images in (x, d)), products, sums)
         if not arrays:
             return super().channel_sums(x, d)
         loops.channel_sums(*arrays)
@@ -122,15 +123,15 @@ def has_slow_products() -> bool:
     return torch.backends.mkl.is_available() and info.exists() and "AuthenticAMD" in info.read_text("utf-8")
 
 
-def _form_from_patches(kernels: Cpu, x: Tensor, d: Tensor, window: Window, sums: Sums) -> Tensor:
+def _form_from_patches(kernels: Cpu, x: Tensor, d: Tensor, window: Window, buffer: Buffer) -> Tensor:
     """What `Cpu.patches` does by compiled loops, for d (B, n, places)."""
-    page, shape = sums.page, sums.page.shape
+    layout, shape = buffer.layout, buffer.layout.shape
     n, m = d.shape[1], shape[1:].numel()
-    widths = [width for one in reversed(window.padding) for width in (one, one)]
+    widths = [width for side in reversed(window.padding) for width in (side, side)]
     images = functional.pad(x, widths).movedim(1, -1).contiguous()
     rows, columns = n + -n % 4, m + -m % loops.LANES
     numbers, padded = torch.zeros(1 + rows + columns, dtype=torch.float64), x.new_zeros(rows, columns)
-    entries = None if sums.entries is None else torch.zeros_like(padded)
+    entries = None if buffer.entries is None else torch.zeros_like(padded)
     starts, moves, run = _steps(tuple(images.shape[1:]), window, tuple(window.places(x)))
     arrays = _arrays(d, images.flatten(1), starts, moves, numbers, entries, padded)
     loops.patch_products(*arrays, run)  # type: ignore[call-arg]
@@ -139,11 +140,11 @@ def _form_from_patches(kernels: Cpu, x: Tensor, d: Tensor, window: Window, sums:
         """From (..., kernel, channels) to (..., channels, kernel)."""
         return matrices[..., :m].unflatten(-1, (-1, shape[1])).transpose(-1, -2).flatten(-2)
 
-    add_sums(sums.numbers[EACH], numbers[1 : 1 + n], page.rows, turned(numbers[1 + rows :]), page.columns)
-    if entries is not None and sums.entries is not None:
-        sums.entries[EACH].add_(turned(entries[:n]).view(shape))
+    add_sums(buffer.numbers[EACH], numbers[1 : 1 + n], layout.rows, turned(numbers[1 + rows :]), layout.columns)
+    if entries is not None and buffer.entries is not None:
+        buffer.entries[EACH].add_(turned(entries[:n]).view(shape))
     total = turned(padded[:n])
-    kernels.accumulate(total[None], sums, WHOLE)
+    kernels.accumulate(total[None], buffer, OF_SUM)
     return total.view(shape)
 
 
@@ -157,10 +158,10 @@ def _steps(image: tuple[int, ...], window: Window, places: tuple[int, ...]) -> t
     strides = [channels * math.prod(space[dim + 1 :]) for dim in range(len(space))]
 
     def offsets(counts: Sequence[int], distances: Sequence[int]) -> Tensor:
-        found = torch.zeros((), dtype=torch.int64)
+        starts = torch.zeros((), dtype=torch.int64)
         for count, distance, stride in zip(counts, distances, strides, strict=True):
-            found = found[..., None] + distance * stride * torch.arange(count)
-        return found.flatten()
+            starts = starts[..., None] + distance * stride * torch.arange(count)
+        return starts.flatten()
 
     return offsets(places, window.stride), offsets(kernel, window.dilation), run
 
@@ -171,7 +172,7 @@ def _swapped(array: Any) -> Any:
 
 def _arrays(*tensors: Tensor | None) -> list[Any]:
     """The memory of tensors; nothing if the loops cannot work on these."""
-    for one in tensors:
-        if one is not None and not (one.dtype in _COMPILED and one.is_cpu and one.is_contiguous()):
+    for tensor in tensors:
+        if tensor is not None and not (tensor.dtype in _COMPILED and tensor.is_cpu and tensor.is_contiguous()):
             return []
-    return [None if one is None else one.detach().numpy() for one in tensors]
+    return [None if tensor is None else tensor.detach().numpy() for tensor in tensors]

@@ -3,18 +3,23 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 from torch.nn import grad
 
-from noetherflow.noise.asked import ABSENT
+from noetherflow.noise.buffers import EACH, OF_SUM, Buffer
 from noetherflow.noise.kernels.base import Window, accumulator
-from noetherflow.noise.kernels.costs import Costs, prefer_tokens_for_sum, sides_of
-from noetherflow.noise.ledger import EACH, WHOLE, Sums
-from noetherflow.symmetry import Axis
+from noetherflow.noise.kernels.costs import Costs, prefer_tokens_for_sum
+from noetherflow.noise.kernels.formulas import (
+    add_grams,
+    square_by_tokens,
+    square_rows,
+    square_single_tokens,
+    tables_of,
+    widened,
+)
 
 # Bytes of gradients that are formed at a time: on a CPU they stay in the cache, elsewhere launches are few.
 _CACHE, _MEMORY = 2**20, 2**28
@@ -27,47 +32,47 @@ class Batched(ABC):
     costs: ClassVar[Costs]
 
     @abstractmethod
-    def accumulate(self, stack: Tensor, sums: Sums, row: int, total: Tensor | None = None, first: int = 0) -> None:
+    def accumulate(self, stack: Tensor, buffer: Buffer, row: int, total: Tensor | None = None, first: int = 0) -> None:
         """See `Kernels`."""
 
-    def add_stacks(self, stacks: Iterable[Tensor], sums: Sums, first: int = 0) -> Tensor:
+    def add_stacks(self, stacks: Iterable[Tensor], buffer: Buffer, first: int = 0) -> Tensor:
         """See `Kernels`."""
         total: Tensor | None = None
         for stack in stacks:
             if total is None:
                 total = stack.new_zeros(stack.shape[1:], dtype=accumulator(stack))
-            self.accumulate(stack, sums, EACH, total, first)
+            self.accumulate(stack, buffer, EACH, total, first)
         assert total is not None
-        self.accumulate(total[None], sums, WHOLE, first=first)
+        self.accumulate(total[None], buffer, OF_SUM, first=first)
         return total
 
-    def outer_products(self, x: Tensor, d: Tensor, sums: Sums, *, wanted: bool) -> Tensor | None:
+    def outer_products(self, x: Tensor, d: Tensor, buffer: Buffer, *, needs_sum: bool) -> Tensor | None:
         """See `Kernels`."""
-        x, d = _widened(x, d)
-        (n, m), asked = (d.shape[2], x.shape[2]), sums.page.asked
+        x, d = widened(x, d)
+        (n, m), requested = (d.shape[2], x.shape[2]), buffer.layout.requested
         if x.shape[1] == 1:
-            _square_single_tokens(x[:, 0], d[:, 0], sums)
-        elif self.costs.prefer_tokens(x.shape[1], n, m, asked):
-            square_by_tokens(x, d, sums, EACH)
+            square_single_tokens(x[:, 0], d[:, 0], buffer)
+        elif self.costs.prefer_tokens(x.shape[1], n, m, requested):
+            square_by_tokens(x, d, buffer, EACH)
         else:
-            return self._form(d.mT, x, sums)
+            return self._form(d.mT, x, buffer)
         x, d = x.flatten(0, 1), d.flatten(0, 1)
-        if not wanted and prefer_tokens_for_sum(len(x), n, m, asked):
-            square_by_tokens(x[None], d[None], sums, WHOLE)
+        if not needs_sum and prefer_tokens_for_sum(len(x), n, m, requested):
+            square_by_tokens(x[None], d[None], buffer, OF_SUM)
             return None
         total = x.new_empty(1, n, m)
         self._multiply(d.mT[None], x[None], total)
-        self.accumulate(total, sums, WHOLE)
+        self.accumulate(total, buffer, OF_SUM)
         return total[0]
 
-    def patches(self, x: Tensor, d: Tensor, window: Window, sums: Sums) -> Tensor:
+    def patches(self, x: Tensor, d: Tensor, window: Window, buffer: Buffer) -> Tensor:
         """See `Kernels`."""
-        x, d = _widened(x, d)
-        shape = sums.page.shape
+        x, d = widened(x, d)
+        shape = buffer.layout.shape
         n, m, places = d.shape[1], shape[1:].numel(), d.shape[2:].numel()
         # Token Grams know matrices only, not the dimensions of a kernel.
-        plain = window.groups == 1 and not sums.page.grams
-        by_tokens = plain and self.costs.prefer_tokens(places, n, m, sums.page.asked)
+        plain = window.groups == 1 and not buffer.layout.grams
+        by_tokens = plain and self.costs.prefer_tokens(places, n, m, buffer.layout.requested)
         parts = chunks(len(x), max(n, window.groups * places) * m * x.element_size(), x)
 
         def factors(part: slice) -> tuple[Tensor, Tensor]:
@@ -76,24 +81,24 @@ class Batched(ABC):
 
         if not by_tokens:
             products = (left @ right for left, right in map(factors, parts))
-            return self.add_stacks((one.reshape(len(one), n, m) for one in products), sums).view(shape)
+            return self.add_stacks((stack.reshape(len(stack), n, m) for stack in products), buffer).view(shape)
         for left, right in map(factors, parts):
-            square_by_tokens(right[:, 0], left[:, 0].mT, sums, EACH)
+            square_by_tokens(right[:, 0], left[:, 0].mT, buffer, EACH)
         weight_gradient = (grad.conv1d_weight, grad.conv2d_weight, grad.conv3d_weight)[len(window.kernel) - 1]
         total = weight_gradient(x, shape, d, window.stride, window.padding, window.dilation, window.groups)  # type: ignore[no-untyped-call]
-        self.accumulate(total.reshape(1, n, m), sums, WHOLE)
+        self.accumulate(total.reshape(1, n, m), buffer, OF_SUM)
         return total
 
-    def table_rows(self, ids: Tensor, d: Tensor, sums: Sums) -> Tensor:
+    def table_rows(self, ids: Tensor, d: Tensor, buffer: Buffer) -> Tensor:
         """See `Kernels`."""
-        page, (d,) = sums.page, _widened(d)
-        if any(axis.dim % 2 == 0 or axis.within for axis in page.asked.grams):
+        layout, (d,) = buffer.layout, widened(d)
+        if any(axis.dim % 2 == 0 or axis.within for axis in layout.requested.grams):
             # Rows of an example's gradient meet each other: it has to be formed.
-            parts = chunks(len(ids), page.shape.numel() * d.element_size(), d)
-            return self.add_stacks((tables_of(ids[part], d[part], page.shape) for part in parts), sums)
-        _square_rows(ids, d, sums)
-        total = d.new_zeros(page.shape).index_add_(0, ids.flatten(), d.flatten(0, 1))
-        self.accumulate(total[None], sums, WHOLE)
+            parts = chunks(len(ids), layout.shape.numel() * d.element_size(), d)
+            return self.add_stacks((tables_of(ids[part], d[part], layout.shape) for part in parts), buffer)
+        square_rows(ids, d, buffer)
+        total = d.new_zeros(layout.shape).index_add_(0, ids.flatten(), d.flatten(0, 1))
+        self.accumulate(total[None], buffer, OF_SUM)
         return total
 
     def affine_sums(self, x: Tensor, d: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +107,7 @@ class Batched(ABC):
 
     def channel_sums(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
-        x, d = (one.reshape(*x.shape[:2], -1) for one in (x, d))
+        x, d = (images.reshape(*x.shape[:2], -1) for images in (x, d))
         return (x * d).sum(2), d.sum(2)
 
     def group_norm_back(
@@ -114,30 +119,30 @@ class Batched(ABC):
         sizes = (size, channels, x[0, 0].numel(), groups)
         back = torch.ops.aten.native_group_norm_backward(d, x, mean, scale, weight, *sizes, [True, False, False])[0]
         products, sums = self.channel_sums(x, d)
-        m, r = (one.repeat_interleave(channels // groups, 1) for one in (mean, scale))
+        m, r = (by_group.repeat_interleave(channels // groups, 1) for by_group in (mean, scale))
         return back, (products - m * sums) * r, sums
 
     def _multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Write products of matrices (B, n, T) and (B, T, m)."""
         torch.bmm(left, right, out=out)
 
-    def _form(self, left: Tensor, right: Tensor, sums: Sums) -> Tensor:
+    def _form(self, left: Tensor, right: Tensor, buffer: Buffer) -> Tensor:
         """Add the squares of products of matrices (B, n, T) and (B, T, m), and of their sum, which is returned."""
         n, m = left.shape[1], right.shape[2]
         # Gram matrices need all rows of a gradient.
-        rows = n if sums.page.grams else max(1, min(n, budget(right) // max(1, m * right.element_size())))
+        rows = n if buffer.layout.grams else max(1, min(n, budget(right) // max(1, m * right.element_size())))
         parts = list(chunks(len(left), rows * m * right.element_size(), right))
         memory = right.new_empty(max((len(left[part]) for part in parts), default=0) * rows * m)
 
-        def products(some: slice) -> Iterator[Tensor]:
+        def products(selected: slice) -> Iterator[Tensor]:
             for part in parts:
-                shape = len(left[part]), len(range(n)[some]), m
+                shape = len(left[part]), len(range(n)[selected]), m
                 block = memory[: math.prod(shape)].view(shape)
-                self._multiply(left[part, some], right[part], block)
+                self._multiply(left[part, selected], right[part], block)
                 yield block
 
         blocks = [slice(first, min(first + rows, n)) for first in range(0, n, rows)]
-        totals = [self.add_stacks(products(some), sums, some.start) for some in blocks]
+        totals = [self.add_stacks(products(block), buffer, block.start) for block in blocks]
         return totals[0] if len(totals) == 1 else torch.cat(totals)
 
 
@@ -148,20 +153,20 @@ class Reference(Batched):
     name = "reference"
     costs = Costs(squaring=45, call=1_000_000)
 
-    def accumulate(self, stack: Tensor, sums: Sums, row: int, total: Tensor | None = None, first: int = 0) -> None:
+    def accumulate(self, stack: Tensor, buffer: Buffer, row: int, total: Tensor | None = None, first: int = 0) -> None:
         """See `Kernels`."""
-        (stack,) = _widened(stack)
+        (stack,) = widened(stack)
         if total is not None:
             total.add_(stack[0] if len(stack) == 1 else stack.sum(0))
         squares = stack[0].square() if len(stack) == 1 else stack.square().sum(0)
-        _reduce(squares[None], sums, slice(row, row + 1), first)
-        add_grams(stack, sums, row)
+        _reduce(squares[None], buffer, slice(row, row + 1), first)
+        add_grams(stack, buffer, row)
 
-    def add_stacks(self, stacks: Iterable[Tensor], sums: Sums, first: int = 0) -> Tensor:
+    def add_stacks(self, stacks: Iterable[Tensor], buffer: Buffer, first: int = 0) -> Tensor:
         """See `Kernels`."""
         total = squares = None
         for stack in stacks:
-            (stack,) = _widened(stack)
+            (stack,) = widened(stack)
             if total is None or squares is None:
                 total, squares = stack.sum(0), stack.square().sum(0)
             elif len(stack) == 1:
@@ -170,30 +175,30 @@ class Reference(Batched):
             else:
                 total.add_(stack.sum(0))
                 squares.add_(stack.square().sum(0))
-            add_grams(stack, sums, EACH)
+            add_grams(stack, buffer, EACH)
         assert total is not None
         assert squares is not None
         # Both rows of the buffer at once: half as many launches.
-        _reduce(torch.stack([squares, total.square()]), sums, slice(EACH, WHOLE + 1), first)
-        add_grams(total[None], sums, WHOLE)
+        _reduce(torch.stack([squares, total.square()]), buffer, slice(EACH, OF_SUM + 1), first)
+        add_grams(total[None], buffer, OF_SUM)
         return total
 
 
-def _reduce(squares: Tensor, sums: Sums, rows: slice, first: int) -> None:
+def _reduce(squares: Tensor, buffer: Buffer, rows: slice, first: int) -> None:
     """Add squares of entries (rows of the buffer, r, m), of r rows of the gradient from the first on, to the buffer."""
-    page, asked = sums.page, sums.page.asked
-    by_row = squares.sum(2) if asked.rows else None
+    layout, requested = buffer.layout, buffer.layout.requested
+    by_row = squares.sum(2) if requested.rows else None
     parts = [(0, squares.sum((1, 2))[:, None] if by_row is None else by_row.sum(1, keepdim=True))]
     if by_row is not None:
-        parts.append((page.rows_from(first), by_row))
-    if asked.columns:
-        parts.append((page.columns, squares.sum(1)))
-    if len(parts) > 1 and first == 0 and squares.shape[1] == page.shape[:1].numel():
+        parts.append((layout.rows_from(first), by_row))
+    if requested.columns:
+        parts.append((layout.columns, squares.sum(1)))
+    if len(parts) > 1 and first == 0 and squares.shape[1] == layout.shape[:1].numel():
         parts = [(0, torch.cat([part for _, part in parts], 1))]  # neighbours in the buffer
     for start, part in parts:
-        sums.numbers[rows, start : start + part.shape[1]].add_(part)
-    if sums.entries is not None:
-        entries = sums.entries.view(2, page.shape[:1].numel(), -1)
+        buffer.numbers[rows, start : start + part.shape[1]].add_(part)
+    if buffer.entries is not None:
+        entries = buffer.entries.view(2, layout.shape[:1].numel(), -1)
         entries[rows, first : first + squares.shape[1]].add_(squares)
 
 
@@ -207,117 +212,3 @@ def chunks(count: int, size: int, like: Tensor) -> Iterator[slice]:
 def budget(like: Tensor) -> int:
     """Bytes to form at a time on the device of a tensor."""
     return _CACHE if like.is_cpu else _MEMORY
-
-
-def add_table_rows(stack: Tensor, ids: Tensor, d: Tensor) -> None:
-    """Add d (B, T, m) to the rows of tables (B, n, m) that ids (B, T) name."""
-    examples = torch.arange(len(ids), device=ids.device)[:, None].expand(ids.shape)
-    stack.index_put_((examples, ids), d.to(stack.dtype), accumulate=True)
-
-
-def tables_of(ids: Tensor, d: Tensor, shape: torch.Size) -> Tensor:
-    """The gradients (B, n, m) of a table of some shape."""
-    stack = d.new_zeros(len(ids), *shape)
-    add_table_rows(stack, ids, d)
-    return stack
-
-
-def add_grams(stack: Tensor, sums: Sums, row: int) -> None:
-    """Add Gram matrices of gradients (B, n, m) to a row of the buffer."""
-    if sums.page.grams:
-        whole = stack.reshape(len(stack), *sums.page.shape)
-        sums.add_grams(row, {axis: _gram(axis, whole) for axis in sums.page.grams})
-
-
-def add_sums(numbers: Tensor, by_row: Tensor, rows: int, by_column: Tensor | None, columns: int) -> None:
-    """Add sums by row and by column to a vector in which they begin somewhere, or nowhere; their total comes first."""
-    numbers[0].add_(by_row.sum(dtype=numbers.dtype))
-    for part, start in ((by_row, rows), (by_column, columns)):
-        if part is not None and start != ABSENT:
-            # Not `+=`, which would copy the result to where it is.
-            numbers[start : start + part.numel()].add_(part)
-
-
-def square_by_tokens(x: Tensor, d: Tensor, sums: Sums, row: int) -> None:
-    """Add the squares of G_b = d_b^T x_b, for x (B, T, m) and d (B, T, n), from inner products of tokens (token Grams).
-
-    |G|^2 = sum_st (x x^T)_st (d d^T)_st, and G G^T = d^T (x x^T) d: no G is formed.
-    """
-    page, numbers = sums.page, sums.numbers[row]
-    on_rows, on_columns = sides_of(page.asked)
-    total: Tensor | None = None
-    sides = ((0, page.rows, on_rows, d, x), (1, page.columns, on_columns, x, d))
-    for dim, start, wanted, side, other in sides:
-        if not wanted:
-            continue
-        weighted = (other @ other.mT) @ side
-        by_entry = (weighted * side).sum((0, 1)).to(numbers.dtype)
-        total = by_entry.sum()
-        if start != ABSENT:
-            numbers[start : start + len(by_entry)].add_(by_entry)
-        for axis in page.grams:
-            if axis.dim % 2 == dim:
-                first, second = (replace(axis, dim=0).rows(one.flatten(0, 1).mT) for one in (weighted, side))
-                sums.add_grams(row, {axis: first @ second.mT})
-    numbers[0].add_(((x @ x.mT) * (d @ d.mT)).sum() if total is None else total)
-
-
-def _square_single_tokens(x: Tensor, d: Tensor, sums: Sums) -> None:
-    """Add the squares of outer products d_b x_b^T of vectors x (B, m) and d (B, n): products of squares."""
-    page = sums.page
-    squares_x, squares_d = x.square(), d.square()
-    lengths_x, lengths_d = squares_x.sum(1), squares_d.sum(1)
-    if not (page.asked.rows or page.asked.columns or page.asked.entries or page.grams):
-        sums.numbers[EACH, 0].add_(lengths_x @ lengths_d)
-        return
-    by_column = lengths_d @ squares_x if page.asked.columns else None
-    add_sums(sums.numbers[EACH], lengths_x @ squares_d, page.rows, by_column, page.columns)
-    if sums.entries is not None:
-        sums.entries[EACH].add_(squares_d.mT @ squares_x)
-    for axis in page.grams:
-        side, other = (d, squares_x) if axis.dim % 2 == 0 else (x, squares_d)
-        if axis.within is not None:
-            other = other[:, axis.within[1] : axis.within[2]]
-        rows = replace(axis, dim=0, within=None).rows((side * other.sum(1, keepdim=True).sqrt()).mT)
-        sums.add_grams(EACH, {axis: rows @ rows.mT})
-
-
-def _square_rows(ids: Tensor, d: Tensor, sums: Sums) -> None:
-    """Add the squares of gradients of a table whose rows are read; tokens that read the same row are summed first."""
-    page = sums.page
-    row, distinct = distinct_rows(ids, d, page.shape[0])
-    squares = distinct.square()
-    by_row = sums.numbers.new_zeros(page.shape[0]).index_add_(0, row, squares.sum(1).to(sums.numbers.dtype))
-    add_sums(sums.numbers[EACH], by_row, page.rows, squares.sum(0), page.columns)
-    if sums.entries is not None:
-        sums.entries[EACH].index_add_(0, row, squares.to(sums.entries.dtype))
-    for axis in page.grams:
-        side = replace(axis, dim=0).rows(distinct.mT)
-        sums.add_grams(EACH, {axis: side @ side.mT})
-
-
-def distinct_rows(ids: Tensor, d: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sums of d (B, T, m) over tokens of an example that read the same row of a table of `count` rows.
-
-    Returns:
-        Rows of the table, shape (B T,), and the sum for each, shape (B T, m): zeros where there are fewer. The shapes
-        do not depend on what is in ids, so that no device has to be waited for.
-    """
-    keys, order = (ids + count * torch.arange(len(ids), device=ids.device)[:, None]).flatten().sort()
-    new = torch.ones_like(keys, dtype=torch.bool)
-    torch.ne(keys[1:], keys[:-1], out=new[1:])
-    place = new.cumsum(0) - 1
-    row = torch.zeros_like(keys).scatter_(0, place, keys % count)
-    return row, d.new_zeros(len(keys), d.shape[2]).index_add_(0, place, d.flatten(0, 1)[order])
-
-
-def _gram(axis: Axis, stack: Tensor) -> Tensor:
-    rows = axis.rows(stack, batch_dims=1)
-    side = rows[0] if len(rows) == 1 else rows.transpose(0, 1).flatten(1)
-    return side @ side.mT
-
-
-def _widened(*tensors: Tensor) -> list[Tensor]:
-    """Tensors in the dtype in which sums are kept."""
-    kind = accumulator(*tensors)
-    return [tensor if tensor.dtype is kind else tensor.to(kind) for tensor in tensors]

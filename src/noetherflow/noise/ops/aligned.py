@@ -10,7 +10,7 @@ from torch import Tensor
 from noetherflow.noise.capture import autograd
 from noetherflow.noise.capture.layouts import Apart, Rows
 from noetherflow.noise.capture.mode import Capture
-from noetherflow.noise.capture.owned import outer, table, whole
+from noetherflow.noise.capture.owned import outer, per_example, table
 from noetherflow.noise.capture.sources import Tracked
 
 # Numbers that a gradient of every example may have, where all but its rows are zero.
@@ -46,15 +46,17 @@ def aligned(capture: Capture, tracked: Tracked, dim: int, layout: Apart) -> Tens
     if call is not None and not tracked.views and dim < tensor.ndim - (call.kind != "expand"):
         if call.kind == "expand":
             (parent,) = parents
-            own = tuple(parent.tensor.shape)
-            behind = dim - tensor.ndim + len(own)
-            if _is_expanded(own, shape, dim):
+            original = tuple(parent.tensor.shape)
+            behind = dim - tensor.ndim + len(original)
+            if _is_expanded(original, shape, dim):
 
                 def note_expanded(gradient: Tensor) -> Tensor | None:
                     vectors = gradient.movedim(dim, 0).reshape(shape[dim], *_without(shape, dim))
-                    summed = vectors.sum_to_size(shape[dim], *_padded(own, behind, len(shape)))
+                    summed = vectors.sum_to_size(shape[dim], *_padded(original, behind, len(shape)))
                     return parent.note(
-                        whole(parent.views, layout.rows(summed.reshape(shape[dim], *own), len(own), size))
+                        per_example(
+                            parent.views, layout.rows(summed.reshape(shape[dim], *original), len(original), size)
+                        )
                     )
 
                 return autograd.spread(tensor, shape, note_expanded, [parent.root])
@@ -66,7 +68,7 @@ def aligned(capture: Capture, tracked: Tracked, dim: int, layout: Apart) -> Tens
                 gradients, constants = by_vector(gradient, 1), by_vector(call.constant, kept)
                 make = outer if call.kind == "linear" else table
                 handed = [weight.note(make(weight.views, constants, gradients))]
-                return handed + ([] if bias is None else [bias.note(whole(bias.views, gradients))])
+                return handed + ([] if bias is None else [bias.note(per_example(bias.views, gradients))])
 
             return autograd.spread(tensor, shape, note_rows, [p.root for p in (weight, bias) if p is not None])
     if size * tensor.numel() > _MOST:
@@ -76,7 +78,7 @@ def aligned(capture: Capture, tracked: Tracked, dim: int, layout: Apart) -> Tens
         labels = layout.labels(torch.Size((shape[dim],)), size).to(gradient.device) - 1
         inside = labels == torch.arange(size, device=gradient.device)[:, None]
         inside = inside.reshape(size, *(1,) * dim, shape[dim], *(1,) * (len(shape) - dim - 1))
-        return tracked.note(whole(tracked.views, Rows((gradient * inside)[:, None], None)))
+        return tracked.note(per_example(tracked.views, Rows((gradient * inside)[:, None], None)))
 
     return autograd.spread(tensor, shape, note, [tracked.root])
 
@@ -85,13 +87,13 @@ def _without(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
     return (*shape[:dim], *shape[dim + 1 :])
 
 
-def _padded(own: tuple[int, ...], behind: int, ndim: int) -> tuple[int, ...]:
+def _padded(original: tuple[int, ...], behind: int, ndim: int) -> tuple[int, ...]:
     """The shape of a parameter among dimensions of what it was expanded to, but the dimension of the examples."""
-    rest = own if behind < 0 else _without(own, behind)
+    rest = original if behind < 0 else _without(original, behind)
     return (1,) * (ndim - 1 - len(rest)) + rest
 
 
-def _is_expanded(own: tuple[int, ...], shape: tuple[int, ...], dim: int) -> bool:
+def _is_expanded(original: tuple[int, ...], shape: tuple[int, ...], dim: int) -> bool:
     """Whether a parameter was only broadcast: along the examples, and along dimensions of length 1."""
-    lengths = (1,) * (len(shape) - len(own)) + own
+    lengths = (1,) * (len(shape) - len(original)) + original
     return lengths[dim] == 1 and all(a in (1, b) for a, b in zip(lengths, shape, strict=True))

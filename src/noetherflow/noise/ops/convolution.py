@@ -11,7 +11,7 @@ from torch.nn import functional
 from noetherflow.noise.capture.calls import named
 from noetherflow.noise.capture.layouts import Apart, Rows
 from noetherflow.noise.capture.mode import Capture
-from noetherflow.noise.capture.owned import Record, outer, whole
+from noetherflow.noise.capture.owned import Record, outer, per_example
 from noetherflow.noise.ops.registry import gradient_rule
 from noetherflow.noise.uses import Convolution, View
 
@@ -52,7 +52,7 @@ def convolution(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict
             handed.append(w.note(use))
         if b is not None:
             sums = outputs.flatten(2).sum(2)
-            handed.append(b.note(whole(b.views, examples.rows(sums, 1, capture.size))))
+            handed.append(b.note(per_example(b.views, examples.rows(sums, 1, capture.size))))
         return handed
 
     return capture.tap(output, x, note, w, b)

@@ -10,7 +10,7 @@ from noetherflow.noise.capture import autograd
 from noetherflow.noise.capture.calls import is_in_place, leaves_of, mapped, named
 from noetherflow.noise.capture.layouts import Apart, Layout, Listed, Regular, Several, Single
 from noetherflow.noise.capture.mode import Capture
-from noetherflow.noise.capture.owned import whole
+from noetherflow.noise.capture.owned import per_example
 from noetherflow.noise.capture.sources import Tracked
 from noetherflow.noise.ops.aligned import aligned
 from noetherflow.noise.ops.registry import gradient_rule
@@ -140,21 +140,21 @@ def expanded(capture: Capture, tracked: Tracked, place: _Common, ndim: int) -> T
     Returns:
         A tensor that broadcasts as the parameter does; None if there is none.
     """
-    own = tuple(tracked.tensor.shape)
+    original = tuple(tracked.tensor.shape)
     if isinstance(place, Single):
 
         def note_single(gradient: Tensor) -> Tensor | None:
-            return tracked.note(whole(tracked.views, place.rows(gradient, len(own), capture.size)))
+            return tracked.note(per_example(tracked.views, place.rows(gradient, len(original), capture.size)))
 
-        return autograd.spread(tracked.tensor, own, note_single, [tracked.root])
+        return autograd.spread(tracked.tensor, original, note_single, [tracked.root])
     dim, length, layout = place
-    shape = (1,) * (ndim - len(own)) + own
+    shape = (1,) * (ndim - len(original)) + original
     if shape[dim] != 1:
-        return aligned(capture, tracked, dim - ndim + len(own), layout) if shape[dim] == length else None
+        return aligned(capture, tracked, dim - ndim + len(original), layout) if shape[dim] == length else None
     wide = (*shape[:dim], length, *shape[dim + 1 :])
 
     def note(gradient: Tensor) -> Tensor | None:
-        vectors = gradient.movedim(dim, 0).reshape(length, *own)
-        return tracked.note(whole(tracked.views, layout.rows(vectors, len(own), capture.size)))
+        vectors = gradient.movedim(dim, 0).reshape(length, *original)
+        return tracked.note(per_example(tracked.views, layout.rows(vectors, len(original), capture.size)))
 
     return autograd.spread(tracked.tensor, wide, note, [tracked.root])

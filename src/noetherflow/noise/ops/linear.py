@@ -10,7 +10,7 @@ from noetherflow.noise.capture import autograd
 from noetherflow.noise.capture.calls import named
 from noetherflow.noise.capture.layouts import Apart, Listed, Regular
 from noetherflow.noise.capture.mode import Capture
-from noetherflow.noise.capture.owned import outer, whole
+from noetherflow.noise.capture.owned import outer, per_example
 from noetherflow.noise.capture.sources import roots_of
 from noetherflow.noise.ops.registry import gradient_rule
 
@@ -92,7 +92,7 @@ def _linear(
             pair = (gradients, vectors) if transposed else (vectors, gradients)
             handed.append(w.note(outer(w.views, *pair)))
         if b is not None:
-            handed.append(b.note(whole(b.views, gradients)))
+            handed.append(b.note(per_example(b.views, gradients)))
         return handed
 
     return autograd.linear(x, weight.t() if transposed else weight, bias, note, roots_of(w, b))

@@ -11,7 +11,7 @@ from noetherflow.noise.capture import autograd
 from noetherflow.noise.capture.calls import named
 from noetherflow.noise.capture.layouts import Apart, Rows
 from noetherflow.noise.capture.mode import Capture
-from noetherflow.noise.capture.owned import whole
+from noetherflow.noise.capture.owned import per_example
 from noetherflow.noise.capture.sources import Tracked, roots_of
 from noetherflow.noise.kernels import affine_sums, channel_sums
 from noetherflow.noise.ops.registry import gradient_rule
@@ -78,10 +78,14 @@ def batch_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
 def instance_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Gain and bias after a normalisation of every channel by itself."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
-    x, mean, variance, weight, bias, own, momentum, eps = named(names, args, kwargs)
-    own, momentum, eps = own is None or own, 0.1 if momentum is None else momentum, 1e-5 if eps is None else eps
+    x, mean, variance, weight, bias, of_input, momentum, eps = named(names, args, kwargs)
+    of_input, momentum, eps = (
+        of_input is None or of_input,
+        0.1 if momentum is None else momentum,
+        1e-5 if eps is None else eps,
+    )
     with capture:
-        result = functional.instance_norm(x, mean, variance, None, None, own, momentum, eps)
+        result = functional.instance_norm(x, mean, variance, None, None, of_input, momentum, eps)
         shape = (-1, *(1,) * (x.ndim - 2))
         result = result if weight is None else result * weight.reshape(shape)
         return result if bias is None else result + bias.reshape(shape)
@@ -103,4 +107,6 @@ def _note_channels(
 
 
 def _note(w: Tracked | None, b: Tracked | None, gains: Rows, biases: Rows) -> list[Tensor | None]:
-    return [affine.note(whole(affine.views, sums)) for affine, sums in ((w, gains), (b, biases)) if affine is not None]
+    return [
+        affine.note(per_example(affine.views, sums)) for affine, sums in ((w, gains), (b, biases)) if affine is not None
+    ]

@@ -10,7 +10,7 @@ from noetherflow.noise.capture import autograd
 from noetherflow.noise.capture.calls import as_function, is_in_place, leaves_of, unseen
 from noetherflow.noise.capture.layouts import Regular, Rows
 from noetherflow.noise.capture.mode import Capture
-from noetherflow.noise.capture.owned import whole
+from noetherflow.noise.capture.owned import per_example
 from noetherflow.noise.capture.pulling import pulled
 from noetherflow.noise.capture.sources import Tracked
 from noetherflow.noise.ops.aligned import aligned
@@ -64,7 +64,7 @@ def _by_example(
 
         stacks = pulled(call, examples, fixed, gradients)
         return [
-            known.note(whole(known.views, Rows(stack[:, None], None)))
+            known.note(per_example(known.views, Rows(stack[:, None], None)))
             for known, stack in zip(tracked, stacks, strict=True)
         ]
 

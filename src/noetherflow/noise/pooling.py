@@ -10,9 +10,9 @@ from torch.func import vmap
 
 from noetherflow._errors import EmptyDataError
 from noetherflow._types import Params
-from noetherflow.noise.asked import Squares, grams_of, names_with_variances
-from noetherflow.noise.ledger import Contents, Ledger
+from noetherflow.noise.buffers import Buffers, ModelLayout
 from noetherflow.noise.moments import NoiseMoments, Spread
+from noetherflow.noise.statistics import Squares, grams_of, names_with_variances
 from noetherflow.symmetry import AxisSymmetry, Grams
 
 # Batches whose squares are looked at together, if these are not more than so many numbers.
@@ -23,9 +23,9 @@ _HELD = 2**21
 def all_grams(
     symmetries: Mapping[str, AxisSymmetry], squares: Mapping[str, Squares], like: Params, count: float = 1.0
 ) -> dict[str, Grams]:
-    """What every symmetry wants of some squares, over a number of examples."""
-    found = {name: grams_of(symmetry, squares, like) for name, symmetry in symmetries.items()}
-    return {name: Grams(*(side / count for side in sides)) for name, sides in found.items()}
+    """The Grams of every symmetry from squares, divided by a number of examples."""
+    grams = {name: grams_of(symmetry, squares, like) for name, symmetry in symmetries.items()}
+    return {name: Grams(*(side / count for side in sides)) for name, sides in grams.items()}
 
 
 @final
@@ -41,29 +41,29 @@ class BatchNoise:
         self._symmetries, self._params = symmetries, params
         self._sizes: list[int] = []
         self._recent: Tensor | None = None
-        self._diagonals: tuple[Contents, Tensor | slice] | None = None
+        self._diagonals: tuple[ModelLayout, Tensor | slice] | None = None
         self._number = self._seen = self.count = 0
         self._mean: dict[str, Tensor] = {}
         self._scatter: dict[str, Tensor] = {}
 
-    def add(self, size: int, scatter: Ledger, freedom: float) -> None:
+    def add(self, size: int, scatter: Buffers, freedom: float) -> None:
         """Take a batch.
 
         Args:
             size: Number of its examples.
             scatter: Sums of squares about its mean.
-            freedom: How many times the noise of one example that is on average.
+            freedom: Degrees of freedom: E[scatter] = freedom * Sigma.
         """
         self._number += 1
         self.count += size
         if self._diagonals is None:
-            self._diagonals = scatter.contents.diagonals()
-        contents, places = self._diagonals
-        numbers = scatter.numbers[places]
+            self._diagonals = scatter.model_layout.diagonals()
+        model_layout, indices = self._diagonals
+        numbers = scatter.numbers[indices]
         if scatter.entries:
             # Too large to keep.
-            found = self._values(Ledger(contents, numbers, scatter.entries))
-            self._take([size], {name: one[None] / freedom for name, one in found.items()})
+            values = self._values(Buffers(model_layout, numbers, scatter.entries))
+            self._take([size], {name: stack[None] / freedom for name, stack in values.items()})
             return
         if self._recent is None:
             # Once: what is kept of every step would take a little of the memory that large tensors come back to.
@@ -71,7 +71,7 @@ class BatchNoise:
         torch.div(numbers, freedom, out=self._recent[len(self._sizes)])
         self._sizes.append(size)
         if len(self._sizes) == len(self._recent):
-            self._settle()
+            self._flush()
 
     def spreads(self) -> dict[str, Spread]:
         """For each symmetry, what the differences between batches say of the spread of single examples.
@@ -79,27 +79,27 @@ class BatchNoise:
         Returns:
             Sums as if by example; NaN squares from a single batch.
         """
-        self._settle()
-        found = {}
+        self._flush()
+        spreads = {}
         for name, mean in self._mean.items():
             total = mean * self.count
-            one = self._number == 1
-            variance = torch.full_like(total, torch.nan) if one else self._scatter[name] / (self._number - 1)
-            found[name] = Spread(total, variance * (self.count - 1) + total.square() / self.count)
-        return found
+            single = self._number == 1
+            variance = torch.full_like(total, torch.nan) if single else self._scatter[name] / (self._number - 1)
+            spreads[name] = Spread(total, variance * (self.count - 1) + total.square() / self.count)
+        return spreads
 
-    def _settle(self) -> None:
+    def _flush(self) -> None:
         if not self._sizes or self._recent is None or self._diagonals is None:
             return
         sizes, self._sizes = self._sizes, []
-        contents, _ = self._diagonals
+        model_layout, _ = self._diagonals
         numbers = self._recent[: len(sizes)]
-        self._take(sizes, vmap(lambda one: self._values(Ledger(contents, one, {})))(numbers))
+        self._take(sizes, vmap(lambda batch: self._values(Buffers(model_layout, batch, {})))(numbers))
 
-    def _values(self, diagonals: Ledger) -> dict[str, Tensor]:
+    def _values(self, diagonals: Buffers) -> dict[str, Tensor]:
         """Both sides of every charge and their difference, shape (3, ...): of matrices, the diagonals."""
-        found = all_grams(self._symmetries, diagonals.squares(), self._params)
-        return {name: torch.stack([plus, minus, plus - minus]) for name, (plus, minus) in found.items()}
+        grams = all_grams(self._symmetries, diagonals.squares(), self._params)
+        return {name: torch.stack([plus, minus, plus - minus]) for name, (plus, minus) in grams.items()}
 
     def _take(self, sizes: list[int], values: Mapping[str, Tensor]) -> None:
         """Merge what some batches say, shape (batches, 3, ...), with what others said: Chan, Golub, LeVeque (1979)."""
@@ -118,15 +118,15 @@ class BatchNoise:
 
 
 def pooled(
-    symmetries: Mapping[str, AxisSymmetry], scatter: Ledger, mean: Mapping[str, Tensor], batches: BatchNoise
+    symmetries: Mapping[str, AxisSymmetry], scatter: Buffers, mean: Mapping[str, Tensor], batches: BatchNoise
 ) -> NoiseMoments:
     """Moments, on the CPU, from the squares of all gradients about their mean, and from what single batches say."""
-    wanted = names_with_variances(symmetries)
+    names = names_with_variances(symmetries)
     moments = NoiseMoments(
         count=batches.count,
         mean=dict(mean),
         scatter=all_grams(symmetries, scatter.squares(), mean),
-        square_scatter={name: scatter.entries[name] for name in wanted if name in scatter.entries},
+        square_scatter={name: scatter.entries[name] for name in names if name in scatter.entries},
         total_scatter=scatter.trace,
         spreads=batches.spreads(),
         symmetries=dict(symmetries),
@@ -145,17 +145,17 @@ class Pool:
 
     def __init__(self, symmetries: Mapping[str, AxisSymmetry], params: Params) -> None:
         self._symmetries, self._params = symmetries, params
-        self._scatter: Ledger | None = None
+        self._scatter: Buffers | None = None
         self._batches = BatchNoise(symmetries, params)
         self._freedom = 0
 
-    def add(self, scatter: Ledger, size: int, freedom: int, weight: float = 1.0) -> bool:
+    def add(self, scatter: Buffers, size: int, freedom: int, weight: float = 1.0) -> bool:
         """Add a step.
 
         Args:
             scatter: Sums of squares about the mean of the step.
             size: How many examples the step saw.
-            freedom: How many times the noise of one example the scatter is on average.
+            freedom: Degrees of freedom: E[scatter] = freedom * Sigma.
             weight: What the gradient of an example was multiplied by.
 
         Returns:
@@ -185,6 +185,6 @@ class Pool:
                 "nothing was measured yet: every step needs two examples, or two microbatches, or more"
             )
         scatter = self._scatter.scaled(self._batches.count / self._freedom)
-        nothing = torch.full((), torch.nan, dtype=torch.float64)
-        mean = {name: nothing.expand(one.shape) for name, one in self._params.items()}
+        unknown = torch.full((), torch.nan, dtype=torch.float64)
+        mean = {name: unknown.expand(parameter.shape) for name, parameter in self._params.items()}
         return pooled(self._symmetries, scatter, mean, self._batches)

@@ -1,0 +1,164 @@
+"""Buffers in which statistics are accumulated: those of all parameters in one vector, for few operations."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import final
+
+import torch
+from torch import Tensor
+
+from noetherflow._types import Params
+from noetherflow.noise.statistics import Requested, Squares, StatisticsLayout
+from noetherflow.symmetry import Axis
+
+# Rows of a buffer: sums over examples of the squares of g_b, and the squares of sum_b g_b.
+EACH, OF_SUM = 0, 1
+
+
+@final
+@dataclass(eq=False)
+class Buffer:
+    """Where the squares of one parameter's gradients are accumulated.
+
+    Args:
+        layout: Where each statistic is.
+        memory: Statistics of several parameters, shape (2, ...), float64: row EACH and row OF_SUM.
+        part: The columns of this parameter.
+        entries: The square of every entry, shape (2, *shape of the parameter), or None if they are not requested.
+    """
+
+    layout: StatisticsLayout
+    memory: Tensor
+    part: slice
+    entries: Tensor | None
+
+    @classmethod
+    def blank(cls, layout: StatisticsLayout, like: Tensor) -> "Buffer":
+        """Zeros on the device of a tensor: statistics in float64, entries in the dtype of that tensor."""
+        numbers = like.new_zeros(2, layout.length, dtype=torch.float64)
+        entries = like.new_zeros(2, *layout.shape) if layout.requested.entries else None
+        return cls(layout, numbers, slice(None), entries)
+
+    @property
+    def numbers(self) -> Tensor:
+        """The statistics of this parameter, shape (2, length of the layout)."""
+        return self.memory[:, self.part]
+
+    @property
+    def each(self) -> Squares:
+        """The squares of g_b, summed over examples b."""
+        return Squares(self.layout, self.numbers[EACH], None if self.entries is None else self.entries[EACH])
+
+    @property
+    def of_sum(self) -> Squares:
+        """The squares of sum_b g_b."""
+        return Squares(self.layout, self.numbers[OF_SUM], None if self.entries is None else self.entries[OF_SUM])
+
+    def add_grams(self, row: int, grams: Mapping[Axis, Tensor]) -> None:
+        """Add Gram matrices to row EACH or OF_SUM."""
+        for axis, gram in grams.items():
+            start = self.layout.grams[axis]
+            self.numbers[row, start : start + gram.numel()].add_(gram.reshape(-1))
+
+
+@final
+class ModelLayout:
+    """Where the statistics of each parameter are in the vector of all parameters.
+
+    Args:
+        layouts: The layout of each parameter, by name; they follow each other in this order.
+    """
+
+    def __init__(self, layouts: dict[str, StatisticsLayout]) -> None:
+        self.layouts = layouts
+        ends = list(accumulate(layout.length for layout in self.layouts.values()))
+        self.parts = dict(zip(self.layouts, map(slice, [0, *ends], ends), strict=False))
+        self.length = ends[-1] if ends else 0
+        self.with_entries = [name for name, layout in self.layouts.items() if layout.requested.entries]
+
+    @classmethod
+    def of(cls, requested: Mapping[str, Requested], params: Params) -> "ModelLayout":
+        """The layout for what is requested of every parameter."""
+        layouts = {name: StatisticsLayout.of(params[name].shape, request) for name, request in requested.items()}
+        return cls(layouts)
+
+    def diagonals(self) -> tuple["ModelLayout", Tensor | slice]:
+        """The layout with the diagonals of Gram matrices only, and the indices of its numbers in this layout."""
+        if not any(layout.grams for layout in self.layouts.values()):
+            return self, slice(None)
+        thin = {name: layout.diagonals() for name, layout in self.layouts.items()}
+        indices = [self.parts[name].start + index for name, (_, index) in thin.items()]
+        return ModelLayout({name: layout for name, (layout, _) in thin.items()}), torch.cat(indices)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Buffers:
+    """The squares of the gradients of several parameters.
+
+    Args:
+        model_layout: Where the statistics of each parameter are.
+        numbers: Totals, sums and Gram matrices, float64, shape (..., length).
+        entries: Squares of single entries, shape (..., *shape of the parameter), where these are requested.
+    """
+
+    model_layout: ModelLayout
+    numbers: Tensor
+    entries: dict[str, Tensor]
+
+    @classmethod
+    def blank(cls, model_layout: ModelLayout, like: Tensor) -> "Buffers":
+        """Two rows of zeros, EACH and OF_SUM, on the device of a tensor."""
+        numbers = like.new_zeros(2, model_layout.length, dtype=torch.float64)
+        return cls(model_layout, numbers, {})
+
+    def buffer(self, name: str, kind: torch.dtype) -> Buffer:
+        """The buffer of a parameter; entries are kept in a dtype."""
+        layout, part = self.model_layout.layouts[name], self.model_layout.parts[name]
+        if layout.requested.entries and name not in self.entries:
+            self.entries[name] = self.numbers.new_zeros(2, *layout.shape, dtype=kind)
+        return Buffer(layout, self.numbers, part, self.entries.get(name))
+
+    def renewed(self, name: str, kind: torch.dtype) -> Buffer:
+        """The buffer of a parameter, set to zero; entries are kept in a dtype."""
+        self.numbers[:, self.model_layout.parts[name]] = 0.0
+        self.entries.pop(name, None)
+        return self.buffer(name, kind)
+
+    def merge_rows(self, weight: float) -> "Buffers":
+        """Row EACH plus a multiple of row OF_SUM, in the memory of row EACH."""
+        for statistics in (self.numbers, *self.entries.values()):
+            statistics[EACH].add_(statistics[OF_SUM], alpha=weight)
+        return self.row(EACH)
+
+    def row(self, index: int) -> "Buffers":
+        """Row EACH or OF_SUM; a view."""
+        for name in self.model_layout.with_entries:
+            self.buffer(name, torch.float64)  # zeros, if no gradient reached the parameter
+        entries = {name: squares[index] for name, squares in self.entries.items()}
+        return Buffers(self.model_layout, self.numbers[index], entries)
+
+    def squares(self) -> dict[str, Squares]:
+        """The squares of each parameter; views."""
+        return {
+            name: Squares(layout, self.numbers[..., self.model_layout.parts[name]], self.entries.get(name))
+            for name, layout in self.model_layout.layouts.items()
+        }
+
+    def combine(self, other: "Buffers", weight: float) -> "Buffers":
+        """This plus a multiple of other buffers, in the memory of this."""
+        self.numbers.add_(other.numbers, alpha=weight)
+        for name, mine in self.entries.items():
+            mine.add_(other.entries[name], alpha=weight)
+        return self
+
+    def scaled(self, factor: float) -> "Buffers":
+        """A multiple, in float64; a copy."""
+        entries = {name: squares.double() * factor for name, squares in self.entries.items()}
+        return Buffers(self.model_layout, self.numbers * factor, entries)
+
+    @property
+    def trace(self) -> Tensor:
+        """The sum of all squares, shape (...)."""
+        return self.numbers[..., [part.start for part in self.model_layout.parts.values()]].sum(-1)
