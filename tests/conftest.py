@@ -12,7 +12,8 @@ import torch
 torch.set_num_threads(1)
 # Files whose tests share what takes seconds: a browser, a pair of processes, imports.
 TOGETHER = {"test_page.py", "test_analysis_page.py", "test_microbatch.py", "test_hugging_face.py"}
-# No doctests here: the collector would import the file a second time, under another name, and define its class, or its device, twice.
+# No doctests here: the collector would import the file a second time, under another name, and define its class, or its
+# device, twice.
 collect_ignore = ["measures_halves.py", "pretended.py"]
 FIGURE = re.compile(r"[\[-](f\d+)[\]-]")
 

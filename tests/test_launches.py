@@ -15,7 +15,8 @@ Built = tuple[nn.Module, Callable[[nn.Module, Any], Tensor], Callable[[int], Any
 # Operations that move nothing: no kernel is launched for a view.
 VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "permute", "expand", "select", "slice", "unsqueeze", "squeeze", "detach",
-    "alias", "as_strided", "split", "unbind", "unfold", "_reshape_alias", "squeeze_", "empty", "new_empty", "empty_like", "narrow",
+    "alias", "as_strided", "split", "unbind", "unfold", "_reshape_alias", "squeeze_", "empty", "new_empty", "empty_like",
+    "narrow",
 }  # fmt: skip
 
 
@@ -102,8 +103,9 @@ def test_a_measured_step_launches_a_few_times_a_plain_one(
 
 
 def test_a_loop_over_examples_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The twin: the kernels of the CPU form the gradient of an example at a time."""
-    pytest.importorskip("numba")
-    monkeypatch.setenv("NOETHERFLOW_KERNELS", "cpu")
+    """The twin: chunks of a single example."""
+    monkeypatch.setenv("NOETHERFLOW_KERNELS", "reference")
+    monkeypatch.setattr("noetherflow.noise.kernels.reference._CACHE", 1)
+    monkeypatch.setattr("noetherflow.noise.kernels.costs.Costs.prefer_tokens", lambda *_: False)
     built = gpt2()
     assert launches(built, 16, grams=True)[1] > launches(built, 4, grams=True)[1]

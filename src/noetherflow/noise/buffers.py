@@ -1,6 +1,6 @@
 """Buffers in which statistics are accumulated: those of all parameters in one vector, for few operations."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import final
@@ -75,6 +75,7 @@ class ModelLayout:
         ends = list(accumulate(layout.length for layout in self.layouts.values()))
         self.parts = dict(zip(self.layouts, map(slice, [0, *ends], ends), strict=False))
         self.length = ends[-1] if ends else 0
+        self._places: dict[tuple[tuple[str, ...], torch.device], tuple[Tensor, Tensor]] = {}
         self.with_entries = [name for name, layout in self.layouts.items() if layout.requested.entries]
 
     @classmethod
@@ -82,6 +83,29 @@ class ModelLayout:
         """The layout for what is requested of every parameter."""
         layouts = {name: StatisticsLayout.of(params[name].shape, request) for name, request in requested.items()}
         return cls(layouts)
+
+    def places_of_vectors(self, names: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which entries of the vectors of some parameters, one after the other, are added where.
+
+        Args:
+            names: The parameters.
+            device: Of the indices.
+
+        Returns:
+            Indices of entries, and as many indices in the vector of all statistics.
+        """
+        if (names, device) not in self._places:
+            entries, places, start = [], [], 0
+            for name in names:
+                layout, first = self.layouts[name], self.parts[name].start
+                indices = torch.arange(start, start := start + layout.shape.numel())
+                entries.append(indices)
+                places.append(torch.full_like(indices, first))
+                if layout.requested.rows:
+                    entries.append(indices)
+                    places.append(first + layout.rows + torch.arange(len(indices)))
+            self._places[names, device] = torch.cat(entries).to(device), torch.cat(places).to(device)
+        return self._places[names, device]
 
     def diagonals(self) -> tuple["ModelLayout", Tensor | slice]:
         """The layout with the diagonals of Gram matrices only, and the indices of its numbers in this layout."""
@@ -125,6 +149,19 @@ class Buffers:
         self.numbers[:, self.model_layout.parts[name]] = 0.0
         self.entries.pop(name, None)
         return self.buffer(name, kind)
+
+    def add_vectors(self, vectors: Sequence[tuple[str, Tensor, Tensor]]) -> None:
+        """Add the squares of the gradients of many vectors, in as few operations as those of a single vector.
+
+        Args:
+            vectors: The name of each parameter, its gradients (B, m), and their sum (m,).
+        """
+        names, stacks, totals = zip(*vectors, strict=True)
+        device = self.numbers.device
+        stack, total = (torch.cat([part.to(device) for part in parts], -1) for parts in (stacks, totals))
+        squares = torch.stack([stack.square().sum(0), total.square()]).to(self.numbers.dtype)
+        entries, places = self.model_layout.places_of_vectors(names, device)
+        self.numbers.index_add_(1, places, squares[:, entries])
 
     def merge_rows(self, weight: float) -> "Buffers":
         """Row EACH plus a multiple of row OF_SUM, in the memory of row EACH."""

@@ -72,6 +72,16 @@ class StatisticsLayout:
             grams[axis], end = end, end + (size if diagonal else size**2)
         return cls(shape, requested, rows, columns, grams, end, diagonal)
 
+    @property
+    def has_total_only(self) -> bool:
+        """Whether nothing but the sum of all squares is requested."""
+        return self.length == 1 and not self.requested.entries
+
+    @property
+    def is_of_vector(self) -> bool:
+        """Whether the parameter is a vector or a number of which no more than sums by row are requested."""
+        return len(self.shape) < 2 and not (self.requested.columns or self.requested.entries or self.grams)
+
     def rows_from(self, first: int) -> int:
         """Where sums by row begin for a part of the parameter that begins with some row, or ABSENT."""
         return self.rows if self.rows == ABSENT else self.rows + first

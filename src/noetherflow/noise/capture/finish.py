@@ -60,8 +60,7 @@ def arrived(capture: "Capture", source: Source, root: Tensor, zero: Tensor, inco
         return _derived(source, root, incoming, uses, passes_on=passes_on, constant=constant)
     if not uses:
         return incoming if passes_on else None
-    sums = capture.buffers.buffer(source.name, accumulator(root))
-    gradient = collect(uses, sums, root, needs_sum=capture.sink is not GradientSink.DROPPED)
+    gradient = _accumulated(capture, source.name, root, uses)
     if gradient is not None:
         for record in records:
             if isinstance(record, Constant):
@@ -70,6 +69,17 @@ def arrived(capture: "Capture", source: Source, root: Tensor, zero: Tensor, inco
     # A gradient that goes on is not held on to, or autograd would copy it.
     capture.gradients[source.name] = gradient if capture.sink is GradientSink.KEPT else None
     return gradient if passes_on else None
+
+
+def _accumulated(capture: "Capture", name: str, root: Tensor, uses: Sequence[Use]) -> Tensor | None:
+    """Add up the statistics of a parameter; the sum of its gradients, if it was formed."""
+    kind = accumulator(root)
+    if capture.buffers.model_layout.layouts[name].is_of_vector and all(isinstance(use, PerExample) for use in uses):
+        stack = stacked(uses, root.shape, root if root.dtype is kind else root.to(kind)).reshape(capture.size, -1)
+        capture.vectors.append((name, stack, stack.sum(0)))
+        return capture.vectors[-1][2].view(root.shape)
+    buffer = capture.buffers.buffer(name, kind)
+    return collect(uses, buffer, root, needs_sum=capture.sink is not GradientSink.DROPPED)
 
 
 def _is_unseen(

@@ -64,6 +64,7 @@ class Capture(TorchFunctionMode):
         refused: After the block: the parameters whose gradients cannot be taken apart by example, with the cause.
         joined: What joined the examples in front of the backward pass; empty if each has a loss of its own.
         met: Whether a tensor of the batch met a parameter.
+        vectors: The gradients of vectors, which are squared together when the block ends: few operations.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Capture(TorchFunctionMode):
         self.refused: dict[str, str] = {}
         self.joined = ""
         self.met = False
+        self.vectors: list[tuple[str, Tensor, Tensor]] = []
         self._rules, self._without_dropout, self._params = rules, without_dropout, params
         self.marks = Marks(batch, self.size)
         self._tracked: dict[int, Tracked] = {}
@@ -113,13 +115,16 @@ class Capture(TorchFunctionMode):
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
         self._depth -= 1
         if not self._depth:
+            if self.vectors and raised[0] is None:
+                with torch.no_grad():
+                    self.buffers.add_vectors(self.vectors)
             for source in self.sources():
                 if source.name is not None and source.refused and source.arrived:
                     self.refused[source.name] = source.refused
                 source.uses.clear()  # of a backward pass that was broken off
             for _, hook in self._hooks:
                 hook.remove()
-            for kept in (self._hooks, self.marks, self._tracked, self._stand_ins):
+            for kept in (self._hooks, self.marks, self._tracked, self._stand_ins, self.vectors):
                 kept.clear()
 
     def __torch_function__(
