@@ -165,7 +165,7 @@ CASES: dict[str, Callable[[], tuple[Sequence[Use], Any]]] = {
     "linear, no token": lambda: linear(3, 0, 5, 4),
     "linear, all sizes equal": lambda: linear(4, 4, 4, 4),
     "linear, many rows and tokens": lambda: linear(3, 70, 300, 33),
-    "linear, tiles of a compiled product": lambda: linear(2, 264, 8, 520),
+    "linear, tiles of a compiled product": lambda: linear(2, 264, 4, 1300),
     "table": lambda: table(5, 9, 6, 4),
     "table, a single token": lambda: table(5, 1, 6, 4),
     "table, no token": lambda: table(5, 0, 6, 4),

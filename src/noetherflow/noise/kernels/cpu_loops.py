@@ -15,7 +15,7 @@ compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"
 # Rows whose columns are summed in the dtype of the numbers.
 BLOCK = 256
 # Columns of four rows that the first level of the cache holds.
-COLUMNS = 512
+COLUMNS = 1280
 # Tokens of so many columns that the second one holds.
 TOKENS = 256
 # Vectors have that many numbers at most: rows are padded to a multiple.
@@ -63,11 +63,13 @@ def multiply(left: Any, right: Any, out: Any) -> None:
     The second level of the cache holds some tokens of right, the first one four rows of out.
     """
     tokens, m = right.shape[1:]
+    tiles = -(-m // COLUMNS)
+    width = -(-m // (tiles * LANES)) * LANES  # of tiles that are equally wide
     for b in range(len(out)):
         for first in range(0, tokens, TOKENS):
             last = min(first + TOKENS, tokens)
-            for start in range(0, m, COLUMNS):
-                _multiply_tile(left[b], right[b], out[b], first, last, start, min(start + COLUMNS, m))
+            for start in range(0, m, width):
+                _multiply_tile(left[b], right[b], out[b], first, last, start, min(start + width, m))
 
 
 @compiled
