@@ -94,9 +94,9 @@ class LayerwisePass:
         if not self._batched:
             return
         few = torch.arange(min(_CHECKED, size), device=together.device)
-        alone, stack = self._one_by_one([select(batch, index[None], size) for index in few], without_dropout=random)
+        losses, stack = self._one_by_one([select(batch, index[None], size) for index in few], without_dropout=random)
         if not random:
-            require_independent(alone, together[: len(alone)], where, subject.function.tolerance.rounding)
+            require_independent(losses, together[: len(losses)], where, subject.function.tolerance.rounding)
         subject.require_symmetric(stack, 0, where)
         if len(few) < 2:
             self._batched = []

@@ -136,14 +136,14 @@ def _form_from_patches(kernels: Cpu, x: Tensor, d: Tensor, window: Window, buffe
     arrays = _arrays(d, images.flatten(1), starts, moves, numbers, entries, padded)
     loops.patch_products(*arrays, run)  # type: ignore[call-arg]
 
-    def turned(matrices: Tensor) -> Tensor:
+    def channels_first(matrices: Tensor) -> Tensor:
         """From (..., kernel, channels) to (..., channels, kernel)."""
         return matrices[..., :m].unflatten(-1, (-1, shape[1])).transpose(-1, -2).flatten(-2)
 
-    add_sums(buffer.numbers[EACH], numbers[1 : 1 + n], layout.rows, turned(numbers[1 + rows :]), layout.columns)
+    add_sums(buffer.numbers[EACH], numbers[1 : 1 + n], layout.rows, channels_first(numbers[1 + rows :]), layout.columns)
     if entries is not None and buffer.entries is not None:
-        buffer.entries[EACH].add_(turned(entries[:n]).view(shape))
-    total = turned(padded[:n])
+        buffer.entries[EACH].add_(channels_first(entries[:n]).view(shape))
+    total = channels_first(padded[:n])
     kernels.accumulate(total[None], buffer, OF_SUM)
     return total.view(shape)
 

@@ -27,8 +27,8 @@ def convolution(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict
     layout = capture.apart(x, space + 1)
     if layout is None or x.ndim != space + 2 or not capture.is_constant(weight, bias):
         return NotImplemented
-    alone = x.shape[0] == capture.size and layout.rows(x[:, :1], space + 1, capture.size).owners is None
-    if groups > 1 and not alone:
+    is_single = x.shape[0] == capture.size and layout.rows(x[:, :1], space + 1, capture.size).owners is None
+    if groups > 1 and not is_single:
         return NotImplemented
     if isinstance(padding, str):
         widths = [0 if padding == "valid" else d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
@@ -45,7 +45,7 @@ def convolution(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict
         handed = []
         if w is not None:
             images = inputs.to(outputs.dtype)
-            if alone:
+            if is_single:
                 use: Record = Convolution(w.views, images, outputs, *steps, groups, kernel)
             else:
                 use = _of_many(w.views, examples, images, outputs, steps, kernel, capture.size)

@@ -122,14 +122,14 @@ def _is_separate(
     examples = [_stack(leaf, layout, size)[-1] for leaf, layout in zip(data, layouts, strict=True)]
     expected = _stack(output, place, size)[-1]
     try:
-        alone = call(*examples, *fixed)
+        single = call(*examples, *fixed)
     except (RuntimeError, ValueError, IndexError):
         return False
-    if alone.shape != expected.shape:
+    if single.shape != expected.shape:
         return False
     rounding = 100 * torch.finfo(output.dtype).eps
     return torch.allclose(
-        alone,
+        single,
         expected,
         rtol=rounding,
         atol=rounding * float(expected.abs().max() if expected.numel() else 0),
