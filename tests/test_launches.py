@@ -15,8 +15,8 @@ Built = tuple[nn.Module, Callable[[nn.Module, Any], Tensor], Callable[[int], Any
 # Operations that move nothing: no kernel is launched for a view.
 VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "permute", "expand", "select", "slice", "unsqueeze", "squeeze", "detach",
-    "alias", "as_strided", "split", "unbind", "unfold", "_reshape_alias", "squeeze_", "empty", "new_empty", "empty_like",
-    "narrow",
+    "alias", "as_strided", "split", "unbind", "unfold", "_reshape_alias", "squeeze_", "empty", "new_empty",
+    "empty_like", "narrow",
 }  # fmt: skip
 
 

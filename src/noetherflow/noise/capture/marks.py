@@ -5,7 +5,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.func import debug_unwrap
 
 from noetherflow.noise.capture.calls import leaves_of
 from noetherflow.noise.capture.layouts import SHARED, Layout, Lost, Regular, Single
@@ -39,7 +38,7 @@ class Marks:
             return layout
         if id(leaf) in self._given:
             return self._given[id(leaf)][1]
-        if debug_unwrap(leaf) is not leaf:
+        if _is_wrapped(leaf):
             return Lost("a transform of torch.func")
         if self.again and (known := self._layout_of_memory(leaf)) is not None:
             return known
@@ -77,6 +76,18 @@ class Marks:
             return None
         layout: Layout = entry[2]
         return layout
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func wraps a tensor, which then has no memory of its own."""
+    unwrap = getattr(torch.func, "debug_unwrap", None)  # since PyTorch 2.7
+    if unwrap is not None:
+        return unwrap(tensor) is not tensor
+    try:
+        tensor.untyped_storage()
+    except NotImplementedError:
+        return tensor.layout is torch.strided
+    return False
 
 
 def _place_of(tensor: Tensor) -> tuple[Any, ...]:
