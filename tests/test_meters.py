@@ -18,6 +18,8 @@ import checks
 import noetherflow as nf
 import oracles
 from noetherflow.noise.capture import finish
+from noetherflow.noise.capture.placing import Places
+from noetherflow.noise.layerwise import LayerwisePass
 from test_fast_noise import TIGHT, Recurrent, classify, examples, in_double, large
 from zoo import CLASSIC, Animal, regression
 
@@ -426,3 +428,52 @@ def test_no_tensor_outlives_its_step(hooked: bool) -> None:
             gc.enable()
         # One that holds the squares of a step waits until it is put together with others.
         assert counts[4] - counts[3] <= 1, counts
+
+
+def test_where_examples_are_is_found_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many steps; its twin keeps the answers of the first step."""
+    calls = [0]
+    ask = Places._answer
+
+    def counted(self: Places, *given: Any) -> Any:
+        calls[0] += 1
+        return ask(self, *given)
+
+    monkeypatch.setattr(Places, "_answer", counted)
+    model, batch = large(), examples(16)
+
+    def asked_in(steps: int, every: int) -> int:
+        calls[0] = 0
+        meter = nf.NoiseMeter(model, {}, check_every=every)
+        for _ in range(steps):
+            with meter.step(batch):
+                classify(model, batch).mean().backward()
+        return calls[0]
+
+    once = asked_in(1, 100)
+    assert once > 0
+    assert asked_in(5, 100) == once
+    assert asked_in(5, 2) == 3 * once
+
+
+def test_examples_are_compared_again_after_some_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    check = LayerwisePass.check
+
+    def counted(self: LayerwisePass, *given: Any, where: str, **more: Any) -> None:
+        checked.append(where)
+        check(self, *given, where=where, **more)
+
+    monkeypatch.setattr(LayerwisePass, "check", counted)
+    model, batches = large(), [examples(8, seed) for seed in range(5)]
+    noise = nf.estimate_noise(model, classify, batches, {}, exact=False, check_every=2)
+    assert checked == ["batch 0", "batch 2", "batch 4"]
+    torch.testing.assert_close(noise.trace, nf.estimate_noise(model, classify, batches, {}, exact=True).trace)
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_an_interval_between_checks_is_positive(every: int) -> None:
+    with pytest.raises(nf.SettingsError, match="check_every"):
+        nf.NoiseMeter(large(), {}, check_every=every)
+    with pytest.raises(nf.SettingsError, match="check_every"):
+        nf.estimate_noise(large(), classify, [examples(8)], {}, check_every=every)

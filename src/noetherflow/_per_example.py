@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from noetherflow._device import every_device
-from noetherflow._errors import CoupledExamplesError, EmptyDataError, LossError, NonFiniteError
+from noetherflow._errors import CoupledExamplesError, EmptyDataError, LossError, NonFiniteError, SettingsError
 from noetherflow._types import Params
 
 
@@ -26,6 +26,12 @@ def require_uncoupled(model: nn.Module) -> None:
                 "batches, with microbatches=True in analyze and equilibrate or with MicrobatchMeter; or use GroupNorm "
                 "or LayerNorm. After model.eval() running statistics are used, whose noise is not that of training"
             )
+
+
+def require_interval(check_every: int) -> None:
+    """Raise `SettingsError` unless an interval between checks is a positive number of steps."""
+    if check_every < 1:
+        raise SettingsError(f"check_every is {check_every}, expected a number of steps, 1 or more")
 
 
 def require_losses(values: Tensor, where: str) -> int:

@@ -13,6 +13,7 @@ from noetherflow._given import require_loader
 from noetherflow._per_example import (
     own_randomness,
     require_differentiable,
+    require_interval,
     require_losses,
     require_uncoupled,
 )
@@ -38,6 +39,7 @@ def estimate_noise(
     variances: bool = True,
     dtype: torch.dtype | None = None,
     max_bytes: int = 2**28,
+    check_every: int = 256,
     progress: bool = True,
 ) -> NoiseMoments:
     r"""Measure the gradient noise that the symmetries need, in one pass over the data.
@@ -60,6 +62,8 @@ def estimate_noise(
             `solve_equilibrium` needs.
         dtype: Compute gradients in this floating-point type; None keeps the model's own.
         max_bytes: Memory that stacked gradients may take; it sets how many examples are done at once.
+        check_every: A few examples of the first batch are compared with backward passes of their own, and of every
+            batch after so many.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -73,6 +77,7 @@ def estimate_noise(
         CoupledExamplesError: If the loss of one example depends on the others.
         LossError: If the loss does not return one differentiable number per example.
         NonFiniteError: If a parameter, loss or gradient is NaN or infinite, naming batch and tensor.
+        SettingsError: If check_every is less than 1.
         EmptyDataError: If the loader yields nothing.
         TraceError: If symmetries are to be found, and the computation cannot be written down as a graph.
 
@@ -90,6 +95,7 @@ def estimate_noise(
         (2024).
     """
     require_uncoupled(model)
+    require_interval(check_every)
     first, batches = peek(loader)
     require_loader(model, loss, loader, first)
     if symmetries is None:
@@ -99,6 +105,8 @@ def estimate_noise(
     )
     with own_randomness(estimate.device):
         for index, batch in enumerate(track(batches, "gradient noise", total=_length(loader), shown=progress)):
+            if index and index % check_every == 0:
+                estimate.check_next()
             estimate.add(batch, f"batch {index}")
     moments = estimate.take()
     if moments is None:
@@ -144,6 +152,12 @@ class Estimate:
         """The number of examples of a batch."""
         with own_randomness(self.device):
             return len(self._subject.losses_of(cast(batch, self._subject.dtype, self.device)))
+
+    def check_next(self) -> None:
+        """Compare some examples of the next batch with backward passes of their own, as those of the first."""
+        self._random = None
+        if self._layerwise is not None:
+            self._layerwise.forget_places()
 
     def add(self, given: Batch, where: str) -> None:
         """Measure a batch; `where` is the subject of errors."""

@@ -71,6 +71,10 @@ class LayerwisePass:
         other._places = self._places
         return other
 
+    def forget_places(self) -> None:
+        """Find out anew where the examples are in the results of every call."""
+        self._places.clear()
+
     @property
     def count(self) -> int:
         """Number of examples seen."""

@@ -10,7 +10,7 @@ from torch import nn
 from noetherflow._batch import is_per_example, tensors_of
 from noetherflow._errors import CoupledExamplesError, EmptyDataError, SettingsError
 from noetherflow._holder import eager
-from noetherflow._per_example import require_uncoupled
+from noetherflow._per_example import require_interval, require_uncoupled
 from noetherflow._types import Batch
 from noetherflow.noise.buffers import ModelLayout
 from noetherflow.noise.capture.mode import Capture
@@ -40,9 +40,16 @@ class NoiseMeter:
         symmetries: What to measure the noise for, by name; they act along axes.
         variances: Measure the variance of every entry of the parameters on which scalings and rescalings act, which
             `solve_equilibrium` needs.
+        check_every: Where the examples are in the results of PyTorch's functions is found out in the first step, and
+            again after so many steps. Between these steps the answers are kept.
+
+    Attributes:
+        unmeasured: The parameters whose gradients cannot be taken apart by example, each with the reason.
+        skipped: How many steps overflowed, and were left out.
 
     Raises:
-        SettingsError: If a symmetry is a `DenseSymmetry`: it joins single entries of several tensors.
+        SettingsError: If a symmetry is a `DenseSymmetry`: it joins single entries of several tensors; or if
+            check_every is less than 1.
         FrozenParameterError: If one acts on parameters that are not trained.
 
     Examples:
@@ -63,10 +70,18 @@ class NoiseMeter:
     Source: Ziyin et al. (2024) for the statistics; how they are measured is this package's own.
     """
 
-    def __init__(self, model: nn.Module, symmetries: Mapping[str, Symmetry], *, variances: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        symmetries: Mapping[str, Symmetry],
+        *,
+        variances: bool = False,
+        check_every: int = 1000,
+    ) -> None:
+        require_interval(check_every)
         resolved = resolve(model, symmetries)
         self._symmetries = along_axes(resolved)
-        self._model, self._variances = model, variances
+        self._model, self._variances, self._check_every = model, variances, check_every
         self.skipped = 0
         self.reset()
 
@@ -77,6 +92,7 @@ class NoiseMeter:
         self._model_layout = ModelLayout.of(requested, self._params)
         self._pool = Pool(self._symmetries, self._params)
         self._places: dict[int, Places] = {}
+        self._steps = 0
         self.unmeasured: dict[str, str] = {}
 
     @contextmanager
@@ -106,6 +122,9 @@ class NoiseMeter:
         if not size:
             raise EmptyDataError("the batch holds no tensor with an entry per example")
         given = [leaf for leaf in leaves if is_per_example(leaf, size)]
+        if self._steps % self._check_every == 0:
+            self._places.clear()
+        self._steps += 1
         places = self._places.setdefault(size, Places(size))
         sink = GradientSink.PASSED_ON if train else GradientSink.DROPPED
         capture = Capture(self._params, self._model_layout, places, given, RULES, sink=sink)

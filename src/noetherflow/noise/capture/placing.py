@@ -86,6 +86,8 @@ class Places:
         key = self._key(func, name, args, kwargs, given)
         if key is not None and key in self._answers:
             return self._answers[key]
+        if name not in MOVES and any(can_be_nan(result) and bool(result.isnan().any()) for result in results):
+            return [Lost(f"{name}, whose result holds NaN")] * len(results)  # of this step: no answer to keep
         answer = self._answer(func, name, args, kwargs, given, results)
         # Numbers of rows have no gradient: a choice that all examples make together is a constant.
         answer = [
