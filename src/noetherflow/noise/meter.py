@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import final
 
+import torch
 from torch import nn
 
 from noetherflow._batch import is_per_example, tensors_of
@@ -17,11 +18,15 @@ from noetherflow.noise.capture.mode import Capture
 from noetherflow.noise.capture.placing import Places
 from noetherflow.noise.capture.sink import GradientSink
 from noetherflow.noise.exact import resolve
+from noetherflow.noise.kernels import accumulator
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.ops import RULES
 from noetherflow.noise.pooling import Pool
 from noetherflow.noise.statistics import requested_of
 from noetherflow.symmetry import Symmetry, along_axes
+
+# Roundings of the squares of gradients beside which noise cannot be told: the square of the mean is subtracted.
+_DROWNED = 1000
 
 
 @final
@@ -45,7 +50,8 @@ class NoiseMeter:
 
     Attributes:
         unmeasured: The parameters whose gradients cannot be taken apart by example, each with the reason.
-        skipped: How many steps overflowed, and were left out.
+        skipped: How many steps were left out: they overflowed, or their noise is so small beside the mean gradient
+            that rounding hides it.
 
     Raises:
         SettingsError: If a symmetry is a `DenseSymmetry`: it joins single entries of several tensors; or if
@@ -91,6 +97,7 @@ class NoiseMeter:
         requested = requested_of(self._params, self._symmetries, variances=self._variances)
         self._model_layout = ModelLayout.of(requested, self._params)
         self._pool = Pool(self._symmetries, self._params)
+        self._rounding = max((torch.finfo(accumulator(p)).eps for p in self._params.values()), default=0.0)
         self._places: dict[int, Places] = {}
         self._steps = 0
         self.unmeasured: dict[str, str] = {}
@@ -117,6 +124,7 @@ class NoiseMeter:
                 apart by example; its `.grad` is right all the same.
         """
         require_uncoupled(self._model)
+        self._require_known()
         leaves = tensors_of(batch)
         size = next((len(leaf) for leaf in leaves if leaf.ndim), 0)
         if not size:
@@ -134,9 +142,11 @@ class NoiseMeter:
             return  # a single example is its own mean
         self._require_measured(capture)
         self.unmeasured = capture.refused | self.unmeasured
-        # A step that overflows is left out, as a gradient scaler skips it.
+        each, of_sum = capture.buffers.trace
         scatter = capture.buffers.merge_rows(-1.0 / size)
-        if not self._pool.add(scatter, size, size - 1, 1 / size if weight is None else weight):
+        # A step that overflows is left out, as a gradient scaler skips it; and one that says nothing.
+        drowned = bool(each - of_sum / size <= _DROWNED * self._rounding * each) and not self.unmeasured
+        if drowned or not self._pool.add(scatter, size, size - 1, 1 / size if weight is None else weight):
             self.skipped += 1
 
     @property
@@ -146,12 +156,28 @@ class NoiseMeter:
         Raises:
             EmptyDataError: If nothing was measured, or only batches of one example.
         """
+        if self.skipped and not self._pool.count:
+            raise EmptyDataError(
+                f"nothing was measured: all {self.skipped} steps were left out, because a gradient overflowed or the "
+                "noise is so small beside the mean gradient that rounding hides it. Compute in float64, or use "
+                "estimate_noise, which forms the gradients of single examples then"
+            )
         moments = self._pool.moments()
         if not self.unmeasured:
             return moments
         names = [name for name, s in self._symmetries.items() if self.unmeasured.keys().isdisjoint(s.names)]
         entries = {name: squares for name, squares in moments.square_scatter.items() if name not in self.unmeasured}
         return replace(moments.select(*names), square_scatter=entries, unmeasured=dict(self.unmeasured))
+
+    def _require_known(self) -> None:
+        """Raise if the model has other parameters than those that are measured."""
+        known = {id(parameter) for parameter in self._params.values()}
+        others = [n for n, p in self._model.named_parameters() if p.requires_grad and id(p) not in known]
+        if others:
+            raise SettingsError(
+                f"the model trains parameters that it did not have when the meter was made, or reset: {others[:3]}"
+                f"{' and more' if len(others) > 3 else ''}. Call reset(), or make another meter"
+            )
 
     def _require_measured(self, capture: Capture) -> None:
         """Raise if a step cannot be measured at all; the gradients that it left are right."""

@@ -149,6 +149,11 @@ class Pool:
         self._batches = BatchNoise(symmetries, params)
         self._freedom = 0
 
+    @property
+    def count(self) -> int:
+        """Number of examples seen."""
+        return self._batches.count
+
     def add(self, scatter: Buffers, size: int, freedom: int, weight: float = 1.0) -> bool:
         """Add a step.
 

@@ -46,9 +46,11 @@ def spread(
     return _Spread.apply(tensor, shape, note, *roots)  # type: ignore[no-untyped-call]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, note: Note, roots: Iterable[Tensor]) -> Tensor:
-    """A linear map whose parameters' gradients are noted instead of computed."""
-    return _Linear.apply(x, weight, bias, note, *roots)  # type: ignore[no-untyped-call]
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, note: Note, roots: Iterable[Tensor], *, keeps_inputs: bool
+) -> Tensor:
+    """A linear map whose parameters' gradients are noted instead of computed; the note may not need the inputs."""
+    return _Linear.apply(x, weight, bias, note, keeps_inputs, *roots)  # type: ignore[no-untyped-call]
 
 
 def group_norm(
@@ -120,10 +122,13 @@ class _Linear(Function):
     """What `linear` does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, note: Note, *roots: Tensor) -> Tensor:
-        ctx.note = note
-        # Detached: under a checkpoint, PyTorch 2.6 loses the hooks of a parameter that is saved as it is.
-        ctx.save_for_backward(x, weight.detach())
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, note: Note, keeps_inputs: bool, *roots: Tensor
+    ) -> Tensor:
+        ctx.note, ctx.shape = note, x.shape
+        # Inputs that nobody needs may be written over. Detached: under a checkpoint, PyTorch 2.6 loses the hooks of a
+        # parameter that is saved as it is.
+        ctx.save_for_backward(x if keeps_inputs else x.new_empty(0), weight.detach())
         output = functional.linear(x, weight, bias)
         # No view, so that what follows may work in place.
         return output if output._base is None else torch.ops.aten._unsafe_view(output, output.shape)
@@ -134,8 +139,8 @@ class _Linear(Function):
         x, weight = ctx.saved_tensors
         with _recording():
             flat = gradient.reshape(-1, weight.shape[0])  # a copy, if it has to be one, serves both
-            back = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-            return back, None, None, None, *ctx.note(x, flat.view(gradient.shape))
+            back = (flat @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+            return back, None, None, None, None, *ctx.note(x, flat.view(gradient.shape))
 
 
 class _GroupNorm(Function):

@@ -25,7 +25,7 @@ def derive(capture: "Capture", func: Any, args: tuple[Any, ...], kwargs: dict[st
     for index, leaf in enumerate([result] if isinstance(result, Tensor) else list(leaves_of((result,)))):
         if not leaf.requires_grad or capture.tracked(leaf):
             continue
-        if len(parents) == 1 and is_view(leaf, parents[0].tensor):
+        if len(parents) == 1 and is_view(leaf, parents[0].tensor):  # of the same numbers
             again = as_function(func, args, kwargs, parents[0].tensor)
             view = again if isinstance(result, Tensor) else _part_of(again, index)
             capture.track(replace(parents[0], tensor=leaf, views=(*parents[0].views, view)))
@@ -40,6 +40,8 @@ def derive(capture: "Capture", func: Any, args: tuple[Any, ...], kwargs: dict[st
 def _call_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parents: tuple[Tracked, ...]) -> Call | None:
     """A linear map of constants, or places of a table, that may have a row for each example."""
     index = {id(parent.tensor): number for number, parent in enumerate(parents)}
+    if args and isinstance(args[0], Tensor) and id(args[0]) not in index and args[0].requires_grad:
+        return None  # autograd carries its gradient on
     if name_of(func) in ("expand", "broadcast_to", "repeat", "expand_as") and len(parents) == 1:
         return Call("expand", parents[0].tensor, 0)
     if func is functional.linear and not kwargs and id(args[0]) not in index and id(args[1]) in index:

@@ -95,10 +95,10 @@ def _is_unseen(
     for part in known:
         rest = rest - part
     # Of a sum of B terms that cancel, rounding is relative to the terms.
-    scale = sum(float(torch.linalg.vector_norm(part.float())) for part in known)
-    scale += sum(math.sqrt(use.size) * float(torch.linalg.vector_norm(use.gradients.float())) for use in native)
+    scale = sum(float(torch.linalg.vector_norm(part.abs().float())) for part in known)
+    scale += sum(math.sqrt(use.size) * float(torch.linalg.vector_norm(use.gradients.abs().float())) for use in native)
     rounding = _ROUNDING * torch.finfo(incoming.dtype).eps * scale
-    return not float(torch.linalg.vector_norm(rest.float())) <= rounding
+    return not float(torch.linalg.vector_norm(rest.abs().float())) <= rounding
 
 
 def _refused(root: Tensor, incoming: Tensor | None, uses: Sequence[Use]) -> Tensor | None:

@@ -1,5 +1,6 @@
 """The layouts of the tensors of a forward pass: attached to tensors that it makes, kept aside for those of the user."""
 
+import weakref
 from collections.abc import Iterable
 from typing import Any, final
 
@@ -28,12 +29,19 @@ class Marks:
         # Strong references, so that no identity is used twice.
         self._given: dict[int, tuple[Tensor, Layout]] = {id(leaf): (leaf, first) for leaf in batch}
         self._token = object()
+        # Memory that was written through a view: what was known of it before holds no more.
+        self._written: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self._serial = 0
+        self._placed: list[weakref.ref[Any]] = []
         self.again = False
 
     def layout(self, leaf: Tensor) -> Layout:
         """Where the examples are in a tensor that is not computed from parameters alone."""
-        entry = getattr(leaf, "_examples", None)
-        if entry is not None and entry[0] is self._token:
+        entry: Any = getattr(leaf, "_examples", None)
+        mine = entry is not None and entry[0] is self._token
+        if self._written and self._is_overwritten(leaf, entry[2] if mine else 0):
+            return Lost("a write through a view of the same memory")
+        if mine:
             layout: Layout = entry[1]
             return layout
         if id(leaf) in self._given:
@@ -48,13 +56,22 @@ class Marks:
 
     def place(self, leaf: Tensor, layout: Layout) -> None:
         """Attach the layout to a tensor that the forward pass made."""
-        leaf._examples = (self._token, layout)  # type: ignore[attr-defined]
+        self._serial += 1
+        leaf._examples = (self._token, layout, self._serial)  # type: ignore[attr-defined]
+        self._placed.append(weakref.ref(leaf))
         if self.again and leaf.layout is torch.strided:
-            leaf.untyped_storage()._examples = (self._token, _place_of(leaf), layout)  # type: ignore[attr-defined]
+            memory = leaf.untyped_storage()
+            memory._examples = (self._token, _place_of(leaf), layout)  # type: ignore[attr-defined]
+            self._placed.append(weakref.ref(memory))
 
     def place_result(self, leaf: Tensor, layout: Layout, args: Iterable[Any]) -> None:
         """The same for a result, perhaps a written argument; nothing is attached to tensors of the user."""
-        if not self.is_placed(leaf) and any(leaf is given for given in leaves_of(args)):
+        argument = any(leaf is given for given in leaves_of(args))
+        if argument and self.layout(leaf) != layout and leaf.layout is torch.strided and not _is_wrapped(leaf):
+            self._serial += 1
+            memory = leaf.untyped_storage()
+            self._written[memory.data_ptr()] = (memory, self._serial)
+        if argument and not self.is_placed(leaf):
             self._given[id(leaf)] = (leaf, layout)
         else:
             self.place(leaf, layout)
@@ -65,8 +82,18 @@ class Marks:
         return entry is not None and entry[0] is self._token
 
     def clear(self) -> None:
-        """Let go of all tensors."""
-        self._given.clear()
+        """Let go of all tensors, and leave nothing at those that the user keeps."""
+        for reference in self._placed:
+            if (kept := reference()) is not None:
+                vars(kept).pop("_examples", None)
+        for known in (self._placed, self._given, self._written):
+            known.clear()
+
+    def _is_overwritten(self, leaf: Tensor, serial: int) -> bool:
+        if leaf.layout is not torch.strided or _is_wrapped(leaf):
+            return False
+        written = self._written.get(leaf.untyped_storage().data_ptr())
+        return written is not None and serial < written[1] and id(leaf) not in self._given
 
     def _layout_of_memory(self, leaf: Tensor) -> Layout | None:
         if leaf.layout is not torch.strided:

@@ -30,6 +30,8 @@ from noetherflow.noise.capture.layouts import (
 )
 from noetherflow.noise.capture.probe import Probe, can_be_nan
 
+# Parts of the names of functions whose results depend on the numbers of rows that they are given.
+_BY_VALUE = ("scatter", "index", "put", "segment", "take", "gather", "unique")
 # Answers that are kept; a training loop repeats the calls of its first step.
 _MOST = 4096
 
@@ -94,6 +96,13 @@ class Places:
             SHARED if isinstance(layout, (Several, Lost)) and not can_be_nan(leaf) else layout
             for layout, leaf in zip(answer, results, strict=True)
         ]
+        if any(leaf.requires_grad for leaf, _ in given.values()):
+            answer = [
+                Lost(f"{name}, in whose result nothing changes with the examples")
+                if layout is SHARED and leaf.requires_grad
+                else layout
+                for layout, leaf in zip(answer, results, strict=True)
+            ]
         if scales := {layout.scaled for layout in layouts if isinstance(layout, Apart) and layout.scaled}:
             answer = [part.with_scale(min(scales)) if isinstance(part, Apart) else part for part in answer]
         if key is not None:
@@ -114,8 +123,9 @@ class Places:
         if not all(isinstance(layout, (Regular, Shared)) for _, layout in given.values()):
             return None
         base = name.rstrip("_")
-        count = sum(1 for _ in leaves_of((*args, *kwargs.values())))
-        if (name in PICKS and count > 1) or name in WRITES or base in ADDS:
+        leaves = list(leaves_of((*args, *kwargs.values())))
+        by_value = any(part in name for part in _BY_VALUE) or any(leaf.layout is not torch.strided for leaf in leaves)
+        if (name in PICKS and len(leaves) > 1) or name in WRITES or base in ADDS or (by_value and len(leaves) > 1):
             return None
 
         key = func, _fixed(args, given), _fixed(kwargs, given)

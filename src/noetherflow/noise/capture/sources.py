@@ -105,6 +105,8 @@ def roots_of(*tracked: Tracked | None) -> list[Tensor]:
 
 
 def is_view(tensor: Tensor, of: Tensor) -> bool:
-    """Whether a tensor shares the memory of another, every entry at a place of its own."""
+    """Whether a tensor shares the numbers of another, every entry at a place of its own."""
+    if tensor.dtype is not of.dtype or tensor.is_conj() or tensor.is_neg():
+        return False
     overlapping = any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True))
     return not overlapping and tensor.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()

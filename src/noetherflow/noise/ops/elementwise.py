@@ -79,7 +79,7 @@ def joined(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 def prelu(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A slope for negative inputs, of each channel or of all."""
     x, weight = named(("input", "weight"), args, kwargs)
-    if capture.tracked(weight) is None:
+    if capture.tracked(weight) is None or torch.is_autocast_enabled(x.device.type):
         return NotImplemented
     with capture:
         slope = weight.reshape(-1, *(1,) * (x.ndim - 2)) if x.ndim > 1 else weight

@@ -52,8 +52,9 @@ def _read(capture: Capture, weight: Tensor, ids: Tensor, padding: int | None, of
         read, gradients = layout.rows(tokens, 0, capture.size), layout.rows(outputs, 1, capture.size)
         return [matrix.note(table(matrix.views, read, gradients))]
 
-    # Indexing makes a tensor of its own, functional.embedding a view.
-    return capture.tap(weight.detach()[ids], ids, note, matrix)
+    # A tensor of its own, which functional.embedding does not make, and no row that counts from the end.
+    rows = weight.detach().index_select(0, ids.reshape(-1))
+    return capture.tap(torch.ops.aten._unsafe_view(rows, (*ids.shape, weight.shape[1])), ids, note, matrix)
 
 
 @gradient_rule(functional.embedding_bag)

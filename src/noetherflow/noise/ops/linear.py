@@ -95,4 +95,5 @@ def _linear(
             handed.append(b.note(per_example(b.views, gradients)))
         return handed
 
-    return autograd.linear(x, weight.t() if transposed else weight, bias, note, roots_of(w, b))
+    matrix = weight.t() if transposed else weight
+    return autograd.linear(x, matrix, bias, note, roots_of(w, b), keeps_inputs=w is not None)

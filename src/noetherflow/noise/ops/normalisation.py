@@ -88,7 +88,7 @@ def instance_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: di
         result = functional.instance_norm(x, mean, variance, None, None, of_input, momentum, eps)
         shape = (-1, *(1,) * (x.ndim - 2))
         result = result if weight is None else result * weight.reshape(shape)
-        return result if bias is None else result + bias.reshape(shape)
+        return (result if bias is None else result + bias.reshape(shape)).to(x.dtype)
 
 
 @gradient_rule(functional.rms_norm)
@@ -96,7 +96,7 @@ def rms_norm(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[st
     """A gain after a normalisation."""
     x, shape, weight, eps = named(("input", "normalized_shape", "weight", "eps"), args, kwargs)
     with capture:
-        return functional.rms_norm(x, shape, None, eps) * weight
+        return (functional.rms_norm(x, shape, None, eps) * weight).to(x.dtype)
 
 
 def _note_channels(

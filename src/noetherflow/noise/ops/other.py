@@ -29,8 +29,20 @@ def other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     layouts = [capture.apart(leaf, 0) for leaf in data]
     if is_in_place(func) or "out" in kwargs or not all(isinstance(layout, Regular) for layout in layouts):
         return NotImplemented
+    if _is_random(func, args, kwargs):
+        return NotImplemented  # a call of an example alone would draw other numbers
     result = _by_example(capture, func, args, kwargs, tracked, data, layouts)
     return _of_rows(capture, func, args, kwargs, tracked, data, layouts) if result is NotImplemented else result
+
+
+def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a function draws random numbers; a call that finds out leaves the generators as they are."""
+    devices = list({leaf.device for leaf in leaves_of((*args, *kwargs.values())) if leaf.is_cuda})
+    with unseen(), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        func(*args, **kwargs)
+        after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    return not all(map(torch.equal, before, after))
 
 
 def _by_example(
