@@ -118,10 +118,11 @@ class NoiseMeter:
             Nothing.
 
         Raises:
-            CoupledExamplesError: If a layer normalises over the batch.
+            CoupledExamplesError: If the loss is no sum over examples, such as after a normalisation over the batch, or
+                that cannot be seen.
             EmptyDataError: If the batch holds no example.
-            SettingsError: If no backward pass ran, or a parameter is used in a way whose gradients cannot be taken
-                apart by example; its `.grad` is right all the same.
+            SettingsError: If no backward pass ran, no tensor of the batch reaches the model, the loss takes derivatives
+                of the model, or no parameter can be measured. What arrived in `.grad` is right all the same.
         """
         require_uncoupled(self._model)
         self._require_known()
