@@ -226,3 +226,26 @@ def test_losses_of_probabilities_refuse_nan_and_are_measured(reduction: str) -> 
     with meter.step(batch):
         losses(model, batch, reduction).mean().backward()
     checks.noise_is(meter.noise, oracles.pooled(model, [oracles.examples_of_step(model, losses, batch)], {}))
+
+
+def test_a_first_step_in_which_all_examples_are_alike_decides_nothing() -> None:
+    """Equal numbers of rows: nothing changes with the examples, until the next step."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.outer = nn.Embedding(5, 4), nn.Linear(4, 2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.outer(torch.tanh(self.words(ids)))
+
+    model, y = Words().double(), torch.randn(SIZE, 2).double()
+    steps = [(torch.full((SIZE,), 2), y), (torch.arange(SIZE) % 5, y)]
+    meter = nf.NoiseMeter(model, {})
+    seen = []
+    for batch in steps:
+        seen.append(oracles.examples_of_step(model, loss, batch))
+        with meter.step(batch):
+            loss(model, batch).mean().backward()
+    assert not meter.unmeasured
+    checks.noise_is(meter.noise, oracles.pooled(model, seen, {}))
