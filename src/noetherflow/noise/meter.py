@@ -143,10 +143,10 @@ class NoiseMeter:
             return  # a single example is its own mean
         self._require_measured(capture)
         self.unmeasured = capture.refused | self.unmeasured
-        each, of_sum = capture.buffers.trace
+        each, of_sum = capture.buffers.trace.tolist()
         scatter = capture.buffers.merge_rows(-1.0 / size)
         # A step that overflows is left out, as a gradient scaler skips it; and one that says nothing.
-        drowned = bool(each - of_sum / size <= _DROWNED * self._rounding * each) and not self.unmeasured
+        drowned = each - of_sum / size <= _DROWNED * self._rounding * each and not self.unmeasured
         if drowned or not self._pool.add(scatter, size, size - 1, 1 / size if weight is None else weight):
             self.skipped += 1
 

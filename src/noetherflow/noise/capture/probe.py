@@ -64,7 +64,7 @@ class Probe:
         """Where NaN arrives, and where a result is another for other numbers: some functions swallow NaN."""
         others = self._called(chosen, _other)
         changes = [_differ(before, after) for before, after in zip(self._again, others, strict=True)]
-        if not all(can_be_nan(leaf) for leaf, _ in self._given.values()):
+        if not any(can_be_nan(leaf) for leaf, _ in self._given.values()):
             return changes
         try:
             spread = self._called(chosen, _nan)
@@ -140,12 +140,13 @@ def _differ(before: Tensor, after: Tensor) -> Tensor:
         return (after != before).cpu()
     # Products of matrices round in another way where memory begins elsewhere.
     finite = before.abs()[before.isfinite()]
-    slack = 100 * torch.finfo(before.dtype).eps * float(finite.max() if finite.numel() else 0.0)
+    eps = torch.finfo(before.dtype).eps
+    slack = (100 * eps if eps < 1e-6 else 4 * eps) * float(finite.max() if finite.numel() else 0.0)
     return (~((after - before).abs() <= slack) & (before != after) & ~(before.isnan() & after.isnan())).cpu()
 
 
 def _nan(leaf: Tensor) -> Tensor:
-    return torch.full_like(leaf, torch.nan)
+    return torch.full_like(leaf, torch.nan) if can_be_nan(leaf) else _other(leaf)
 
 
 def _other(leaf: Tensor) -> Tensor:
