@@ -96,7 +96,7 @@ class Places:
             SHARED if isinstance(layout, (Several, Lost)) and not can_be_nan(leaf) else layout
             for layout, leaf in zip(answer, results, strict=True)
         ]
-        if any(leaf.requires_grad for leaf, _ in given.values()):
+        if any(leaf.requires_grad and leaf.numel() for leaf, _ in given.values()):
             answer = [
                 Lost(f"{name}, in whose result nothing changes with the examples")
                 if layout is SHARED and leaf.requires_grad
@@ -147,7 +147,7 @@ class Places:
         results: Sequence[Tensor],
     ) -> list[Layout]:
         layouts = {layout for _, layout in given.values()}
-        if any(result.numel() == 0 for result in results) and len(layouts) == 1:
+        if any(result.numel() == 0 for result in results):
             return [_empty(result.shape) if result.numel() == 0 else SHARED for result in results]
         with unseen(), torch.no_grad():
             try:
