@@ -51,13 +51,13 @@ def arrived(capture: "Capture", source: Source, root: Tensor, zero: Tensor, inco
         incoming = None  # nothing but what stands for records
     uses = joined(records, capture.size)
     passes_on = capture.sink is GradientSink.PASSED_ON
-    if incoming is not None and not source.refused and _is_unseen(source, incoming, records, uses, passes_on=passes_on):
+    if incoming is not None and not source.refused and _is_unseen(source, incoming, records, uses):
         source.refuse("a use that was not seen")
     if source.refused:
-        return _refused(root, incoming, uses) if passes_on else None
+        return _refused(root, incoming, uses) if passes_on or source.name is None else None
     if source.name is None:
         constant = source.constant or any(isinstance(record, Constant) for record in records)
-        return _derived(source, root, incoming, uses, passes_on=passes_on, constant=constant)
+        return _derived(source, root, incoming, uses, constant=constant)
     if not uses:
         return incoming if passes_on else None
     gradient = _accumulated(capture, source.name, root, uses)
@@ -82,13 +82,11 @@ def _accumulated(capture: "Capture", name: str, root: Tensor, uses: Sequence[Use
     return collect(uses, buffer, root, needs_sum=capture.sink is not GradientSink.DROPPED)
 
 
-def _is_unseen(
-    source: Source, incoming: Tensor, records: Sequence[Record], uses: Sequence[Use], *, passes_on: bool
-) -> bool:
+def _is_unseen(source: Source, incoming: Tensor, records: Sequence[Record], uses: Sequence[Use]) -> bool:
     """Whether more arrived than autograd itself carried on from what was recorded."""
     if source.constant:
         return False  # the gradient of a penalty is whatever it is
-    native = [use for use in uses if isinstance(use, PerExample) and use.native] if passes_on else []
+    native = [use for use in uses if isinstance(use, PerExample) and use.native]
     known = [_embedded(use.views, use.gradients.sum(0), incoming) for use in native]
     known += [_embedded(record.views, record.gradient, incoming) for record in records if isinstance(record, Constant)]
     rest = incoming
@@ -113,14 +111,14 @@ def _refused(root: Tensor, incoming: Tensor | None, uses: Sequence[Use]) -> Tens
 
 
 def _derived(
-    source: Source, root: Tensor, incoming: Tensor | None, uses: Sequence[Use], *, passes_on: bool, constant: bool
+    source: Source, root: Tensor, incoming: Tensor | None, uses: Sequence[Use], *, constant: bool
 ) -> Tensor | None:
     """Hand the gradients of every example on to the parents; autograd carries on their sum."""
     assert source.function is not None
     rest = incoming
     if uses:
         stack = stacked(uses, source.shape, root)
-        native = [use for use in uses if isinstance(use, PerExample) and use.native and passes_on]
+        native = [use for use in uses if isinstance(use, PerExample) and use.native]
         for part in (_embedded(use.views, use.gradients.sum(0), root) for use in native):
             rest = None if rest is None else rest - part
     params = [parent.tensor.detach() for parent in source.parents]
@@ -130,8 +128,6 @@ def _derived(
     if rest is not None and constant:
         for parent, part in zip(source.parents, pulled(source.function, [], params, rest[None]), strict=True):
             parent.note(Constant(parent.views, part[0]))
-    if not passes_on:
-        return None
     parts = [part for part in (rest, stack.sum(0) if uses else None) if part is not None]
     return sum(parts[1:], parts[0]) if parts else None
 
