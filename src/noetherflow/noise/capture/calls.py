@@ -1,14 +1,17 @@
 """Calls of PyTorch functions: their tensors, calls without dropout, and PyTorch's own Python code under a mode."""
 
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from noetherflow.noise.capture.layouts import SHARED, Layout
 
 DROPOUT = {
     functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
@@ -120,3 +123,49 @@ def as_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *given
 def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Arguments in the order of a function's signature; None where nothing was given."""
     return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FunctionCall:
+    """A call of a PyTorch function, and where the examples are in its arguments.
+
+    Args:
+        func: The function.
+        args: Its arguments.
+        kwargs: Its named arguments.
+        given: The tensors among these that depend on the batch, with their layouts, by identity.
+    """
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    given: Mapping[int, tuple[Tensor, Layout]]
+
+    @property
+    def name(self) -> str:
+        """The name of the function."""
+        return name_of(self.func)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors among its arguments."""
+        return list(leaves_of((*self.args, *self.kwargs.values())))
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """The layouts of those that depend on the batch."""
+        return [layout for _, layout in self.given.values()]
+
+    def layout(self, leaf: Tensor) -> Layout:
+        """Where the examples are in a tensor among the arguments."""
+        entry = self.given.get(id(leaf))
+        return SHARED if entry is None else entry[1]
+
+    def results(self, put: Callable[[Tensor], Any]) -> list[Tensor]:
+        """What the function returns for a function of every tensor among its arguments."""
+        return list(leaves_of((self.func(*mapped(put, self.args), **mapped(put, self.kwargs)),)))
+
+    def with_given(self, given: Mapping[int, tuple[Tensor, Layout]]) -> "FunctionCall":
+        """The call with other tensors that depend on the batch."""
+        return replace(self, given=given)

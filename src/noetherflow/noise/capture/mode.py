@@ -17,6 +17,7 @@ from noetherflow.noise.buffers import Buffers, ModelLayout
 from noetherflow.noise.capture import autograd, backward, finish
 from noetherflow.noise.capture.calls import (
     WITH_DROPOUT,
+    FunctionCall,
     is_detached,
     leaves_of,
     mapped,
@@ -285,7 +286,8 @@ class Capture(TorchFunctionMode):
         # A rule made of further calls, which were seen, returns a tensor that has its layout.
         results = [leaf for leaf in results if not self.is_tracked(leaf) and not self._is_made_by_rule(leaf, args)]
         if results:
-            for leaf, layout in zip(results, self.places.of(func, args, kwargs, data, results), strict=True):
+            call = FunctionCall(func, args, kwargs, data)
+            for leaf, layout in zip(results, self.places.of(call, results), strict=True):
                 self.marks.place_result(leaf, layout, (*args, *kwargs.values()))
         return result
 

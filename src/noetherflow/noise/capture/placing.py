@@ -1,18 +1,18 @@
 """Where the examples are in what a function returns: PyTorch's functions are called again, and the answers are kept.
 
 Functions that move entries are given the labels of examples instead of numbers. Any other function is probed: it is
-called again with the entries of some examples replaced by NaN. So a function needs no rule, and a function that joins
+called again with the entries of some examples replaced. So a function needs no rule, and a function that joins
 examples is found out.
 """
 
-from collections.abc import Sequence
-from typing import Any, final
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from noetherflow.noise.capture.calls import leaves_of, mapped, name_of, named, unseen
+from noetherflow.noise.capture.calls import FunctionCall, leaves_of, mapped, named, unseen
 from noetherflow.noise.capture.kinds import ADDS, CASTS, FACTORIES, FACTORS, INDICES, LINEAR, MOVES, PICKS, WRITES
 from noetherflow.noise.capture.layouts import (
     EMPTY,
@@ -29,6 +29,8 @@ from noetherflow.noise.capture.layouts import (
     layout_of,
 )
 from noetherflow.noise.capture.probe import Probe, can_be_nan
+
+T = TypeVar("T")
 
 # Parts of the names of functions whose results depend on the numbers of rows that they are given.
 _BY_VALUE = ("scatter", "index", "put", "segment", "take", "gather", "unique")
@@ -47,152 +49,128 @@ class Places:
     def __init__(self, size: int) -> None:
         self.size = size
         self._answers: dict[Any, list[Layout]] = {}
+        self._decisions: dict[Any, Any] = {}
 
-    def of(
-        self,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        given: dict[int, tuple[Tensor, Layout]],
-        results: Sequence[Tensor],
-    ) -> list[Layout]:
+    def of(self, call: FunctionCall, results: Sequence[Tensor]) -> list[Layout]:
         """The layout of every tensor that a call returned.
 
         Args:
-            func: The function.
-            args: Its arguments.
-            kwargs: Its named arguments.
-            given: The tensors among these that depend on the batch, with their layouts, by identity.
+            call: The call.
             results: The tensors that came out, or that were written.
 
         Returns:
             A layout for each.
         """
-        name = name_of(func)
+        name = call.name
         if name in FACTORIES:
             return [SHARED] * len(results)
         if self.size == 1:
             return [Single(0)] * len(results)
-        if name in PICKS and args and id(args[0]) in given:
-            given = {id(args[0]): given[id(args[0])]}  # which entries are picked does not change whose they are
-        layouts = [layout for _, layout in given.values()]
-        if name in INDICES and len(args) + len(kwargs) - ("as_tuple" in kwargs) == 1:
-            return self._listed(args[0] if args else kwargs["input"], given, len(results))
-        for layout in layouts:
+        if _picks(call):
+            first = id(call.args[0])
+            call = call.with_given(
+                {first: call.given[first]}
+            )  # which entries are picked does not change whose they are
+        if name in INDICES and len(call.args) + len(call.kwargs) - ("as_tuple" in call.kwargs) == 1:
+            return self._listed(call, len(results))
+        for layout in call.layouts:
             if isinstance(layout, Lost):
                 return [layout] * len(results)
-        if any(isinstance(layout, Several) for layout in layouts):
-            return [_joined(name, args, kwargs, given, result) if can_be_nan(result) else SHARED for result in results]
+        if any(isinstance(layout, Several) for layout in call.layouts):
+            return [_joined(call, result) if can_be_nan(result) else SHARED for result in results]
         if name in CASTS:
-            return [layouts[0]] * len(results)
-        key = self._key(func, name, args, kwargs, given)
+            return [call.layouts[0]] * len(results)
+        key = _key(call)
         if key is not None and key in self._answers:
             return self._answers[key]
         if name not in MOVES and any(can_be_nan(result) and bool(result.isnan().any()) for result in results):
             return [Lost(f"{name}, whose result holds NaN")] * len(results)  # of this step: no answer to keep
-        answer = self._answer(func, name, args, kwargs, given, results)
+        answer = self._answer(call, results)
         # Numbers of rows have no gradient: a choice that all examples make together is a constant.
         answer = [
             SHARED if isinstance(layout, (Several, Lost)) and not can_be_nan(leaf) else layout
             for layout, leaf in zip(answer, results, strict=True)
         ]
-        if any(leaf.requires_grad and leaf.numel() for leaf, _ in given.values()):
+        if any(leaf.requires_grad and leaf.numel() for leaf, _ in call.given.values()):
             answer = [
                 Lost(f"{name}, in whose result nothing changes with the examples")
                 if layout is SHARED and leaf.requires_grad
                 else layout
                 for layout, leaf in zip(answer, results, strict=True)
             ]
-        if scales := {layout.scaled for layout in layouts if isinstance(layout, Apart) and layout.scaled}:
+        if scales := {layout.scaled for layout in call.layouts if isinstance(layout, Apart) and layout.scaled}:
             answer = [part.with_scale(min(scales)) if isinstance(part, Apart) else part for part in answer]
         # That nothing changed with other numbers of rows may be an accident of this step.
-        accident = SHARED in answer and not all(can_be_nan(leaf) for leaf, _ in given.values())
+        accident = SHARED in answer and not all(can_be_nan(leaf) for leaf, _ in call.given.values())
         if key is not None and not accident:
             if len(self._answers) >= _MOST:
                 self._answers.clear()
             self._answers[key] = answer
         return answer
 
-    def _listed(self, mask: Tensor, given: dict[int, tuple[Tensor, Layout]], count: int) -> list[Layout]:
+    def kept(self, call: FunctionCall, tracked: Sequence[bool], decide: Callable[[], T]) -> T:
+        """A decision about a call that holds for all calls of its kind, and is made once.
+
+        Args:
+            call: The call.
+            tracked: Which of its tensors are computed from parameters alone.
+            decide: Makes the decision.
+
+        Returns:
+            The decision.
+        """
+        key = _key(call)
+        if key is None:
+            return decide()
+        key = key, tuple(tracked)
+        if key not in self._decisions:
+            self._decisions[key] = decide()
+        decision: T = self._decisions[key]
+        return decision
+
+    def _listed(self, call: FunctionCall, count: int) -> list[Layout]:
         """The owners of the entries of a mask that are not zero."""
-        labels = self._labels(given, mask)
-        return [layout_of(labels[mask.cpu() != 0], self.size)] * count
+        (mask,) = call.leaves
+        return [layout_of(self._labels(call, mask)[mask.cpu() != 0], self.size)] * count
 
-    def _key(
-        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[int, Any]
-    ) -> Any | None:
-        """What the answer depends on; None if it depends on the numbers in a tensor."""
-        if not all(isinstance(layout, (Regular, Shared)) for _, layout in given.values()):
-            return None
-        base = name.rstrip("_")
-        leaves = list(leaves_of((*args, *kwargs.values())))
-        by_value = any(part in name for part in _BY_VALUE) or any(leaf.layout is not torch.strided for leaf in leaves)
-        if (name in PICKS and len(leaves) > 1) or name in WRITES or base in ADDS or (by_value and len(leaves) > 1):
-            return None
-
-        key = func, _fixed(args, given), _fixed(kwargs, given)
-        try:
-            hash(key)
-        except TypeError:
-            return None
-        return key
-
-    def _answer(
-        self,
-        func: Any,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        given: dict[int, tuple[Tensor, Layout]],
-        results: Sequence[Tensor],
-    ) -> list[Layout]:
-        layouts = {layout for _, layout in given.values()}
+    def _answer(self, call: FunctionCall, results: Sequence[Tensor]) -> list[Layout]:
+        name, layouts = call.name, set(call.layouts)
         if any(result.numel() == 0 for result in results):
             return [_empty(result.shape) if result.numel() == 0 else SHARED for result in results]
         with unseen(), torch.no_grad():
             try:
-                moves = name in MOVES or (name in PICKS and args and id(args[0]) in given)
-                if moves or name in WRITES:
-                    return self._moved(func, name, args, kwargs, given, len(results))
+                if name in MOVES or name in WRITES or _picks(call):
+                    return self._moved(call, len(results))
                 if name.rstrip("_") in ADDS:
-                    return [self._added(name.rstrip("_"), args, kwargs, given)] * len(results)
+                    return [self._added(call)] * len(results)
                 if len(layouts) == 1 and isinstance(only := next(iter(layouts)), Single):
                     return [only] * len(results)
-                return Probe(self.size, func, args, kwargs, given, results).layouts()
+                return Probe(self.size, call).layouts()
             except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as problem:
                 return [Lost(f"{name} ({type(problem).__name__})")] * len(results)
 
-    def _labels(self, given: dict[int, tuple[Tensor, Layout]], leaf: Tensor) -> Tensor:
-        entry = given.get(id(leaf))
-        layout = SHARED if entry is None else entry[1]
-        return layout.labels(leaf.shape, self.size)
+    def _labels(self, call: FunctionCall, leaf: Tensor) -> Tensor:
+        return call.layout(leaf).labels(leaf.shape, self.size)
 
-    def _moved(
-        self,
-        func: Any,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        given: dict[int, tuple[Tensor, Layout]],
-        count: int,
-    ) -> list[Layout]:
+    def _moved(self, call: FunctionCall, count: int) -> list[Layout]:
         """The function of the labels."""
+        func, args, kwargs, name = call.func, call.args, call.kwargs, call.name
         if name in MOVES:
-            args = mapped(lambda leaf: self._labels(given, leaf), args)
-            kwargs = mapped(lambda leaf: self._labels(given, leaf), kwargs)
+            args = mapped(lambda leaf: self._labels(call, leaf), args)
+            kwargs = mapped(lambda leaf: self._labels(call, leaf), kwargs)
             if "view" in name:  # of dimensions that labels expand
                 args = mapped(Tensor.contiguous, args)
             if name in ("pad", "_pad"):
                 func, args, kwargs = functional.pad, _padding(args, kwargs), {}
         else:
             # Which entries is said by the other tensors; what is written is the last.
-            labels = self._labels(given, args[0])
+            labels = self._labels(call, args[0])
             key = next((key for key in ("source", "src", "values") if key in kwargs), None)
             value = args[-1] if key is None else kwargs[key]
             rest, kwargs = mapped(Tensor.cpu, args[1:]), mapped(Tensor.cpu, kwargs)
             if name in WRITES:
                 labels = labels.clone()
-                written = self._labels(given, value) if isinstance(value, Tensor) else NO_EXAMPLE
+                written = self._labels(call, value) if isinstance(value, Tensor) else NO_EXAMPLE
                 if key is None:
                     rest = (*rest[:-1], written)
                 else:
@@ -204,13 +182,12 @@ class Places:
         moved_layouts = [layout_of(labels, self.size) for labels in leaves_of((moved,))]
         return _with_cause(moved_layouts, name) if len(moved_layouts) == count else [Lost(name)] * count
 
-    def _added(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[int, tuple[Tensor, Layout]]
-    ) -> Layout:
+    def _added(self, call: FunctionCall) -> Layout:
         """Entries are added to entries of the same example, or of none."""
-        values = list(args) + [kwargs[key] for key in ("dim", "index", "source", "src") if key in kwargs]
+        name = call.name.rstrip("_")
+        values = [*call.args, *(call.kwargs[key] for key in ("dim", "index", "source", "src") if key in call.kwargs)]
         target, dim, index, source = values[:4]
-        before, added = (self._labels(given, leaf) for leaf in (target, source))
+        before, added = (self._labels(call, leaf) for leaf in (target, source))
         index = index.cpu()
         rows = ADDS[name] == "index"
         read = before.index_select(dim, index) if rows else before.gather(dim, index)
@@ -226,19 +203,44 @@ class Places:
         return _with_cause([layout_of(after, self.size)], name)[0]
 
 
-def _fixed(value: Any, given: dict[int, tuple[Tensor, Layout]]) -> Any:
+def _picks(call: FunctionCall) -> bool:
+    """Whether a call picks entries of a tensor that depends on the batch."""
+    return call.name in PICKS and bool(call.args) and id(call.args[0]) in call.given
+
+
+def _key(call: FunctionCall) -> Any | None:
+    """What the layouts of results depend on; None if they depend on the numbers in a tensor."""
+    if not all(isinstance(layout, (Regular, Shared)) for layout in call.layouts):
+        return None
+    name, leaves = call.name, call.leaves
+    by_value = any(part in name for part in _BY_VALUE) or any(leaf.layout is not torch.strided for leaf in leaves)
+    if (
+        (name in PICKS and len(leaves) > 1)
+        or name in WRITES
+        or name.rstrip("_") in ADDS
+        or (by_value and len(leaves) > 1)
+    ):
+        return None
+    key = call.func, _fixed(call.args, call), _fixed(call.kwargs, call)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _fixed(value: Any, call: FunctionCall) -> Any:
     """What an argument says but for the numbers in tensors."""
     # No function inside the method that calls it: a function that refers to itself keeps tensors until cycles are
     # collected.
     if isinstance(value, Tensor):
-        entry = given.get(id(value))
-        return value.shape, value.dtype, None if entry is None else entry[1]
+        return value.shape, value.dtype, call.layout(value)
     if isinstance(value, slice):
         return "slice", value.start, value.stop, value.step
     if isinstance(value, (tuple, list)):
-        return tuple(_fixed(part, given) for part in value)
+        return tuple(_fixed(part, call) for part in value)
     if isinstance(value, dict):
-        return tuple((key, _fixed(part, given)) for key, part in value.items())
+        return tuple((key, _fixed(part, call)) for key, part in value.items())
     return value
 
 
@@ -246,14 +248,9 @@ def _with_cause(layouts: list[Layout], name: str) -> list[Layout]:
     return [Several(layout.additive, name) if isinstance(layout, Several) else layout for layout in layouts]
 
 
-def _joined(
-    name: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    given: dict[int, tuple[Tensor, Layout]],
-    result: Tensor,
-) -> Layout:
+def _joined(call: FunctionCall, result: Tensor) -> Layout:
     """The layout of a function of tensors of which at least one depends on several examples."""
+    name, args, given = call.name, call.args, call.given
     several = [(leaf, layout) for leaf, layout in given.values() if isinstance(layout, Several)]
     apart = [(leaf, layout) for leaf, layout in given.values() if isinstance(layout, Apart)]
     numbers = all(leaf.numel() == 1 and not leaf.requires_grad for leaf, _ in several)
@@ -261,11 +258,11 @@ def _joined(
         layout = apart[0][1]
         if all(leaf.shape == result.shape for leaf, _ in apart):
             return layout.with_scale(several[0][1].cause)
-    moving = name in MOVES or name in CASTS or (name in PICKS and id(args[0]) in given)
+    moving = name in MOVES or name in CASTS or _picks(call)
     additive = all(layout.additive or not leaf.requires_grad for leaf, layout in several)
     if name in FACTORS:
         # A product is linear in one factor if the other is a constant, or a number without a gradient.
-        factors = [leaf for leaf in leaves_of((*args, *kwargs.values())) if id(leaf) in given]
+        factors = [leaf for leaf in call.leaves if id(leaf) in given]
         varying = [leaf for leaf in factors if leaf.requires_grad]
         divisor = args[1] if len(args) > 1 and "div" in name else None
         constant = not (isinstance(divisor, Tensor) and divisor.requires_grad and id(divisor) in given)

@@ -1,13 +1,14 @@
 """A function that is called again with the entries of some examples replaced: what changes depends on these."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from noetherflow.noise.capture.calls import is_in_place, leaves_of, mapped, name_of, unseen
+from noetherflow._per_example import own_randomness
+from noetherflow.noise.capture.calls import FunctionCall
 from noetherflow.noise.capture.kinds import SUMS
 from noetherflow.noise.capture.layouts import SHARED, Apart, Layout, Listed, Regular, Several, Shared, Single, inners
 
@@ -18,66 +19,49 @@ class Probe:
 
     Args:
         size: Number of examples.
-        func: The function.
-        args: Its arguments.
-        kwargs: Its named arguments.
-        given: The tensors that depend on the batch.
-        results: What it returned.
+        call: The call of the function.
     """
 
-    def __init__(
-        self,
-        size: int,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        given: dict[int, tuple[Tensor, Layout]],
-        results: Sequence[Tensor],
-    ) -> None:
-        self._size, self._func, self._name = size, func, name_of(func)
-        self._args, self._kwargs, self._given = args, kwargs, given
-        in_place = is_in_place(func) or "out" in kwargs
-        devices = {leaf.device for leaf in leaves_of((*args, *kwargs.values())) if leaf.is_cuda}
-        with torch.random.fork_rng(devices=list(devices)):
-            self._results = list(self._called(None, _other)) if in_place else list(results)
-            self._again = list(self._called(None, _other))
+    def __init__(self, size: int, call: FunctionCall) -> None:
+        self._size, self._call = size, call
+        with own_randomness(call.leaves[0].device):
+            self._before = self._called(None, _other)
             self._changed = [(chosen, self._changes(chosen)) for chosen in _subsets(size)]
 
     def layouts(self) -> list[Layout]:
         """Of every result."""
-        return [self._layout(index) for index in range(len(self._results))]
+        return [self._layout(index) for index in range(len(self._before))]
 
     def _called(self, chosen: Tensor | None, other: Callable[[Tensor], Tensor]) -> list[Tensor]:
         def put(leaf: Tensor) -> Tensor:
-            entry = self._given.get(id(leaf))
-            if chosen is None or entry is None:
+            layout = self._call.layout(leaf)
+            if chosen is None or layout is SHARED:
                 return leaf.clone()
-            labels = entry[1].labels(leaf.shape, self._size).long()
+            labels = layout.labels(leaf.shape, self._size).long()
             inside = torch.cat([torch.zeros(1, dtype=torch.bool), chosen])[labels].to(leaf.device)
             return torch.where(inside, other(leaf), leaf)
 
         torch.manual_seed(0)  # the same random numbers in every call
-        returned = self._func(*mapped(put, self._args), **mapped(put, self._kwargs))
-        return list(leaves_of((returned,)))
+        return self._call.results(put)
 
     def _changes(self, chosen: Tensor) -> list[Tensor]:
         """Where NaN arrives, and where a result is another for other numbers: some functions swallow NaN."""
         others = self._called(chosen, _other)
-        changes = [_differ(before, after) for before, after in zip(self._again, others, strict=True)]
-        if not any(can_be_nan(leaf) for leaf, _ in self._given.values()):
+        changes = [_differ(before, after) for before, after in zip(self._before, others, strict=True)]
+        if not any(can_be_nan(leaf) for leaf, _ in self._call.given.values()):
             return changes
         try:
             spread = self._called(chosen, _nan)
         except (RuntimeError, ValueError):
             return changes  # a function that refuses NaN, such as a loss of probabilities
-        for index, (before, nan) in enumerate(zip(self._again, spread, strict=True)):
+        for index, (before, nan) in enumerate(zip(self._before, spread, strict=True)):
             if can_be_nan(before):
                 changes[index] |= (nan.isnan() & ~before.isnan()).cpu()
         return changes
 
     def _layout(self, index: int) -> Layout:
         """The first candidate along which no entry changes with examples that are others'."""
-        shape = self._results[index].shape
+        shape = self._before[index].shape
         changed = [(chosen, changes[index]) for chosen, changes in self._changed]
         if not any(bool(changes.any()) for _, changes in changed):
             return SHARED
@@ -95,12 +79,12 @@ class Probe:
                 leaks = any(bool((t & ~i).any()) for t, i in zip(touched[candidate.dim], inside, strict=True))
             if not leaks:
                 return candidate
-        return Several(additive=self._is_additive(), cause=self._name)
+        return Several(additive=self._is_additive(), cause=self._call.name)
 
     def _candidates(self, shape: torch.Size) -> list[Any]:
         """Where the examples may be: best where they were, counted from the left or from the right."""
         near: list[Any] = []
-        for leaf, layout in self._given.values():
+        for leaf, layout in self._call.given.values():
             if isinstance(layout, Single):
                 near.append(layout)
             if isinstance(layout, (Regular, Listed)):
@@ -116,17 +100,13 @@ class Probe:
 
     def _is_additive(self) -> bool:
         """Whether a function that joins examples sums over them: a sum, or a loss that would be one per example."""
-        if self._name in SUMS:
+        call = self._call
+        if call.name in SUMS:
             return True
-        if "reduction" not in self._kwargs and not hasattr(functional, self._name):
+        if call.kwargs.get("reduction", "mean") == "none" or not _takes_reduction(call.func):
             return False
-        if self._kwargs.get("reduction", "mean") == "none" or not _takes_reduction(self._func):
-            return False
-        single = {**self._kwargs, "reduction": "none"}
-        with unseen(), torch.no_grad():
-            results = list(leaves_of((self._func(*self._args, **single),)))
-            layouts = Probe(self._size, self._func, self._args, single, self._given, results).layouts()
-        return all(isinstance(layout, (Apart, Shared)) for layout in layouts)
+        single = replace(call, kwargs={**call.kwargs, "reduction": "none"})
+        return all(isinstance(layout, (Apart, Shared)) for layout in Probe(self._size, single).layouts())
 
 
 def _takes_reduction(func: Any) -> bool:
