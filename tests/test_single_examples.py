@@ -13,23 +13,10 @@ from torch.utils.checkpoint import checkpoint
 import checks
 import noetherflow as nf
 import oracles
+from users_models import OldProduct
 
 WAYS = pytest.mark.parametrize("exact", [None, False], ids=["exact", "layer by layer"])
 Loss = Callable[[nn.Module, Any], Tensor]
-
-
-class OldProduct(torch.autograd.Function):
-    """A product without setup_context, which torch.func refuses."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w.T
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return d @ w, d.T @ x
 
 
 class Middle(nn.Module):
