@@ -24,8 +24,8 @@ from noetherflow._errors import (
     UserFileError,
 )
 from noetherflow._explain import explain
-from noetherflow._optimizers import SGD
 from noetherflow._rebalance import rebalance_
+from noetherflow._second_moments import SecondMoments, second_moments
 from noetherflow._types import Batch, Loss, Params
 from noetherflow._undo import Rebalanced
 from noetherflow._verify import Residual, verify_symmetry
@@ -50,6 +50,7 @@ from noetherflow.discover import (
 )
 from noetherflow.equilibrium import Equilibrium, Imbalance, Outcome, Status, equilibrate, potential, solve_equilibrium
 from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments, estimate_noise, gradient_rule
+from noetherflow.optimizers import SGD, AdamW
 from noetherflow.simulation import GradientDescent, GradientFlow, Langevin, NoetherFlow, Trajectory, simulate
 from noetherflow.symmetry import (
     Action,
@@ -65,6 +66,7 @@ from noetherflow.symmetry import (
 
 __all__ = [
     "Action",
+    "AdamW",
     "Analysis",
     "Axis",
     "AxisNote",
@@ -112,6 +114,7 @@ __all__ = [
     "SGD",
     "ScalarSymmetry",
     "ScalingExponents",
+    "SecondMoments",
     "SettingsError",
     "Status",
     "Symmetry",
@@ -135,6 +138,7 @@ __all__ = [
     "linear",
     "potential",
     "rebalance_",
+    "second_moments",
     "simulate",
     "solve_equilibrium",
     "verify_symmetry",

@@ -1,6 +1,6 @@
 """The result of `analyze`: as values, as a table, as files."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -9,18 +9,18 @@ from torch import Tensor
 
 from noetherflow import _files, _store, _versions
 from noetherflow._errors import ParameterShapeError
-from noetherflow._optimizers import SGD
 from noetherflow._table import Column, Table, html_of, steps, text_of
 from noetherflow.equilibrium.result import Equilibrium, ratio, totals
 from noetherflow.equilibrium.result import require_consistent as require_consistent_equilibrium
 from noetherflow.noise import NoiseMoments
 from noetherflow.noise.consistency import require_consistent as require_consistent_noise
+from noetherflow.optimizers import Optimizer
 
 
 @final
 @dataclass(frozen=True)
 class SymmetryReport:
-    """The effect of SGD on a symmetry: a row of the table.
+    """The effect of the optimizer on a symmetry: a row of the table.
 
     Args:
         name: The name of the symmetry.
@@ -32,7 +32,7 @@ class SymmetryReport:
         noise_plus: Gradient noise on the plus side, per example, summed over coordinates.
         noise_minus: Gradient noise on the minus side, per example, summed over coordinates.
         noise_error: Standard error of `noise_plus - noise_minus`.
-        drift: Change of the charge per SGD step, root mean square over coordinates.
+        drift: Change of the charge per step, root mean square over coordinates.
         distance: Root mean square over coordinates of x, where weights have to change by the factor e^{x} to reach the
             equilibrium.
         relaxation_steps: SGD steps in which the distance shrinks by the factor e, median over coordinates.
@@ -82,9 +82,9 @@ class Analysis:
 
     Args:
         reports: One report per symmetry.
-        equilibrium: The point to which SGD drives the model.
+        equilibrium: The point to which the optimizer drives the model.
         noise: The moments of the gradients.
-        sgd: The settings of SGD.
+        settings: The settings of the optimizer.
         initial: The parameters before any motion, by name, float64.
 
     Examples:
@@ -100,17 +100,15 @@ class Analysis:
     reports: tuple[SymmetryReport, ...]
     equilibrium: Equilibrium
     noise: NoiseMoments
-    sgd: SGD
+    settings: Optimizer
     initial: dict[str, Tensor] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """All numbers of the table, settings and versions as JSON types; NaN and infinities become null."""
-        equilibrium, sgd = self.equilibrium, self.sgd
-        decay = sgd.weight_decay
-        gamma = {name: sgd.gamma_of(name) for name in decay} if isinstance(decay, Mapping) else sgd.gamma
+        equilibrium = self.equilibrium
         return _files.finite(
             {
-                "settings": asdict(sgd) | {"gamma": gamma, "temperature": sgd.temperature},
+                "settings": {"optimizer": type(self.settings).__name__} | asdict(self.settings) | self.settings.derived,
                 "examples": self.noise.count,
                 "symmetries": [asdict(report) for report in self.reports],
                 "totals": {
@@ -193,7 +191,7 @@ def _tables(analysis: Analysis) -> tuple[Table, ...]:
     notes += analysis.equilibrium.notes
     legend = tuple((heading, meaning) for heading, meaning, _ in _COLUMNS)
     return (
-        Table("Symmetries under SGD", columns, tuple(rows), tuple(notes)),
+        Table(f"Symmetries under {type(analysis.settings).__name__}", columns, tuple(rows), tuple(notes)),
         totals(analysis.equilibrium, f"{analysis.noise.count} examples"),
         Table("", (Column("", right=True), Column("", folds=True)), legend),
     )

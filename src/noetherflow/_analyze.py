@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from noetherflow._analysis import Analysis, SymmetryReport
 from noetherflow._batch import cast
-from noetherflow._drift import drift
+from noetherflow._drift import conserved_charge, drift
 from noetherflow._dtype import working_dtype
 from noetherflow._errors import NotASymmetryError
-from noetherflow._optimizers import SGD
+from noetherflow._minibatch import minibatches
 from noetherflow._params import copy_of
 from noetherflow._precision import TOLERANCES
 from noetherflow._rebalance import rebalance_
@@ -21,6 +21,7 @@ from noetherflow.equilibrium.result import Imbalance, median_and_slowest, root_m
 from noetherflow.equilibrium.search import Options, Search, search
 from noetherflow.noise import NoiseMoments
 from noetherflow.noise.table import halves, total
+from noetherflow.optimizers import Optimizer
 from noetherflow.symmetry import Grams, Symmetry
 
 # Largest residual of a declared symmetry. That of an exact symmetry is about 1e-14 in float64.
@@ -31,7 +32,7 @@ def analyze(
     model: nn.Module,
     loss: Loss,
     loader: Iterable[Batch],
-    sgd: SGD,
+    settings: Optimizer,
     symmetries: Mapping[str, Symmetry] | None = None,
     *,
     tolerance: float = 1e-6,
@@ -42,14 +43,14 @@ def analyze(
     max_bytes: int | None = None,
     progress: bool = True,
 ) -> Analysis:
-    r"""Verify the symmetries of a model, measure their gradient noise, and compute their equilibrium under SGD.
+    r"""Verify the symmetries of a model, measure their gradient noise, and compute their equilibrium.
 
     Args:
         model: The model, in the mode (train or eval) in which it trains; it is not changed. The analysis runs on a
             copy.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
         loader: The training data in batches, which are kept in memory: every measurement is of the same examples.
-        sgd: The settings of training.
+        settings: The settings of the optimizer, `SGD` or `AdamW`.
         symmetries: Symmetries by name; None finds them from the graph of the loss of the first batch.
         tolerance: See `equilibrate`, as for all further options.
         max_passes: The largest number of measurements on the way to the equilibrium.
@@ -66,7 +67,7 @@ def analyze(
     Raises:
         EmptyDataError: If the loader yields no batch.
         NotASymmetryError: If a declared symmetry changes the loss of an example.
-        SettingsError: If a parameter on which a symmetry acts has no weight decay.
+        SettingsError: If the settings say nothing of a parameter on which a symmetry acts.
         NoetherflowError: For bad input, as `estimate_noise` does.
 
     Examples:
@@ -80,15 +81,15 @@ def analyze(
     Source: Ziyin et al. (2024).
     """
     options = Options(tolerance, max_passes, microbatches, holdout, dtype, max_bytes, progress, keep_noise=True)
-    result = search(model, loss, loader, sgd, symmetries, options)
+    result = search(model, loss, loader, settings, symmetries, options)
     noise = result.noise
     assert noise is not None  # as asked for
     # The noise is measured before declared symmetries are proved, because its errors name the batch with bad data.
     declared = noise.symmetries if symmetries is not None else {}
     residuals = result.residuals | _proved(model, loss, result.first, declared, dtype)
-    rates = drift(noise, result.sgd, result.initial)
+    rates = drift(noise, result.settings, result.initial)
     reports = tuple(_report(name, residuals[name], rates[name], noise, result) for name in noise.symmetries)
-    return Analysis(reports, result.equilibrium, noise, result.sgd, result.initial)
+    return Analysis(reports, result.equilibrium, noise, result.settings, result.initial)
 
 
 def _proved(
@@ -128,6 +129,7 @@ def _report(name: str, residual: Residual, rate: Tensor, noise: NoiseMoments, re
     median, slowest = median_and_slowest(equilibrium.relaxation_steps[name])
     outcome, imbalance = equilibrium.outcomes[name], equilibrium.imbalance[name]
     holdout = equilibrium.holdout.get(name, Imbalance(float("nan"), float("nan")))
+    charge = conserved_charge(name, params, minibatches(noise, result.settings))
     distance = root_mean_square(equilibrium.coordinates[name])
     error = root_mean_square(equilibrium.standard_error[name])
     return SymmetryReport(
@@ -135,11 +137,11 @@ def _report(name: str, residual: Residual, rate: Tensor, noise: NoiseMoments, re
         kind=symmetry.label,
         dimension=symmetry.dimension(params),
         residual=float(residual),
-        charge=float(total(symmetry.charge(params))),
+        charge=float(total(charge.value)),
         noise_plus=float(noise_plus),
         noise_minus=float(noise_minus),
         noise_error=float(noise_error.square().sum().sqrt()),
-        drift=root_mean_square(rate) * result.sgd.effective_lr,
+        drift=root_mean_square(rate) * charge.per_step,
         distance=distance,
         relaxation_steps=median,
         slowest_steps=slowest,

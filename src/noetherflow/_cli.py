@@ -26,7 +26,7 @@ from noetherflow._user_file import Built, load_build, sources
 if TYPE_CHECKING:
     from noetherflow.paper.runner import Ending
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Parameter symmetry and gradient noise of SGD.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Parameter symmetry and gradient noise.")
 _console = Console()
 _errors = Console(stderr=True)
 
@@ -41,14 +41,16 @@ class Dtype(StrEnum):
 
 @app.callback()
 def main() -> None:
-    """Parameter symmetry and gradient noise of SGD."""
+    """Parameter symmetry and gradient noise."""
 
 
 @app.command()
 def analyze(
     file: Annotated[
         Path,
-        typer.Argument(help="A Python file with build() -> (model, loss, loader, sgd), or with symmetries after sgd."),
+        typer.Argument(
+            help="A Python file with build() -> (model, loss, loader, settings), or with symmetries at the end."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the page, the JSON file and the figure.")] = Path("results"),
     rebalance: Annotated[bool, typer.Option("--rebalance", help="Move a copy to equilibrium; with --save.")] = False,
@@ -69,7 +71,7 @@ def analyze(
         bool, typer.Option("--force", help="Measure again although the model, the data and the code are unchanged.")
     ] = False,
 ) -> None:
-    """Find and verify symmetries, measure their gradient noise, and compute their equilibrium under SGD.
+    """Find and verify symmetries, measure their gradient noise, and compute their equilibrium.
 
     A finished measurement is kept, and used again by a run of the same model, data, options and code.
     """
@@ -94,7 +96,7 @@ def analyze(
 
 @app.command()
 def symmetries(
-    file: Annotated[Path, typer.Argument(help="A Python file with build() -> (model, loss, loader, ..., sgd).")],
+    file: Annotated[Path, typer.Argument(help="A Python file with build() -> (model, loss, loader, settings).")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     approximate: Annotated[
         bool,
@@ -181,7 +183,7 @@ def _analysis(
     file: Path, path: Path, built: Built, options: dict[str, Any], *, force: bool
 ) -> tuple[Analysis, list[Path]]:
     """The analysis of what `build()` returned, kept from an earlier run or computed, and the files written."""
-    model, loss, loader, sgd, declared = built
+    model, loss, loader, settings, declared = built
     held: list[Any] = []
     batches = list(track(loader, "reading the data")) if iter(loader) is loader else loader
     if "holdout" in options:
@@ -189,12 +191,12 @@ def _analysis(
         least = 2 if "microbatches" in options else 1
         batches, held = hold_out(track(batches, "reading the data"), options["holdout"], least)
     measured = itertools.chain(batches, held)
-    key = _kept.key_of(model, loss, measured, sgd, declared, options=options, sources=sources(file, model))
+    key = _kept.key_of(model, loss, measured, settings, declared, options=options, sources=sources(file, model))
     kept = None if force else _kept.load(path, key)
     if kept is not None:
         _errors.print(f"Kept from an earlier run: {path} (repeat with --force)", soft_wrap=True)
         return kept, []
-    analysis = run_analysis(model, loss, batches, sgd, declared, **options | ({"holdout": held} if held else {}))
+    analysis = run_analysis(model, loss, batches, settings, declared, **options | ({"holdout": held} if held else {}))
     try:
         _kept.save(analysis, path, key)
     except FileError as error:

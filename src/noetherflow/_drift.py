@@ -1,5 +1,6 @@
 """How fast the charges move: the Noether flow."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -8,11 +9,13 @@ from torch import Tensor, nn
 
 from noetherflow._device import CPU
 from noetherflow._errors import SettingsError
-from noetherflow._optimizers import SGD, require_settings
+from noetherflow._minibatch import Minibatches, minibatches
 from noetherflow._params import snapshot
+from noetherflow._second_moments import SecondMoments
 from noetherflow._types import Params
 from noetherflow.noise import NoiseMoments
-from noetherflow.symmetry import Action, Grams, Symmetry
+from noetherflow.optimizers import SGD, AdamW, Optimizer, require_settings
+from noetherflow.symmetry import Action, AxisSymmetry, Grams, Symmetry
 
 # Largest relative commutator of a generator and the weight decay: the rounding of a generator in float32.
 _COMMUTES = 1e-6
@@ -25,18 +28,120 @@ class Forces(NamedTuple):
     pull: Tensor
 
 
-def forces(symmetry: Symmetry, params: Params, noise: Grams, sgd: SGD) -> Forces:
+def forces(name: str, params: Params, gradients: Minibatches) -> Forces:
     r"""Both forces on a charge: noise on a side drives the charge to that side, weight decay away from it.
 
+    Args:
+        name: The symmetry.
+        params: The parameters at which the gradients were measured.
+        gradients: The second moments of minibatches.
+
     Returns:
-        $P = 2\sigma^2 N_+ + 4\gamma C_-(\theta)$ and $R = 2\sigma^2 N_- + 4\gamma C_+(\theta)$, of the charge's shape.
+        For SGD with one learning rate $P = 2\sigma^2 N_+ + 4\gamma C_-(\theta)$ and
+        $R = 2\sigma^2 N_- + 4\gamma C_+(\theta)$, of the charge's shape. In general, the slopes of the terms of the
+        potential.
+
+    Raises:
+        SettingsError: If the symmetry has no charge under these settings.
     """
+    return _between(gradients.symmetries[name], *half_forces(name, params, gradients))
+
+
+def forces_of_sgd(symmetry: Symmetry, params: Params, noise: Grams, sgd: SGD) -> Forces:
+    r"""Both forces on a charge under SGD with a single learning rate, from the Grams $N_\pm$ of single examples."""
+    step = sgd.effective_lr * sgd.share
     decay = decayed(symmetry, params, sgd)
-    noisy = 2 * sgd.temperature
+    return _between(symmetry, Grams(*(4 * side for side in decay)), Grams(*(step * side for side in noise)))
+
+
+def _between(symmetry: Symmetry, decay: Grams, noise: Grams) -> Forces:
     # The charge takes its minus half with a minus sign, which these take back.
-    push = symmetry.charge_of(Grams(noisy * noise.plus, -4 * decay.minus))
-    pull = symmetry.charge_of(Grams(4 * decay.plus, -noisy * noise.minus))
+    push = symmetry.charge_of(Grams(noise.plus, -decay.minus))
+    pull = symmetry.charge_of(Grams(decay.plus, -noise.minus))
     return Forces(push, pull)
+
+
+def half_forces(name: str, params: Params, gradients: Minibatches) -> tuple[Grams, Grams]:
+    """The forces of weight decay and of noise, each on both sides; arguments and errors as of `forces`."""
+    symmetry, optimizer = gradients.symmetries[name], gradients.optimizer
+    steps = _steps(symmetry, optimizer)
+    if isinstance(optimizer, SGD) and steps is not None:
+        decay, noise = decayed(symmetry, params, optimizer), gradients.grams(name)
+        sides = zip(steps, noise, strict=True)
+        return Grams(*(4 * side for side in decay)), Grams(*(step * side for step, side in sides))
+    if symmetry.action is not Action.SCALES_ENTRIES:
+        raise SettingsError(f"{name!r}: {no_charge(optimizer)}")
+    terms = {parameter: gradients.terms(parameter, params[parameter]) for parameter in symmetry.names}
+    decay = symmetry.grams({parameter: term.decay.sqrt() for parameter, term in terms.items()})
+    noise = symmetry.grams({parameter: term.noise.sqrt() for parameter, term in terms.items()})
+    exponents = optimizer.exponents
+    return Grams(*(exponents.decay * side for side in decay)), Grams(*(exponents.noise * side for side in noise))
+
+
+def has_charge(symmetry: Symmetry, optimizer: Optimizer) -> bool:
+    """Whether the optimizer, without noise and weight decay, conserves a charge of the symmetry."""
+    return symmetry.action is Action.SCALES_ENTRIES or _steps(symmetry, optimizer) is not None
+
+
+def no_charge(optimizer: Optimizer) -> str:
+    """Why a symmetry that mixes entries has no charge, and what to do."""
+    if isinstance(optimizer, SGD):
+        return (
+            "the symmetry mixes entries of parameters with different learning rates, so that the optimizer conserves "
+            "no charge of it: give these parameters equal learning rates"
+        )
+    return (
+        f"{type(optimizer).__name__} moves every entry by its own step size, and conserves no charge of a symmetry "
+        "that mixes entries. The scalings in it keep theirs: declare an nf.DiagonalSymmetry along the same axes"
+    )
+
+
+def charge_weighted(symmetry: Symmetry, params: Params, gradients: Minibatches) -> Grams:
+    """The squared sizes of both sides, each entry divided by its step size: the halves of the conserved charge."""
+    optimizer = gradients.optimizer
+    if isinstance(optimizer, SGD):
+        return symmetry.grams({name: params[name] / optimizer.step_of(name) ** 0.5 for name in symmetry.names})
+    return symmetry.grams({name: gradients.terms(name, params[name]).charge.sqrt() for name in symmetry.names})
+
+
+class ConservedCharge(NamedTuple):
+    """The charge that the optimizer conserves without noise, and the factor from `drift` to its change per step."""
+
+    value: Tensor
+    per_step: float
+
+
+def conserved_charge(name: str, params: Params, gradients: Minibatches) -> ConservedCharge:
+    """The charge of a symmetry in the units of tables: for a single learning rate, of squared weights.
+
+    Args:
+        name: The symmetry.
+        params: The parameters.
+        gradients: The second moments of minibatches.
+
+    Returns:
+        The charge; that of squared weights, if the optimizer conserves none.
+    """
+    symmetry, optimizer = gradients.symmetries[name], gradients.optimizer
+    if isinstance(optimizer, SGD) and not isinstance(optimizer.lr, Mapping):
+        return ConservedCharge(symmetry.charge(params), optimizer.effective_lr)
+    if not has_charge(symmetry, optimizer):
+        return ConservedCharge(symmetry.charge(params), math.nan)
+    return ConservedCharge(symmetry.charge_of(charge_weighted(symmetry, params, gradients)), 1.0)
+
+
+def _steps(symmetry: Symmetry, optimizer: Optimizer) -> tuple[float, float] | None:
+    """The learning rate of each side of a symmetry; None if there is no number that a side shares."""
+    if not isinstance(optimizer, SGD):
+        return None
+    sides = [symmetry.names] * 2
+    if isinstance(symmetry, AxisSymmetry):
+        sides = [tuple(axis.name for axis in axes) for axes in (symmetry.plus, symmetry.minus)]
+    shared = [{optimizer.step_of(name) for name in side} for side in sides]
+    if any(len(steps) > 1 for steps in shared):
+        return None
+    plus, minus = (next(iter(steps), 1.0) for steps in shared)
+    return plus, minus
 
 
 def decayed(symmetry: Symmetry, params: Params, sgd: SGD) -> Grams:
@@ -72,26 +177,34 @@ def _require_commuting(symmetry: Symmetry, params: Params, gamma: Mapping[str, f
         )
 
 
-def drift(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str, Tensor]:
-    r"""The deterministic speed of every charge under SGD.
+def drift(noise: NoiseMoments | SecondMoments, settings: Optimizer, params: nn.Module | Params) -> dict[str, Tensor]:
+    r"""The mean speed of every charge under an optimizer.
+
+    For SGD with a single learning rate
 
     $$\frac{dC}{dt} = -4\gamma C + 2\sigma^2 (N_+ - N_-) , \qquad t = \mathrm{lr} \times \text{steps}$$
 
-    With weight decay by parameter, $\gamma C$ is the charge of $\sqrt{\gamma_p}\,\theta_p$.
+    With weight decay by parameter, $\gamma C$ is the charge of $\sqrt{\gamma_p}\,\theta_p$. In general, with the step
+    size $\eta_p$ of entry p, the drift is the mean change per step of the charge that the optimizer conserves,
+    $\sum_p q_p\theta_p^2 / \eta_p$; for a single learning rate both are equal. For AdamW it is
+    $\sum_p q_p \sqrt{v_p}\,(\eta_p - 2\lambda_p\theta_p^2)$.
+
     There is no random term: in this limit the noise drives a charge, but does not make it fluctuate.
 
     Args:
-        noise: From `estimate_noise`, with the symmetries for which it was measured.
-        sgd: The settings of the optimizer.
+        noise: From `estimate_noise`, with the symmetries for which it was measured; or, for AdamW, from
+            `second_moments`.
+        settings: The settings of the optimizer, `SGD` or `AdamW`.
         params: The parameters at which the noise was measured, or the model that holds them.
 
     Returns:
-        Per symmetry a tensor of the shape of its charge, float64, per unit of time: multiply by `sgd.effective_lr` for
-        the drift per step.
+        Per symmetry a tensor of the shape of its charge, float64; NaN for a symmetry of which the optimizer conserves
+        no charge, such as one that mixes entries under AdamW.
 
     Raises:
         ParameterNameError: If a parameter on which a symmetry acts is missing.
-        SettingsError: If a parameter on which a symmetry acts has no weight decay.
+        SettingsError: If the settings say nothing of a parameter on which a symmetry acts, or if AdamW has no
+            `batch_size` and the noise is that of single examples.
         EmptyDataError: If the noise holds no examples.
 
     Examples:
@@ -107,19 +220,23 @@ def drift(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str
 
     Source: Ziyin et al. (2024), the Noether flow.
     """
-    sgd = require_settings(sgd, params)
-    noise.require_examples()
     theta = snapshot(params, device=CPU)
-    rates, grams = {}, noise.grams
+    gradients = minibatches(noise, require_settings(settings, params))
+    rates = {}
     for name, symmetry in noise.symmetries.items():
         symmetry.check(theta)
-        push, pull = forces(symmetry, theta, grams[name], sgd)
-        rates[name] = push - pull
+        if has_charge(symmetry, gradients.optimizer):
+            push, pull = forces(name, theta, gradients)
+            rates[name] = push - pull
+        else:
+            rates[name] = torch.full_like(symmetry.charge(theta), torch.nan)
     return rates
 
 
-def expected_step(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> dict[str, Tensor]:
-    r"""The exact mean change of every charge in a discrete step of plain SGD.
+def expected_step(noise: NoiseMoments, settings: Optimizer, params: nn.Module | Params) -> dict[str, Tensor]:
+    r"""The exact mean change of every charge in a discrete step of plain SGD, or of AdamW with fixed step sizes.
+
+    For SGD with a single learning rate
 
     $$E[C'] - C = -4\,\mathrm{lr}\,\gamma\, C + \mathrm{lr}^2
     \left(\frac{f}{S}\,\mathrm{Tr}[\Sigma Q] + C(\nabla L + 2\gamma\theta)\right)$$
@@ -128,17 +245,25 @@ def expected_step(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> 
     the full batch, apart from weight decay. With weight decay by parameter, $\gamma C$ is the charge of
     $\sqrt{\gamma_p}\,\theta_p$; with a single weight decay, $C(\nabla L + 2\gamma\theta) = C(\nabla L) + 4\gamma^2 C$.
 
+    With learning rates by parameter, the charge is the one that is conserved without noise,
+    $\sum_p q_p\theta_p^2 / \mathrm{lr}_p$. For AdamW it is $\sum_p q_p\theta_p^2 / p_p$ with the step sizes
+    $p = \eta / (\sqrt{v} + \epsilon)$ at $v = E\,g_S^2$, and
+
+    $$E[C'] - C = ((1 - \eta\lambda)^2 - 1)\,C + \sum_p q_p\,p_p\,E\,g_{S,p}^2 .$$
+
     Args:
         noise: From `estimate_noise`, over the full data set from which minibatches are drawn.
-        sgd: The settings of the optimizer; momentum must be 0, since the identity needs the momentum buffer otherwise.
+        settings: The settings of `SGD` or `AdamW`; the momentum of SGD must be 0, since the identity needs the momentum
+            buffer otherwise, and the average of gradients of AdamW is left out.
         params: The parameters at which the noise was measured, or the model that holds them.
 
     Returns:
-        Per symmetry a tensor of the shape of its charge, float64, per step.
+        Per symmetry a tensor of the shape of its charge, float64, per step; NaN for a symmetry of which the optimizer
+        conserves no charge.
 
     Raises:
-        SettingsError: If the settings have momentum, if the noise comes from a meter, which keeps no mean gradient, or
-            if a parameter on which a symmetry acts has no weight decay.
+        SettingsError: If the settings have momentum or weight decay that is not decoupled, if the noise comes from a
+            meter, which keeps no mean gradient, or if the settings say nothing of a parameter on which a symmetry acts.
         ParameterNameError: If a parameter on which a symmetry acts is missing.
         EmptyDataError: If the noise holds no examples.
 
@@ -155,24 +280,53 @@ def expected_step(noise: NoiseMoments, sgd: SGD, params: nn.Module | Params) -> 
 
     Source: expand the step; the cross term vanishes because gradients are orthogonal to the orbit.
     """
-    sgd = require_settings(sgd, params)
-    if sgd.momentum:
+    settings = require_settings(settings, params)
+    if isinstance(settings, SGD) and settings.momentum:
         raise SettingsError(
-            f"the mean change in a step is exact for plain SGD only, got momentum={sgd.momentum}: use drift()"
+            f"the mean change in a step is exact for plain SGD only, got momentum={settings.momentum}: use drift()"
         )
+    if isinstance(settings, AdamW) and not settings.decoupled:
+        raise SettingsError("the mean change in a step is known for decoupled weight decay only: use drift()")
     noise.require_examples()
     if any(torch.isnan(mean).any() for mean in noise.mean.values()):
         raise SettingsError(
             "the mean change in a step needs the mean gradient, which a meter does not keep: measure with "
             "estimate_noise, over the full data set"
         )
-    theta = snapshot(params, device=CPU)
+    theta, gradients = snapshot(params, device=CPU), minibatches(noise, settings)
     changes = {}
     for name, symmetry in noise.symmetries.items():
         symmetry.check(theta)
-        noisy = sgd.sampling_factor / sgd.batch_size * symmetry.charge_of(noise.grams[name])
-        shrink = -4 * sgd.lr * symmetry.charge_of(decayed(symmetry, theta, sgd))
-        # Weight decay and mean gradient together: Q theta is orthogonal to the gradient, but Q Gamma theta is not.
-        mean = {p: noise.mean[p] + 2 * sgd.gamma_of(p) * theta[p] for p in symmetry.names}
-        changes[name] = shrink + sgd.lr**2 * (noisy + symmetry.charge(mean))
+        if not has_charge(symmetry, settings):
+            changes[name] = torch.full_like(symmetry.charge(theta), torch.nan)
+        elif isinstance(settings, SGD):
+            changes[name] = _step_of_sgd(name, theta, noise, settings)
+        elif isinstance(settings, AdamW):
+            changes[name] = _step_of_adamw(symmetry, theta, gradients, settings)
     return changes
+
+
+def _step_of_sgd(name: str, theta: Params, noise: NoiseMoments, sgd: SGD) -> Tensor:
+    """The exact mean change of the charge of a symmetry."""
+    symmetry = noise.symmetries[name]
+    steps = _steps(symmetry, sgd)
+    if steps is None:
+        roots = {n: (sgd.step_of(n) * noise.square_scatter[n] / noise.count).sqrt() for n in symmetry.names}
+        noisy = symmetry.charge(roots)
+    else:
+        noisy = symmetry.charge_of(Grams(*(step * side for step, side in zip(steps, noise.grams[name], strict=True))))
+    shrink = -4 * symmetry.charge_of(decayed(symmetry, theta, sgd))
+    # Weight decay and mean gradient together: Q theta is orthogonal to the gradient, but Q Gamma theta is not.
+    mean = {p: sgd.step_of(p) ** 0.5 * (noise.mean[p] + 2 * sgd.gamma_of(p) * theta[p]) for p in symmetry.names}
+    change = shrink + sgd.share * noisy + symmetry.charge(mean)
+    return change if isinstance(sgd.lr, Mapping) else sgd.lr * change
+
+
+def _step_of_adamw(symmetry: Symmetry, theta: Params, gradients: Minibatches, adamw: AdamW) -> Tensor:
+    """The exact mean change of the charge of a symmetry that scales entries, with v and its step sizes held."""
+    decay, noise = {}, {}
+    for name in symmetry.names:
+        shrink = 2 * adamw.lr_of(name) * adamw.decay_of(name) - (adamw.lr_of(name) * adamw.decay_of(name)) ** 2
+        terms = gradients.terms(name, theta[name])
+        decay[name], noise[name] = (shrink * terms.charge).sqrt(), terms.noise.sqrt()
+    return symmetry.charge(noise) - symmetry.charge(decay)

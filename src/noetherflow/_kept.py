@@ -22,9 +22,9 @@ from noetherflow._analysis import Analysis
 from noetherflow._batch import leaves_of
 from noetherflow._codec import Misfit, codec_of
 from noetherflow._errors import FileError
-from noetherflow._optimizers import SGD
 from noetherflow._progress import track
 from noetherflow._types import Batch
+from noetherflow.optimizers import Optimizer
 from noetherflow.symmetry import Symmetry
 
 # Files and folders of this package that enter no number of an analysis.
@@ -35,7 +35,7 @@ def key_of(
     model: nn.Module,
     loss: Any,
     batches: Iterable[Batch],
-    sgd: SGD,
+    settings: Optimizer,
     symmetries: Mapping[str, Symmetry] | None,
     *,
     options: Mapping[str, Any],
@@ -47,7 +47,7 @@ def key_of(
         model: The model: parameters, buffers, devices, train or eval mode, and text of every module.
         loss: The loss; its parameters and buffers, if it is a module.
         batches: The data; all tensors and other values of every batch, in order.
-        sgd: The settings of training.
+        settings: The settings of the optimizer.
         symmetries: The declared symmetries; None if they are searched for.
         options: The options of the analysis by name.
         sources: The files of code of the user; their text.
@@ -60,8 +60,8 @@ def key_of(
     """
     digest = hashlib.sha256(_fingerprint.of_code(Path(__file__).parent, frozenset(_DISPLAY)).encode())
     # By name: weight decay by parameter group may not say to which parameter it belongs.
-    settings = repr(sgd.named_by(model))
-    digest.update(json.dumps([settings, sorted(options.items())], default=str).encode())
+    named = repr(settings.named_by(model))
+    digest.update(json.dumps([named, sorted(options.items())], default=str).encode())
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     for module in (model, loss):

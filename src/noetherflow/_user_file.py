@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from noetherflow._errors import UserFileError
-from noetherflow._optimizers import SGD
+from noetherflow.optimizers import Optimizer
 
-Built = tuple[nn.Module, Any, Any, SGD, Mapping[str, Any] | None]
-"""Model, loss, loader, settings of SGD, and symmetries, which are None if `build()` declares none."""
+Built = tuple[nn.Module, Any, Any, Optimizer, Mapping[str, Any] | None]
+"""Model, loss, loader, settings of the optimizer, and symmetries, which are None if `build()` declares none."""
 
 # The files of this package and of PyTorch have their version in the key of a run.
 _KNOWN = {"noetherflow", "torch"}
@@ -26,7 +26,7 @@ def load_build(file: Path) -> Built:
         file: A Python file.
 
     Returns:
-        Model, loss, loader, settings of SGD, and symmetries, which are None if `build()` declares none.
+        Model, loss, loader, settings of the optimizer, and symmetries, which are None if `build()` declares none.
 
     Raises:
         UserFileError: If there is no such file or function, or if its result has different types.
@@ -42,19 +42,19 @@ def load_build(file: Path) -> Built:
     sys.modules[file.stem] = module
     spec.loader.exec_module(module)
     build = getattr(module, "build", None)
-    expected = "build() -> (model, loss, loader, sgd) or (model, loss, loader, sgd, symmetries)"
+    expected = "build() -> (model, loss, loader, settings) or (model, loss, loader, settings, symmetries)"
     if not callable(build):
         raise UserFileError(f"{file} does not define {expected}; see examples/digits_mlp.py")
     built = build()
     if not isinstance(built, (tuple, list)) or len(built) not in (4, 5):
         size = f" of length {len(built)}" if isinstance(built, (tuple, list)) else ""
         raise UserFileError(f"{file}: expected {expected}, got {type(built).__name__}{size}")
-    model, loss, loader, sgd, declared = built if len(built) == 5 else (*built, None)
+    model, loss, loader, settings, declared = built if len(built) == 5 else (*built, None)
     checks = (
         ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
         ("loss", loss, callable(loss), "a function (model, batch) -> one loss per example"),
         ("loader", loader, hasattr(loader, "__iter__"), "a DataLoader or another iterable of batches"),
-        ("sgd", sgd, isinstance(sgd, SGD), "a noetherflow.SGD"),
+        ("settings", settings, isinstance(settings, Optimizer), "a noetherflow.SGD or AdamW"),
         (
             "symmetries",
             declared,
@@ -65,7 +65,7 @@ def load_build(file: Path) -> Built:
     for name, value, valid, description in checks:
         if not valid:
             raise UserFileError(f"{file}: build() must return {description} as {name}, got {type(value).__name__}")
-    return model, loss, loader, sgd, declared
+    return model, loss, loader, settings, declared
 
 
 def sources(file: Path, model: nn.Module) -> list[Path]:

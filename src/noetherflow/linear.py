@@ -14,7 +14,7 @@ from torch import Tensor
 
 from noetherflow import _spd
 from noetherflow._errors import ParameterShapeError
-from noetherflow._optimizers import SGD
+from noetherflow.optimizers import SGD
 from noetherflow.symmetry import Grams
 
 

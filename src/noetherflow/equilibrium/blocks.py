@@ -7,16 +7,17 @@ from typing import final
 import torch
 from torch import Tensor
 
-from noetherflow._optimizers import SGD
+from noetherflow._drift import has_charge
+from noetherflow._minibatch import Minibatches
 from noetherflow._residual import entangled
 from noetherflow._types import Params
 from noetherflow.equilibrium.commuting import CommutingOrbit
 from noetherflow.equilibrium.dense import DenseOrbit
 from noetherflow.equilibrium.matrix import MatrixOrbit
 from noetherflow.equilibrium.orbit import Orbit, Residual
-from noetherflow.equilibrium.outcomes import zero_side
-from noetherflow.equilibrium.result import OrbitMinimum
-from noetherflow.noise import NoiseMoments
+from noetherflow.equilibrium.outcomes import without_charge, zero_side
+from noetherflow.equilibrium.result import OrbitMinimum, Outcome
+from noetherflow.optimizers import SGD
 from noetherflow.symmetry import Action, AxisSymmetry, Symmetry, along_axes
 
 
@@ -30,33 +31,32 @@ class Blocks:
         coupled: The names of symmetries of different blocks that share entries of a tensor, or that act on an entry
             twice: the noise at the present parameters does not determine the noise elsewhere on their joint orbit.
         names: All symmetries, in the order of the noise.
-        degenerate: The symmetries of which the parameters of a complete side are zero. They stay where they are.
+        still: The symmetries that stay where they are: those of which the parameters of a complete side are zero, and
+            those of which the optimizer conserves no charge.
     """
 
     orbits: tuple[Orbit, ...]
     coupled: tuple[str, ...]
     names: tuple[str, ...]
-    degenerate: OrbitMinimum
+    still: OrbitMinimum
 
     @classmethod
     def of(
-        cls, params: Params, noise: NoiseMoments, sgd: SGD, *, groups: tuple[list[list[str]], set[str]] | None = None
+        cls, params: Params, gradients: Minibatches, *, groups: tuple[list[list[str]], set[str]] | None = None
     ) -> "Blocks":
         """Symmetries that scale entries are solved jointly where they share tensors, every other symmetry by itself.
 
         Args:
-            params: The parameters at which the noise was measured.
-            noise: The noise.
-            sgd: The settings of the optimizer.
+            params: The parameters at which the gradients were measured.
+            gradients: The second moments of minibatches.
             groups: From `entangled`, which is equal at all points of an orbit; None determines it.
 
         Returns:
             The blocks.
         """
-        still = _degenerate(params, noise.symmetries)
-        symmetries = noise.symmetries
+        symmetries = gradients.symmetries
+        still = _still(params, gradients)
         sharing, doubled = groups or entangled(symmetries, params)
-        grams = noise.grams
         orbits: list[Orbit] = []
         coupled: list[str] = []
         for names in sharing:
@@ -64,19 +64,17 @@ class Blocks:
             scaling = {n: symmetries[n] for n in group if symmetries[n].action is Action.SCALES_ENTRIES}
             others = [name for name in group if name not in scaling]
             if scaling:
-                moves = {name for symmetry in scaling.values() for name in symmetry.names}
-                variance = {name: noise.square_scatter[name] / noise.count for name in moves}
-                orbits.append(CommutingOrbit(along_axes(scaling), params, variance, sgd))
+                orbits.append(CommutingOrbit(along_axes(scaling), params, gradients))
             for name in others:
                 kind = MatrixOrbit if symmetries[name].action is Action.MIXES_ROWS else DenseOrbit
-                orbits.append(kind(name, symmetries[name], params, grams[name], sgd))
+                orbits.append(kind(name, params, gradients))
             if others and (len(group) > 1 or doubled.intersection(others)):
                 coupled += group
-        return cls(tuple(orbits), tuple(coupled), tuple(noise.symmetries), still)
+        return cls(tuple(orbits), tuple(coupled), tuple(symmetries), still)
 
     def minimise(self) -> OrbitMinimum:
         """The minimum of every block, the other blocks held where they are."""
-        minima = [self.degenerate, *(orbit.minimise() for orbit in self.orbits)]
+        minima = [self.still, *(orbit.minimise() for orbit in self.orbits)]
         columns = []
         for column in ("coordinates", "drift", "relaxation", "outcomes"):
             values = {name: value for minimum in minima for name, value in getattr(minimum, column).items()}
@@ -85,52 +83,70 @@ class Blocks:
         return OrbitMinimum(coordinates, drift, relaxation, outcomes, max(minimum.iterations for minimum in minima))
 
     def residuals(self) -> dict[str, Residual]:
-        """The drift of every symmetry at the present parameters; no force of a degenerate symmetry counts."""
+        """The drift of every symmetry at the present parameters; no force counts on those that stay where they are."""
         values = {name: residual for orbit in self.orbits for name, residual in orbit.residuals().items()}
-        for name, drift in self.degenerate.drift.items():
+        for name, drift in self.still.drift.items():
             values[name] = Residual(drift, torch.zeros_like(drift), torch.zeros_like(drift))
         return {name: values[name] for name in self.names}
 
     def respond(self, forces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The displacement of the minimum of every block under small additional forces, the other blocks held."""
-        values = dict(self.degenerate.coordinates)
+        values = dict(self.still.coordinates)
         for orbit in self.orbits:
             values |= orbit.respond(forces)
         return {name: values[name] for name in self.names}
 
 
-def _degenerate(params: Params, symmetries: Mapping[str, Symmetry]) -> OrbitMinimum:
-    """The symmetries with two sides of which a side is zero, held where they are."""
+def _still(params: Params, gradients: Minibatches) -> OrbitMinimum:
+    """The symmetries without a charge, and those with two sides of which a side is zero, held where they are."""
     still = OrbitMinimum({}, {}, {}, {}, 0)
-    for name, symmetry in symmetries.items():
-        if not isinstance(symmetry, AxisSymmetry) or not (symmetry.plus and symmetry.minus):
-            continue
-        squares = symmetry.grams(params)
-        for side, gram, axes in zip(("plus", "minus"), squares, (symmetry.plus, symmetry.minus), strict=True):
-            if not gram.any() and name not in still.outcomes:
-                x = symmetry.identity(params)
-                still.coordinates[name], still.drift[name] = x, torch.zeros_like(x)
-                still.relaxation[name] = torch.full_like(x if x.ndim < 2 else x[0, 0], torch.inf)
-                still.outcomes[name] = zero_side(side, tuple(dict.fromkeys(axis.name for axis in axes)))
+    for name, symmetry in gradients.symmetries.items():
+        charged = has_charge(symmetry, gradients.optimizer)
+        outcome = _zero_side(symmetry, params) if charged else without_charge(gradients.optimizer)
+        if outcome is not None:
+            x = symmetry.identity(params)
+            still.coordinates[name], still.drift[name] = x, torch.full_like(x, 0.0 if charged else torch.nan)
+            still.relaxation[name] = torch.full_like(x if x.ndim < 2 else x[0, 0], torch.inf)
+            still.outcomes[name] = outcome
     return still
 
 
-def potential_of(params: Params, trace: Tensor, noise: NoiseMoments, sgd: SGD) -> Tensor:
-    r"""The potential $\Phi = 2\sum_p \gamma_p\,\theta_p^2 + \sigma^2\,\mathrm{Tr}\,\Sigma$, shape ().
+def _zero_side(symmetry: Symmetry, params: Params) -> Outcome | None:
+    """The outcome of a symmetry with two sides of which a side is zero; None for any other."""
+    if not isinstance(symmetry, AxisSymmetry) or not (symmetry.plus and symmetry.minus):
+        return None
+    squares = symmetry.grams(params)
+    for side, gram, axes in zip(("plus", "minus"), squares, (symmetry.plus, symmetry.minus), strict=True):
+        if not gram.any():
+            return zero_side(side, tuple(dict.fromkeys(axis.name for axis in axes)))
+    return None
+
+
+def potential_of(params: Params, gradients: Minibatches, blocks: Blocks) -> Tensor:
+    r"""The potential at the parameters where the gradients were measured, shape ().
+
+    For SGD with a single learning rate it is $2\sum_p \gamma_p\,\theta_p^2 + \sigma^2\,\mathrm{Tr}\,\Sigma$ over all
+    trained parameters (a parameter without a weight decay does not move, and adds a constant). Otherwise it is the sum
+    of the terms that the symmetries move.
 
     Args:
         params: The parameters.
-        trace: Tr Sigma at these parameters.
-        noise: The moments, whose parameters are counted; those without a weight decay do not move, and add a constant.
-        sgd: The settings.
+        gradients: The second moments of minibatches.
+        blocks: The symmetries in blocks.
 
     Returns:
         The potential.
     """
-    decay = sgd.weight_decay
-    names = [name for name in noise.mean if not isinstance(decay, Mapping) or name in decay]
-    norms = [sgd.gamma_of(name) * params[name].square().sum().to(trace) for name in names]
-    return 2 * (torch.stack(norms).sum() if norms else torch.zeros_like(trace)) + sgd.temperature * trace
+    optimizer = gradients.optimizer
+    if isinstance(optimizer, SGD) and not isinstance(optimizer.lr, Mapping):
+        total = gradients.total()
+        norms = [
+            optimizer.gamma_of(name) * params[name].square().sum().to(total)
+            for name in gradients.names
+            if optimizer.trains(name)
+        ]
+        return 2 * sum(norms, torch.zeros_like(total)) + optimizer.effective_lr / 2 * total
+    return sum((orbit.value({}) for orbit in blocks.orbits), torch.zeros((), dtype=torch.float64))
 
 
 def moved(symmetries: Mapping[str, Symmetry], params: Params, coordinates: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from noetherflow._optimizers import SGD
+from noetherflow._minibatch import Minibatches
 from noetherflow._types import Params
 from noetherflow.equilibrium.free import Free
 from noetherflow.equilibrium.orbit import Orbit, Residual
@@ -37,34 +37,37 @@ class CommutingOrbit(Orbit):
     r"""The orbit of commuting diagonal generators, with joint coordinates x.
 
     Every entry p of a parameter is scaled by $e^{s_p(x)}$ with $s_p$ linear, so the potential is
-    $\Phi(x) = \sum_p a_p e^{2 s_p(x)} + b_p e^{-2 s_p(x)}$, $a_p = 2\gamma_p\theta_p^2$, $b_p = \sigma^2 \Sigma_{pp}$:
-    smooth and convex.
+    $\Phi(x) = \sum_p a_p e^{k s_p(x)} + b_p e^{-k' s_p(x)}$: smooth and convex. For SGD $a_p = 2\gamma_p\theta_p^2$,
+    $b_p = \sigma^2 \Sigma_{pp}$ and both exponents are 2; for AdamW $a_p = 2\lambda\sqrt{v_p}\,\theta_p^2$,
+    $b_p = \eta\sqrt{v_p}$ and both are 1.
     """
 
-    def __init__(self, symmetries: Mapping[str, AxisSymmetry], params: Params, variance: Params, sgd: SGD) -> None:
-        self._symmetries = dict(symmetries)
+    def __init__(self, symmetries: Mapping[str, AxisSymmetry], params: Params, gradients: Minibatches) -> None:
+        self._symmetries, self._exponents = dict(symmetries), gradients.optimizer.exponents
         axes = [axis for symmetry in symmetries.values() for axis in symmetry.regions(params)]
-        squares, self._variance = {}, {}
+        self._decay, self._noise, self._charge, self._shares = {}, {}, {}, {}
         for name in dict.fromkeys(axis.name for axis in axes):
             # Entries along a dimension of no axis have equal exponents, so that only their sums count.
             dims = unused_dims(params[name], [axis for axis in axes if axis.name == name])
-            squares[name] = _total(params[name].square(), dims)
-            self._variance[name] = _total(variance[name], dims)
-        self._squares = squares
-        self._unit = {name: torch.ones_like(tensor) for name, tensor in squares.items()}
+            terms = gradients.terms(name, params[name])
+            self._decay[name], self._noise[name], self._charge[name] = (_total(term, dims) for term in terms)
+            self._shares[name] = _total(gradients.shares(name), dims)
+        self._unit = {name: torch.ones_like(tensor) for name, tensor in self._charge.items()}
         # Every symmetry gets only what it acts on: a deep model has as many symmetries as tensors.
         self._units = {name: {n: self._unit[n] for n in symmetry.names} for name, symmetry in symmetries.items()}
         self._roles = {name: roles_of(symmetry, self._unit) for name, symmetry in symmetries.items()}
-        self._decay = {name: 2 * sgd.gamma_of(name) * tensor for name, tensor in squares.items()}
-        self._noise = {name: sgd.temperature * tensor for name, tensor in self._variance.items()}
         identities = {name: symmetry.identity(self._unit) for name, symmetry in symmetries.items()}
         self._shapes = {name: identity.shape for name, identity in identities.items()}
         self._origin = torch.cat([identity.reshape(-1) for identity in identities.values()])
 
     def trace(self, coordinates: Mapping[str, Tensor]) -> Tensor:
-        """Tr Sigma over the entries that this orbit moves, at a point of it; shape ()."""
+        """The noise of the entries that this orbit moves, at a point of it; shape ()."""
         scales = self._scales(self._flatten(coordinates))
-        return torch.stack([(self._variance[name] * torch.exp(-2 * s)).sum() for name, s in scales.items()]).sum()
+        return torch.stack([(self._shares[name] * torch.exp(-2 * s)).sum() for name, s in scales.items()]).sum()
+
+    def value(self, coordinates: Mapping[str, Tensor]) -> Tensor:
+        """The part of the potential that this orbit changes, at a point of it; shape ()."""
+        return self._value(self._flatten(coordinates))
 
     def residuals(self) -> dict[str, Residual]:
         """The drift of every symmetry where the noise was measured."""
@@ -102,15 +105,16 @@ class CommutingOrbit(Orbit):
         status, last = Status.NOT_CONVERGED, torch.zeros_like(x)
         for step in range(_MOST_STEPS + 1):
             gradient, weight = self._gradient(x), self._weight(x)
-            size = self._sides(weight, 2).sum(0)
-            imbalance = torch.where(free.mask, free.project(gradient).abs() / (2 * size), 0.0)
+            stiffness = self._sides(weight, 2).sum(0)
+            size = self._sides(self._slopes(x), 2).sum(0)
+            imbalance = torch.where(free.mask, free.project(gradient).abs() / size, 0.0)
             if imbalance.max() <= _BALANCED:
                 status = Status.CONVERGED
                 break
             if (x.abs() > _FAR).any() or step == _MOST_STEPS:
                 break
             direction = self._newton_direction(
-                gradient, weight, size, free, forcing=float(imbalance.max().clamp_max(0.1))
+                gradient, weight, stiffness, free, forcing=float(imbalance.max().clamp_max(0.1))
             )
             moved = self._line_search(x, direction, gradient)
             if torch.equal(moved, x):
@@ -122,15 +126,15 @@ class CommutingOrbit(Orbit):
 
     def respond(self, forces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The displacement of the joint minimum under additional forces, by conjugate gradients."""
-        weight, size = self._curvature
+        weight, stiffness = self._curvature
         # The gradient of the potential is minus the drift.
         gradient = -self._flatten(forces)
         free = self._minimum[1]
-        return self._unflatten(self._newton_direction(gradient, weight, size, free, forcing=_RESPONSE))
+        return self._unflatten(self._newton_direction(gradient, weight, stiffness, free, forcing=_RESPONSE))
 
     @functools.cached_property
     def _curvature(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Where the noise was measured: decay plus noise of every entry, and their sums with squared coefficients."""
+        """Where the noise was measured: the curvature of every entry, and its sums with squared coefficients."""
         weight = self._weight(self._origin)
         return weight, self._sides(weight, 2).sum(0)
 
@@ -163,8 +167,9 @@ class CommutingOrbit(Orbit):
     def _terms(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Both terms of the potential, entry by entry: weight decay and noise."""
         scales = self._scales(x)
-        decay = {name: self._decay[name] * torch.exp(2 * s) for name, s in scales.items()}
-        noise = {name: self._noise[name] * torch.exp(-2 * s) for name, s in scales.items()}
+        grow, fall = self._exponents.decay, -self._exponents.noise
+        decay = {name: self._decay[name] * torch.exp(grow * s) for name, s in scales.items()}
+        noise = {name: self._noise[name] * torch.exp(fall * s) for name, s in scales.items()}
         return decay, noise
 
     def _value(self, x: Tensor) -> Tensor:
@@ -172,29 +177,40 @@ class CommutingOrbit(Orbit):
         return torch.stack([(decay[name] + noise[name]).sum() for name in decay]).sum()
 
     def _gradient(self, x: Tensor) -> Tensor:
+        grow, fall, _ = self._exponents
         decay, noise = self._terms(x)
-        plus, minus = self._sides({name: 2 * (decay[name] - noise[name]) for name in decay})
+        plus, minus = self._sides({name: grow * decay[name] - fall * noise[name] for name in decay})
         return plus - minus
 
-    def _weight(self, x: Tensor) -> dict[str, Tensor]:
+    def _slopes(self, x: Tensor) -> dict[str, Tensor]:
+        """The sum of both forces on every entry."""
+        grow, fall, _ = self._exponents
         decay, noise = self._terms(x)
-        return {name: decay[name] + noise[name] for name in decay}
+        return {name: grow * decay[name] + fall * noise[name] for name in decay}
+
+    def _weight(self, x: Tensor) -> dict[str, Tensor]:
+        """The second derivative of the potential with respect to the exponent of every entry."""
+        grow, fall, _ = self._exponents
+        decay, noise = self._terms(x)
+        return {name: grow**2 * decay[name] + fall**2 * noise[name] for name in decay}
 
     def _forces(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """P, which drives a coordinate up, and R, which drives it down."""
         decay, noise = self._terms(x)
         (decay_plus, decay_minus), (noise_plus, noise_minus) = self._sides(decay), self._sides(noise)
-        return 2 * (decay_minus + noise_plus), 2 * (decay_plus + noise_minus)
+        grow, fall, _ = self._exponents
+        return grow * decay_minus + fall * noise_plus, grow * decay_plus + fall * noise_minus
 
     # The search.
 
     def _sweep(self, x: Tensor, free: Free) -> Tensor:
-        """Each symmetry in turn to its closed form, x += log(P / R) / 4, as long as that lowers the potential."""
-        value = self._value(x)
+        """Each symmetry in turn to its closed form, as long as that lowers the potential."""
+        # With equal exponents k of decay and noise, x moves by log(P / R) / 2k.
+        value, power = self._value(x), self._exponents.decay + self._exponents.noise
         for _ in range(_SWEEPS):
             for index in self._blocks():
                 push, pull = self._forces(x)
-                moved = x + free.project(torch.where(free.mask & index, 0.25 * (push.log() - pull.log()), 0.0))
+                moved = x + free.project(torch.where(free.mask & index, (push.log() - pull.log()) / power, 0.0))
                 if (lowered := self._value(moved)) < value:
                     x, value = moved, lowered
         return x
@@ -204,15 +220,17 @@ class CommutingOrbit(Orbit):
         labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self._origin.device)
         return [labels == label for label in range(len(sizes))]
 
-    def _newton_direction(self, gradient: Tensor, weight: Params, size: Tensor, free: Free, forcing: float) -> Tensor:
+    def _newton_direction(
+        self, gradient: Tensor, weight: Params, stiffness: Tensor, free: Free, forcing: float
+    ) -> Tensor:
         """Conjugate gradients on the Newton equation; preconditioned, so that every coordinate counts alike."""
 
         def hessian(direction: Tensor) -> Tensor:
             scales = self._scales(direction)
-            plus, minus = self._sides({name: 4 * weight[name] * s for name, s in scales.items()})
+            plus, minus = self._sides({name: weight[name] * s for name, s in scales.items()})
             return free.project(plus - minus)
 
-        diagonal = torch.where(free.mask, 4 * size, 1.0)
+        diagonal = torch.where(free.mask, stiffness, 1.0)
         x = torch.zeros_like(gradient)
         residual = free.project(-gradient)
         scaled = free.project(residual / diagonal)
@@ -250,9 +268,11 @@ class CommutingOrbit(Orbit):
 
     def _result(self, x: Tensor, free: Free, status: Status, steps: int) -> OrbitMinimum:
         push, pull = self._forces(x)
-        squares = {name: self._squares[name] * torch.exp(2 * s) for name, s in self._scales(x).items()}
-        # Both the drift and the charge change with the coordinate; their ratio is the rate at which a departure decays.
-        rate = 4 * self._sides(self._weight(x), 2).sum(0) / (2 * self._sides(squares, 2).sum(0))
+        power = self._exponents.charge
+        charge = {name: self._charge[name] * torch.exp(power * s) for name, s in self._scales(x).items()}
+        # Both the drift and the charge change with the coordinate, the charge as twice its entries while the step sizes
+        # stay; their ratio is the rate at which a departure decays.
+        rate = self._sides(self._weight(x), 2).sum(0) / (2 * self._sides(charge, 2).sum(0))
         relaxation = torch.where(free.coordinates, 1 / rate, torch.inf)
         parts = (self._unflatten(t) for t in (x, push - pull, relaxation))
         coordinates, drift, times = parts

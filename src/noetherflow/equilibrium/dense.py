@@ -6,13 +6,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from noetherflow._drift import decayed
-from noetherflow._optimizers import SGD
+from noetherflow._drift import charge_weighted, half_forces
+from noetherflow._minibatch import Minibatches
 from noetherflow._types import Params
 from noetherflow.equilibrium.orbit import Orbit, Residual
 from noetherflow.equilibrium.outcomes import not_finite, of_generator
 from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
-from noetherflow.symmetry import Grams, Symmetry
 
 _MOST_STEPS = 200
 
@@ -24,19 +23,27 @@ class DenseOrbit(Orbit):
     The potential on it, $\Phi(x) = \sum_i a_i e^{2 q_i x} + b_i e^{-2 q_i x}$, is strictly convex.
     """
 
-    def __init__(self, name: str, symmetry: Symmetry, params: Params, noise: Grams, sgd: SGD) -> None:
+    def __init__(self, name: str, params: Params, gradients: Minibatches) -> None:
+        symmetry = gradients.symmetries[name]
         self._name = name
         self._eigenvalues = torch.cat(symmetry.eigenvalues)
-        self._variances = torch.cat(noise)
-        self._squares = torch.cat(symmetry.grams(params))
-        self._decay = 2 * torch.cat(decayed(symmetry, params, sgd))
-        self._noise = sgd.temperature * self._variances
+        self._variances = torch.cat(gradients.noise(name))
+        self._charge = torch.cat(charge_weighted(symmetry, params, gradients))
+        decay, noise_terms = half_forces(name, params, gradients)
+        self._decay, self._noise = torch.cat(decay) / 2, torch.cat(noise_terms) / 2
         # Noise in the directions that the generator does not scale stays as it is, and is not counted.
 
     def trace(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """Tr Sigma over the directions that the generator scales, at a point of the orbit; shape ()."""
-        x = torch.as_tensor(coordinates.get(self._name, 0.0)).to(self._eigenvalues)
-        return (self._variances * torch.exp(-2 * x * self._eigenvalues)).sum()
+        return (self._variances * torch.exp(-2 * self._coordinate(coordinates) * self._eigenvalues)).sum()
+
+    def value(self, coordinates: Mapping[str, Tensor]) -> Tensor:
+        """The part of the potential that this orbit changes, at a point of it; shape ()."""
+        exponent = 2 * self._coordinate(coordinates) * self._eigenvalues
+        return (self._decay * torch.exp(exponent) + self._noise * torch.exp(-exponent)).sum()
+
+    def _coordinate(self, coordinates: Mapping[str, Tensor]) -> Tensor:
+        return torch.as_tensor(coordinates.get(self._name, 0.0)).to(self._eigenvalues)
 
     def residuals(self) -> dict[str, Residual]:
         """The drift where the noise was measured, zero if the generator has no equilibrium."""
@@ -97,7 +104,7 @@ class DenseOrbit(Orbit):
 
     def _result(self, x: Tensor, outcome: Outcome, steps: int) -> OrbitMinimum:
         q = self._eigenvalues
-        stretch = (2 * q.square() * torch.exp(2 * q * x) * self._squares).sum()
+        stretch = (2 * q.square() * torch.exp(2 * q * x) * self._charge).sum()
         settled = outcome.status is Status.CONVERGED
         relaxation = stretch / self._curvature(x) if settled else torch.full_like(stretch, torch.inf)
         name = self._name

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from noetherflow import _spd
 from noetherflow._errors import NonFiniteError
-from noetherflow._optimizers import SGD
+from noetherflow._minibatch import minibatches
 from noetherflow._progress import track
 from noetherflow._residual import entangled
 from noetherflow._types import Params
@@ -19,6 +19,7 @@ from noetherflow.equilibrium.orbit import Residual
 from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
 from noetherflow.noise import NoiseMoments
 from noetherflow.noise.measurement import Measurement
+from noetherflow.optimizers import Optimizer
 
 # A step is halved at most this often.
 _HALVINGS = 8
@@ -66,7 +67,7 @@ class Descent:
     Args:
         measurement: How the noise is measured.
         origin: The parameters at the start, float64.
-        sgd: The settings of the optimizer.
+        settings: The settings of the optimizer.
         rounding: Relative differences of forces that are rounding in the type of the parameters.
         slack: Relative differences of forces and of the potential that are rounding in the coarsest type in which the
             loss is computed: they neither stop the search nor count as a failure at its end.
@@ -80,14 +81,14 @@ class Descent:
         self,
         measurement: Measurement,
         origin: Params,
-        sgd: SGD,
+        settings: Optimizer,
         *,
         rounding: float,
         slack: float,
         progress: bool,
         keep_noise: bool,
     ) -> None:
-        self._measurement, self._origin, self._sgd = measurement, origin, sgd
+        self._measurement, self._origin, self._settings = measurement, origin, settings
         self._symmetries, self._progress = measurement.symmetries, progress
         self._rounding, self._slack = rounding, max(rounding, slack)
         self._groups = entangled(self._symmetries, origin)
@@ -120,8 +121,9 @@ class Descent:
         self.passes += 1
         params = moved(self._symmetries, self._origin, coordinates)
         noise = self._measurement.at(params, progress=self._progress)
-        potential = float(potential_of(params, noise.trace, noise, self._sgd))
-        blocks = Blocks.of(params, noise, self._sgd, groups=self._groups)
+        gradients = minibatches(noise, self._settings)
+        blocks = Blocks.of(params, gradients, groups=self._groups)
+        potential = float(potential_of(params, gradients, blocks))
         if self._keep_noise and self.noise is None:
             self.noise = noise
         return Point(

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from noetherflow._optimizers import SGD
 from noetherflow._types import Batch, Loss
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.equilibrium.search import Options, search
+from noetherflow.optimizers import Optimizer
 from noetherflow.symmetry import Symmetry
 
 
@@ -16,7 +16,7 @@ def equilibrate(
     model: nn.Module,
     loss: Loss,
     loader: Iterable[Batch],
-    sgd: SGD,
+    settings: Optimizer,
     symmetries: Mapping[str, Symmetry] | None = None,
     *,
     tolerance: float = 1e-6,
@@ -41,7 +41,7 @@ def equilibrate(
         loss: `loss(model, batch)` with one loss per example, shape (B,).
         loader: Batches of the training data. They are kept in memory, since every pass measures the same examples; give
             a part of a large data set.
-        sgd: The settings of the optimizer.
+        settings: The settings of the optimizer, `SGD` or `AdamW`.
         symmetries: By name; None finds them on the first batch, and leaves out those that act on parameters which no
             gradient reaches.
         tolerance: The drift of every coordinate is reduced to this share of its start.
@@ -63,7 +63,7 @@ def equilibrate(
 
     Raises:
         SettingsError: If `tolerance` or `max_passes` is out of range, if the search needs more than `max_bytes`, or if
-            a parameter on which a symmetry acts has no weight decay.
+            the settings say nothing of a parameter on which a symmetry acts.
         EmptyDataError: If the loader yields nothing.
         CoupledExamplesError: If the loss couples examples, and `microbatches` is not set.
         NonFiniteError: If the loss overflows, here or at a later point; with the symmetry that moved most.
@@ -84,4 +84,4 @@ def equilibrate(
         for the acceleration. Their combination is this package's own.
     """
     options = Options(tolerance, max_passes, microbatches, holdout, dtype, max_bytes, progress)
-    return search(model, loss, loader, sgd, symmetries, options).equilibrium
+    return search(model, loss, loader, settings, symmetries, options).equilibrium

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from noetherflow import _spd
-from noetherflow._drift import forces
-from noetherflow._optimizers import SGD
+from noetherflow._drift import charge_weighted, forces
+from noetherflow._minibatch import Minibatches
 from noetherflow._types import Params
 from noetherflow.equilibrium.orbit import Orbit, Residual
 from noetherflow.equilibrium.outcomes import not_finite, of_directions
 from noetherflow.equilibrium.result import OrbitMinimum, Outcome, Status
-from noetherflow.symmetry import Grams, Symmetry
 
 
 @final
@@ -25,17 +24,21 @@ class MatrixOrbit(Orbit):
     $e^{-x} P e^{-x} - e^{x} R e^{x}$; it vanishes at $e^{2x} = R^{-1} \# P$.
     """
 
-    def __init__(self, name: str, symmetry: Symmetry, params: Params, noise: Grams, sgd: SGD) -> None:
+    def __init__(self, name: str, params: Params, gradients: Minibatches) -> None:
         self._name = name
-        self._noise = noise
-        self._squares = symmetry.grams(params)
-        self._push, self._pull = forces(symmetry, params, noise, sgd)
+        self._noise = gradients.noise(name)
+        self._charge = charge_weighted(gradients.symmetries[name], params, gradients)
+        self._push, self._pull = forces(name, params, gradients)
 
     def trace(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """Tr Sigma over the entries that this orbit moves, at a point of it; shape ()."""
-        x = torch.as_tensor(coordinates.get(self._name, torch.zeros_like(self._push))).to(self._push)
-        square = _spd.expm(2 * _spd.symmetric(x))
+        square = _spd.expm(2 * _spd.symmetric(self._coordinate(coordinates)))
         return (torch.linalg.inv(square) * self._noise.plus).sum() + (square * self._noise.minus).sum()
+
+    def value(self, coordinates: Mapping[str, Tensor]) -> Tensor:
+        """The part of the potential that this orbit changes, at a point of it; shape ()."""
+        square = _spd.expm(2 * _spd.symmetric(self._coordinate(coordinates)))
+        return ((torch.linalg.inv(square) * self._push).sum() + (square * self._pull).sum()) / 2
 
     def residuals(self) -> dict[str, Residual]:
         """The drift where the noise was measured, on the directions that have something on both sides."""
@@ -75,6 +78,9 @@ class MatrixOrbit(Orbit):
         inner = (vectors.mT @ force @ vectors) / (values.unsqueeze(-1) + values.unsqueeze(-2))
         return {self._name: _spd.symmetric(vectors @ inner @ vectors.mT)}
 
+    def _coordinate(self, coordinates: Mapping[str, Tensor]) -> Tensor:
+        return torch.as_tensor(coordinates.get(self._name, torch.zeros_like(self._push))).to(self._push)
+
     @functools.cached_property
     def _ranges(self) -> _spd.Ranges:
         """The directions by the sides that have a force."""
@@ -94,14 +100,14 @@ class MatrixOrbit(Orbit):
     def _result(self, x: Tensor, outcome: Outcome) -> OrbitMinimum:
         grow, shrink = _spd.expm(x), _spd.expm(-x)
         push, pull = shrink @ self._push @ shrink, grow @ self._pull @ grow
-        squares = grow @ self._squares.plus @ grow + shrink @ self._squares.minus @ shrink
+        charge = grow @ self._charge.plus @ grow + shrink @ self._charge.minus @ shrink
         drift = push - pull
         # d(drift)/dx and d(charge)/dx are the anticommutators with P + R and C+ + C-; their slowest ratio is that of
         # the pencil.
         relaxation = torch.tensor(torch.inf, dtype=x.dtype)
         if outcome.status is Status.CONVERGED:
             both = push + pull
-            relaxation = squares.abs().max() / both.abs().max() / _spd.pencil(_spd.unit(both), _spd.unit(squares))[0]
+            relaxation = charge.abs().max() / both.abs().max() / _spd.pencil(_spd.unit(both), _spd.unit(charge))[0]
         name = self._name
         return OrbitMinimum({name: x}, {name: drift}, {name: relaxation}, {name: outcome}, 0)
 

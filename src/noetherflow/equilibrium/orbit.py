@@ -33,7 +33,11 @@ class Orbit(ABC):
 
     @abstractmethod
     def trace(self, coordinates: Mapping[str, Tensor]) -> Tensor:
-        """Tr Sigma over the entries that this orbit moves, at a point of it; shape ()."""
+        """The noise of the entries that this orbit moves, at a point of it; shape ()."""
+
+    @abstractmethod
+    def value(self, coordinates: Mapping[str, Tensor]) -> Tensor:
+        """The part of the potential that this orbit changes, at a point of it; shape ()."""
 
     @abstractmethod
     def residuals(self) -> dict[str, Residual]:

@@ -2,7 +2,9 @@
 
 from torch import Tensor
 
+from noetherflow._drift import no_charge
 from noetherflow.equilibrium.result import Outcome, Status
+from noetherflow.optimizers import Optimizer
 
 
 def not_finite() -> Outcome:
@@ -19,6 +21,11 @@ def zero_side(side: str, names: tuple[str, ...]) -> Outcome:
         "until no side is zero"
     )
     return Outcome(Status.DEGENERATE, message)
+
+
+def without_charge(optimizer: Optimizer) -> Outcome:
+    """For a symmetry of which the optimizer conserves no charge."""
+    return Outcome(Status.NO_CHARGE, no_charge(optimizer))
 
 
 def of_rows(free: Tensor, push: Tensor, pull: Tensor, status: Status) -> Outcome:

@@ -32,6 +32,10 @@ class Status(Enum):
     )
     AT_INFINITY = "along some directions the equilibrium lies at infinity; these directions were left where they are"
     DEGENERATE = "parameters of a complete side of a symmetry are zero, so that it has no equilibrium yet"
+    NO_CHARGE = (
+        "the optimizer conserves no charge of some symmetries, so that their equilibrium is not known; they were left "
+        "where they are"
+    )
     NOT_CONVERGED = "the iteration stopped before every drift was zero"
     NON_FINITE = "the noise or the parameters hold NaN or infinity"
 
@@ -63,7 +67,7 @@ class Outcome:
 
 
 class OrbitMinimum(NamedTuple):
-    """The minimum of the potential on an orbit: everything by symmetry name; times in units of lr * steps."""
+    """The minimum of the potential on an orbit: everything by symmetry name; times in steps."""
 
     coordinates: dict[str, Tensor]
     drift: dict[str, Tensor]
@@ -92,18 +96,19 @@ class Imbalance(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Equilibrium:
-    """The noise equilibrium of a model: where SGD takes its charges, and how long that takes.
+    """The noise equilibrium of a model: where the optimizer takes its charges, and how long that takes.
 
     Args:
         params: All parameters at the equilibrium, float64, by name.
         coordinates: Per symmetry, the group element that leads there: x for the action e^{+-x}.
         outcomes: Per symmetry, how the search ended.
         drift: Per symmetry, the drift that is left, in the units of `drift`.
-        relaxation_steps: Per symmetry, the number of SGD steps in which a small departure of one coordinate shrinks by
-            e, the others held; infinite for directions that were left alone. For a matrix, its slowest direction.
-        potential_before: The potential 2 gamma |theta|^2 + sigma^2 Tr Sigma where the model is.
+        relaxation_steps: Per symmetry, the number of steps in which a small departure of one coordinate shrinks by e,
+            the others and the step sizes held; infinite for directions that were left alone. For a matrix, its slowest
+            direction.
+        potential_before: The potential where the model is: for SGD 2 gamma |theta|^2 + sigma^2 Tr Sigma.
         potential_after: The potential at the equilibrium.
-        trace_before: Tr Sigma, per example, where the model is.
+        trace_before: Tr Sigma, per example, where the model is; from `second_moments`, the sum of v.
         trace_after: Tr Sigma at the equilibrium.
         iterations: Newton steps taken, the most over all sets of symmetries that share tensors.
         symmetries: The symmetries, under canonical parameter names.

@@ -13,8 +13,8 @@ from noetherflow._device import CPU
 from noetherflow._dtype import working_dtype
 from noetherflow._errors import NonFiniteError, SettingsError
 from noetherflow._given import require_loader
+from noetherflow._minibatch import minibatches
 from noetherflow._model_function import ModelFunction
-from noetherflow._optimizers import SGD, require_settings
 from noetherflow._params import aliases, snapshot
 from noetherflow._per_example import own_randomness, require_losses, require_uncoupled
 from noetherflow._progress import track
@@ -29,6 +29,7 @@ from noetherflow.equilibrium.standard_errors import standard_errors
 from noetherflow.noise import NoiseMoments
 from noetherflow.noise.exact import resolve
 from noetherflow.noise.measurement import Measurement
+from noetherflow.optimizers import Optimizer, require_settings
 from noetherflow.symmetry import Symmetry
 
 # Relative differences of forces that are rounding, by floating-point type.
@@ -67,7 +68,7 @@ class Options:
 class Search(NamedTuple):
     """The equilibrium, with the first batch, the noise and the parameters at the start, and residuals of the finder.
 
-    The weight decay of the settings has the names of the parameters.
+    The settings have the names of the parameters.
     """
 
     first: Batch
@@ -75,20 +76,20 @@ class Search(NamedTuple):
     noise: NoiseMoments | None
     initial: dict[str, Tensor]
     residuals: dict[str, Residual]
-    sgd: SGD
+    settings: Optimizer
 
 
 def search(
     model: nn.Module,
     loss: Loss,
     loader: Iterable[Batch],
-    sgd: SGD,
+    settings: Optimizer,
     symmetries: Mapping[str, Symmetry] | None,
     options: Options,
 ) -> Search:
     """Find the equilibrium of a copy of a model; see `equilibrate`."""
     aliases(model)  # raises unless the model is a module
-    sgd = require_settings(sgd, model)
+    settings = require_settings(settings, model)
     if not options.microbatches:
         require_uncoupled(model)
     resolve(model, symmetries or {})  # raises for symmetries that do not fit, and if nothing is trained
@@ -107,7 +108,9 @@ def search(
     notes += _running_statistics(model)
     residuals: dict[str, Residual] = {}
     if symmetries is None:
-        symmetries, residuals, left_out = _detected(model, loss, first, working.dtype, sgd, progress=options.progress)
+        symmetries, residuals, left_out = _detected(
+            model, loss, first, working.dtype, settings, progress=options.progress
+        )
         notes += left_out
     require_memory(model, symmetries, working.dtype, options.max_bytes)
     measurement = Measurement(
@@ -123,7 +126,7 @@ def search(
     descent = Descent(
         measurement,
         initial,
-        sgd,
+        settings,
         rounding=rounding,
         slack=slack,
         progress=options.progress,
@@ -136,7 +139,7 @@ def search(
         coordinates=end.coordinates,
         outcomes=outcomes,
         drift={name: end.residuals[name].drift for name in outcomes},
-        relaxation_steps={name: end.minimum.relaxation[name] / sgd.effective_lr for name in outcomes},
+        relaxation_steps={name: end.minimum.relaxation[name] for name in outcomes},
         potential_before=start.potential,
         potential_after=end.potential,
         trace_before=start.trace,
@@ -144,12 +147,12 @@ def search(
         iterations=end.minimum.iterations,
         symmetries=measurement.symmetries,
         passes=descent.passes,
-        standard_error=standard_errors(measurement, course, sgd, progress=options.progress),
+        standard_error=standard_errors(measurement, course, settings, progress=options.progress),
         imbalance={n: Imbalance(start.residuals[n].imbalance, end.residuals[n].imbalance) for n in outcomes},
-        holdout=_carried_over(measurement, unused, start, end, sgd),
+        holdout=_carried_over(measurement, unused, start, end, settings),
         notes=tuple(notes),
     )
-    return Search(first, equilibrium, descent.noise, initial, residuals, sgd)
+    return Search(first, equilibrium, descent.noise, initial, residuals, settings)
 
 
 def _precision(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype) -> torch.dtype:
@@ -178,13 +181,13 @@ def _running_statistics(model: nn.Module) -> list[str]:
 
 
 def _detected(
-    model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype, sgd: SGD, *, progress: bool
+    model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype, settings: Optimizer, *, progress: bool
 ) -> tuple[dict[str, Symmetry], dict[str, Residual], list[str]]:
-    """The symmetries of the graph less those of parameters that SGD does not move, their residuals, and notes."""
+    """The symmetries of the graph less those of parameters that do not move, their residuals, and notes."""
     for _ in track(range(1), "symmetries", total=1, shown=progress):
         explanation = explain_axes(model, loss, batch, dtype=dtype)
     warn_of_rejected(explanation)
-    still = _still(model, loss, batch, dtype, sgd)
+    still = _still(model, loss, batch, dtype, settings)
     notes = [f"left out, because {reason}: {', '.join(names)}" for reason, names in still.items() if names]
     excluded = {name for names in still.values() for name in names}
     kept = {name: s for name, s in explanation.symmetries.items() if excluded.isdisjoint(s.names)}
@@ -194,14 +197,13 @@ def _detected(
     return kept, residuals, notes
 
 
-def _still(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype, sgd: SGD) -> dict[str, list[str]]:
+def _still(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype, settings: Optimizer) -> dict[str, list[str]]:
     """The trainable parameters that do not move, by the reason."""
     function = ModelFunction(model, loss, dtype)
     device = next(model.parameters()).device
     with own_randomness(device):
         unreached = function.unreached(function.trained, cast(batch, dtype, device))
-    decay = sgd.weight_decay
-    groupless = [name for name in function.trained if isinstance(decay, Mapping) and name not in decay]
+    groupless = [name for name in function.trained if not settings.trains(name)]
     return {
         "no gradient of the loss reaches them": sorted(unreached),
         "no parameter group of the optimizer holds them": sorted(groupless),
@@ -209,20 +211,20 @@ def _still(model: nn.Module, loss: Loss, batch: Batch, dtype: torch.dtype, sgd: 
 
 
 def _carried_over(
-    measurement: Measurement, batches: list[Batch], start: Point, end: Point, sgd: SGD
+    measurement: Measurement, batches: list[Batch], start: Point, end: Point, settings: Optimizer
 ) -> dict[str, Imbalance]:
     """The relative drift on data that was held out, at both ends of the way; empty without such data."""
     if not batches:
         return {}
     unused = measurement.on(batches)
     try:
-        before, after = (_imbalances(unused, point.params, sgd) for point in (start, end))
+        before, after = (_imbalances(unused, point.params, settings) for point in (start, end))
     except NonFiniteError as error:
         raise NonFiniteError(f"holdout, {error}") from error
     return {name: Imbalance(before[name], after[name]) for name in before}
 
 
-def _imbalances(measurement: Measurement, params: Params, sgd: SGD) -> dict[str, float]:
+def _imbalances(measurement: Measurement, params: Params, settings: Optimizer) -> dict[str, float]:
     """The relative drift of every symmetry, measured at a point."""
-    residuals = Blocks.of(params, measurement.at(params), sgd).residuals()
+    residuals = Blocks.of(params, minibatches(measurement.at(params), settings)).residuals()
     return {name: residual.imbalance for name, residual in residuals.items()}

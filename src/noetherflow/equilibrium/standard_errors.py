@@ -1,14 +1,20 @@
 """How far the equilibrium depends on the sample of data."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from noetherflow._optimizers import SGD
+from noetherflow._drift import forces, has_charge
+from noetherflow._minibatch import minibatches
 from noetherflow.equilibrium.descent import Course
 from noetherflow.noise.measurement import Measurement
+from noetherflow.optimizers import Optimizer
 
 
-def standard_errors(measurement: Measurement, course: Course, sgd: SGD, *, progress: bool) -> dict[str, Tensor]:
+def standard_errors(
+    measurement: Measurement, course: Course, settings: Optimizer, *, progress: bool
+) -> dict[str, Tensor]:
     r"""The standard errors of the coordinates, from the spread between groups of examples.
 
     With $c_k$ the drift of group k at the equilibrium of all examples, the equilibrium of the group is displaced by
@@ -19,7 +25,7 @@ def standard_errors(measurement: Measurement, course: Course, sgd: SGD, *, progr
     Args:
         measurement: How the noise is measured.
         course: The descent to the equilibrium.
-        sgd: The settings of the optimizer.
+        settings: The settings of the optimizer.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -33,12 +39,17 @@ def standard_errors(measurement: Measurement, course: Course, sgd: SGD, *, progr
         return {}
     counts: list[int] = []
     displacements: list[dict[str, Tensor]] = []
-    for count, grams in measurement.by_group(end.params, progress=progress):
-        # The group is centred by its mean, which takes a degree of freedom.
-        factor = 2 * sgd.temperature * count / (count - 1)
-        forces = {name: factor * s.charge_of(grams[name]) for name, s in measurement.symmetries.items()}
-        displacements.append(course.acceleration.respond(end.blocks.respond(forces)))
-        counts.append(count)
+    charged = [name for name, symmetry in measurement.symmetries.items() if has_charge(symmetry, settings)]
+    for moments in measurement.by_group(end.params, progress=progress):
+        # The group is centred by its mean, which takes a degree of freedom: a divisor less by 1.
+        gradients = minibatches(replace(moments, count=moments.count - 1), settings)
+        drifts = {name: torch.zeros_like(x) for name, x in end.coordinates.items()}
+        for name in charged:
+            push, pull = forces(name, end.params, gradients)
+            drifts[name] = push - pull
+        displacements.append(course.acceleration.respond(end.blocks.respond(drifts)))
+        counts.append(moments.count)
+        del moments, gradients  # they have the size of the model
     if len(counts) < 2:
         return unknown
     shares = torch.tensor(counts, dtype=torch.float64) / sum(counts)

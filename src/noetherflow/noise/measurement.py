@@ -16,7 +16,7 @@ from noetherflow.noise.estimate import Estimate
 from noetherflow.noise.exact import Subject, resolve
 from noetherflow.noise.microbatch import MicrobatchMeter
 from noetherflow.noise.moments import NoiseMoments
-from noetherflow.symmetry import Grams, Symmetry
+from noetherflow.symmetry import Symmetry
 
 # Groups of examples that are compared for standard errors: with so many, t and normal quantiles differ by 5 %.
 _GROUPS = 32
@@ -105,13 +105,13 @@ class Measurement:
             raise EmptyDataError("there is no batch to measure")
         return moments
 
-    def by_group(self, params: Params, *, progress: bool = False) -> Iterator[tuple[int, dict[str, Grams]]]:
-        """Yield size and Grams of disjoint groups of examples, each centred by itself; none of too few examples."""
+    def by_group(self, params: Params, *, progress: bool = False) -> Iterator[NoiseMoments]:
+        """Yield the moments of disjoint groups of examples, each centred by itself; none of too few examples."""
         groups = self._groups()
         shown = track(groups, "standard errors", total=len(groups), shown=progress)
         if self._microbatches:
             for group in shown:
-                yield _grams_of(self._between(params, group))
+                yield self._between(params, group)
             return
         estimate = self._at(params)
         with own_randomness(estimate.device):
@@ -119,9 +119,9 @@ class Measurement:
                 for batch in group:
                     estimate.add(batch, f"group {number}")
                 # Moments have the size of the model, and are not kept while the next group is measured.
-                size, grams = _grams_of(estimate.take())
-                if size > 1:
-                    yield size, grams
+                if (moments := estimate.take()) is not None and moments.count > 1:
+                    yield moments
+                del moments
 
     def _at(self, params: Params) -> Estimate:
         """An empty estimate at given parameters."""
@@ -165,8 +165,3 @@ class Measurement:
         if meter.skipped:
             raise NonFiniteError("the squares of the gradients overflow between batches; compute with a smaller loss")
         return meter.noise
-
-
-def _grams_of(moments: NoiseMoments | None) -> tuple[int, dict[str, Grams]]:
-    """The number of examples and the Grams of every symmetry."""
-    return (0, {}) if moments is None else (moments.count, moments.grams)

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from noetherflow._optimizers import SGD
+from noetherflow.optimizers import SGD
 from noetherflow.paper import style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.f1_problem import LENGTH, Config, Direction, loss, point, replicas, stream, two_points

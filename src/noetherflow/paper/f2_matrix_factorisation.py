@@ -27,10 +27,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.linear import TwoLayer, noise_factors, two_layer_equilibrium, two_layer_noise
 from noetherflow.noise import NoiseMoments
+from noetherflow.optimizers import SGD
 from noetherflow.paper import style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.f2_problem import (

@@ -24,9 +24,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.linear import TwoLayer, two_layer_sharpness
+from noetherflow.optimizers import SGD
 from noetherflow.paper import linear_pair, style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.f3_theory import Config, predicted_ratios, predicted_sharpening

@@ -6,8 +6,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from noetherflow._optimizers import SGD
 from noetherflow.linear import noise_factors
+from noetherflow.optimizers import SGD
 from noetherflow.paper.linear_pair import World
 
 

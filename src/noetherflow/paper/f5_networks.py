@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from noetherflow._optimizers import SGD
 from noetherflow._types import Params
+from noetherflow.optimizers import SGD
 from noetherflow.simulation import GradientDescent, Trajectory, simulate
 from noetherflow.symmetry import Axis, ScalarSymmetry
 

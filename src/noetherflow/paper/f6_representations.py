@@ -23,8 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from noetherflow._optimizers import SGD
 from noetherflow._types import Params
+from noetherflow.optimizers import SGD
 from noetherflow.paper import linear_pair, style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.f6_student import WORLDS, Config, Student, normal, start

@@ -22,8 +22,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from noetherflow._optimizers import SGD
 from noetherflow.linear import TwoLayer, noise_factors, two_layer_equilibrium, two_layer_relaxation
+from noetherflow.optimizers import SGD
 from noetherflow.paper import linear_pair, style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.linear_pair import LinearPair

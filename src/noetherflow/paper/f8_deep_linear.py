@@ -23,9 +23,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from noetherflow._optimizers import SGD
 from noetherflow._types import Params
 from noetherflow.linear import deep_equilibrium
+from noetherflow.optimizers import SGD
 from noetherflow.paper import style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.f8_problem import Config, Problem, kaiming, loss, make_problem, network, normal

@@ -25,8 +25,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from noetherflow._optimizers import SGD
 from noetherflow.linear import TwoLayer, two_layer_equilibrium
+from noetherflow.optimizers import SGD
 from noetherflow.paper import linear_pair, style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.f9_valley import grams, valley_flow

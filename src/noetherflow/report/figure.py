@@ -7,8 +7,9 @@ import torch
 
 from noetherflow import _files
 from noetherflow._analysis import Analysis
-from noetherflow._drift import forces
+from noetherflow._drift import forces, has_charge
 from noetherflow._extras import require
+from noetherflow._minibatch import minibatches
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,8 +66,11 @@ def write(figure: "Figure", path: Path) -> None:
 
 def _draw_balance(analysis: Analysis, axes: "Axes") -> None:
     """P against R of every coordinate, or of the diagonal of a matrix. On the line P = R, a charge does not drift."""
+    gradients = minibatches(analysis.noise, analysis.settings)
     for index, (name, symmetry) in enumerate(analysis.equilibrium.symmetries.items()):
-        push, pull = forces(symmetry, analysis.initial, analysis.noise.grams[name], analysis.sgd)
+        if not has_charge(symmetry, analysis.settings):
+            continue
+        push, pull = forces(name, analysis.initial, gradients)
         if push.ndim == 2:
             push, pull = push.diagonal(), pull.diagonal()
         axes.plot(pull.reshape(-1), push.reshape(-1), **_points(index), label=name)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 from noetherflow._errors import SettingsError
-from noetherflow._optimizers import SGD, require_settings
+from noetherflow.optimizers import SGD, require_sgd
 
 
 @final
@@ -107,7 +107,7 @@ class Langevin:
     dt: float | None = None
 
     def __post_init__(self) -> None:
-        require_settings(self.sgd)
+        require_sgd(self.sgd, None, "the diffusion limit")
         require_time_step(self.time_step)
 
     @property

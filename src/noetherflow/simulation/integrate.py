@@ -7,7 +7,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from noetherflow._optimizers import SGD
+from noetherflow.optimizers import SGD
+from noetherflow.optimizers.by_parameter import value_of
 from noetherflow.simulation.dynamics import GradientFlow, Langevin, Schedule
 from noetherflow.simulation.fused import Fused, ReplicaGradients
 from noetherflow.simulation.stream import FullBatch, Minibatches
@@ -84,7 +85,7 @@ def by_steps(
     weights = first.new_full((len(first), source.size), 1 / source.size)
     velocity = [torch.zeros_like(tensor) for tensor in params.values()] if sgd.momentum else []
     carried = count + len(velocity)
-    decays = [2 * sgd.gamma_of(name) for name in params]
+    decays, rates = [2 * sgd.gamma_of(name) for name in params], [value_of(sgd.lr, name, "lr") for name in params]
 
     def step(*tensors: Tensor) -> tuple[Tensor, ...]:
         theta, velocity = tensors[:count], tensors[count:carried]
@@ -95,13 +96,13 @@ def by_steps(
         if velocity:
             pushes = [sgd.momentum * v + push for v, push in zip(velocity, pushes, strict=True)]
         if rate is None:
-            moved = [p.sub(push, alpha=sgd.lr) for p, push in zip(theta, pushes, strict=True)]
+            moved = [p.sub(push, alpha=lr) for p, push, lr in zip(theta, pushes, rates, strict=True)]
         else:
-            moved = [p - rate * push for p, push in zip(theta, pushes, strict=True)]
+            moved = [p - lr * push for p, push, lr in zip(theta, pushes, rate, strict=True)]
         return (means, *moved, *(pushes if velocity else ()))
 
     def inputs(step: int) -> Tensors:
-        return (first.new_tensor(sgd.lr * schedule(step)), *source.next()) if schedule else source.next()
+        return (first.new_tensor(rates) * schedule(step), *source.next()) if schedule else source.next()
 
     return GradientIntegrator(params, velocity, step, inputs)
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from noetherflow import _spd
-from noetherflow._drift import forces
+from noetherflow._drift import forces_of_sgd
 from noetherflow._errors import SettingsError
-from noetherflow._optimizers import SGD, require_settings
 from noetherflow._residual import entangled
 from noetherflow._types import Params
 from noetherflow.noise import NoiseMoments
+from noetherflow.optimizers import SGD, require_sgd
 from noetherflow.simulation.dynamics import require_time_step
 from noetherflow.simulation.integrate import Integrator
 from noetherflow.symmetry import Action, Grams, Symmetry
@@ -57,7 +57,7 @@ class NoetherFlow:
     noise: NoiseMoments | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        require_settings(self.sgd)
+        require_sgd(self.sgd, None, "the Noether flow")
         require_time_step(self.time_step)
 
     @property
@@ -122,14 +122,14 @@ class OrbitFlow:
         motion = {name: torch.zeros_like(tensor) for name, tensor in state.params.items()}
         grams: dict[str, Grams] = {}
         for name, symmetry in self._matrices.items():
-            push, pull = forces(symmetry, state.params, state.grams[name], self._sgd)
+            push, pull = forces_of_sgd(symmetry, state.params, state.grams[name], self._sgd)
             squares = symmetry.grams(state.params)
             x = _lyapunov(squares.plus + squares.minus, push - pull)
             plus, minus = state.grams[name]
             grams[name] = Grams(-(x @ plus + plus @ x), x @ minus + minus @ x)
             motion = _plus(motion, symmetry.generate(x, state.params))
         for name, dense in self._dense.items():
-            push, pull = forces(dense, state.params, state.grams[name], self._sgd)
+            push, pull = forces_of_sgd(dense, state.params, state.grams[name], self._sgd)
             q = dense.eigenvalues
             squares = dense.grams(state.params)
             stretch = sum((2 * eigen.square() * side).sum() for eigen, side in zip(q, squares, strict=True))

@@ -10,12 +10,12 @@ from torch import nn
 from noetherflow._device import CPU
 from noetherflow._errors import EmptyDataError, SettingsError
 from noetherflow._model_function import ModelFunction
-from noetherflow._optimizers import SGD, require_settings
 from noetherflow._params import aliases, copy_of
 from noetherflow._per_example import require_uncoupled
 from noetherflow._progress import track
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.noise import estimate_noise
+from noetherflow.optimizers import SGD, require_settings
 from noetherflow.simulation.dynamics import GradientDescent, GradientFlow, Langevin, Schedule
 from noetherflow.simulation.fused import ReplicaGradients
 from noetherflow.simulation.integrate import Integrator, by_diffusion, by_flow, by_steps
