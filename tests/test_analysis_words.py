@@ -120,7 +120,7 @@ def test_a_report_keeps_its_place(tmp_path: Path) -> None:
 def test_weight_decay_by_parameter_is_shown_by_value(tmp_path: Path) -> None:
     decays = {"0.weight": 0.01, "2.weight": 0.01, "0.bias": 0.0}
     analysis = analysis_of([report("a")], ["m"])
-    analysis = dataclasses.replace(analysis, sgd=dataclasses.replace(analysis.sgd, weight_decay=decays))
+    analysis = dataclasses.replace(analysis, settings=dataclasses.replace(analysis.settings, weight_decay=decays))
     text = written(tmp_path, analysis).read_text()
     assert "<dt>weight_decay</dt><dd>0.01 for 2 parameters, 0 for 1 parameter</dd>" in text
     assert "<dt>gamma</dt><dd>0.005 for 2 parameters, 0 for 1 parameter</dd>" in text

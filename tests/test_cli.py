@@ -94,7 +94,7 @@ def test_a_file_may_import_its_neighbour(tmp_path: Path) -> None:
         ("import torch\ndef build():\n    return torch.nn.Linear(1, 1), 2, 3, 4, 5\n", "as loss"),
         ("import torch\ndef build():\n    return torch.nn.Linear(1, 1), print, 3, 4, 5\n", "as loader"),
         (DECLARES_FIVE, "as symmetries"),
-        ("import torch\ndef build():\n    return torch.nn.Linear(1, 1), print, [], 4, {}\n", "as sgd"),
+        ("import torch\ndef build():\n    return torch.nn.Linear(1, 1), print, [], 4, {}\n", "as settings"),
     ],
 )
 def test_a_file_of_the_wrong_kind_gets_a_sentence(content: str | None, words: str, tmp_path: Path) -> None:

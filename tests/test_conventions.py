@@ -92,7 +92,7 @@ def test_the_settings_of_an_optimizer_are_read() -> None:
         (lambda p: torch.optim.Adam(p), "Adam"),
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1), "dampening"),
         (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), "maximize"),
-        (lambda p: torch.optim.SGD([{"params": [q], "lr": 0.1 * k} for k, q in enumerate(p, 1)]), "share"),
+        (lambda p: torch.optim.SGD([{"params": [q], "momentum": 0.1 * k} for k, q in enumerate(p, 1)]), "share"),
     ],
 )
 def test_an_optimizer_of_another_kind_is_refused(optimizer: object, words: str) -> None:

@@ -13,6 +13,7 @@ import checks
 import noetherflow as nf
 from cases import Case, case, cases, mlp, rescaling, squared_error
 from noetherflow._drift import forces
+from noetherflow._minibatch import minibatches
 
 Decay = float | dict[str, float]
 ONE_SIDED = "scalar, plus only"
@@ -87,7 +88,7 @@ def test_relaxation_of_a_rotation_against_its_linearised_flow() -> None:
     noise = checks.noise_of(one)
     start = {n: p.detach().clone() for n, p in one.model.named_parameters()}
     symmetry = one.symmetries["rotation"]
-    push, pull = forces(symmetry, start, noise.grams["rotation"], sgd)
+    push, pull = forces("rotation", start, minibatches(noise, sgd))
     # The slowest departure is along one direction of the hidden units.
     squares = symmetry.grams(start)
     slowest = torch.from_numpy(scipy.linalg.eigh(push + pull, squares.plus + squares.minus)[1][:, 0])
@@ -253,7 +254,7 @@ def test_the_status_of_several_symmetries_is_the_worst() -> None:
     assert endings == {"first": nf.Status.SINGULAR, "last": nf.Status.CONVERGED}
     assert equilibrium.status is nf.Status.SINGULAR
     assert equilibrium.message.startswith("first: rows 1 carry neither")
-    assert [status.severity for status in nf.Status] == [0, 1, 2, 3, 4, 5]
+    assert [status.severity for status in nf.Status] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_throw_turns_a_status_into_an_error() -> None:

@@ -108,7 +108,7 @@ def test_an_import_that_leads_up_is_found(module: str, code: str) -> None:
 @pytest.mark.parametrize(
     ("module", "code"),
     [
-        ("_optimizers", "from noetherflow._errors import SettingsError"),
+        ("optimizers.sgd", "from noetherflow._errors import SettingsError"),
         ("symmetry.scalar", "from noetherflow.symmetry.axis import Axis"),
         ("symmetry.scalar", "from .axis import Axis\nfrom .._spd import expm\nfrom .. import _params"),
         ("_cli", "import torch\nfrom noetherflow import _drift, report"),

@@ -155,7 +155,8 @@ def test_the_file_holds_the_numbers_of_the_report(name: str, tmp_path: Path) -> 
     }
     assert written["examples"] == 24
     settings = {"lr": LR, "batch_size": SIZE, "weight_decay": DECAY, "momentum": MOMENTUM, "replacement": True}
-    settings |= {"dataset_size": None, "gamma": GAMMA, "temperature": HEAT}
+    settings |= {"dataset_size": None, "finite_step": False, "gamma": GAMMA, "temperature": HEAT}
+    assert written["settings"].pop("optimizer") == "SGD"
     assert written["settings"] == pytest.approx(settings)
     assert written["versions"]["torch"] == torch.__version__
 

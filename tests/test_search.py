@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import noetherflow as nf
 import oracles
 from cases import Case, case, make
+from noetherflow._minibatch import minibatches
 from noetherflow._user_file import load_build
 from noetherflow.equilibrium.commuting import CommutingOrbit
 from noetherflow.equilibrium.memory import required_bytes
@@ -178,14 +179,27 @@ def test_what_runs_away_together_is_held_along_that_direction() -> None:
     params = {name: torch.ones(1, dtype=torch.float64) for name in values}
     a, b, c = (nf.Axis(name, 0) for name in values)
     pair = {"x": nf.ScalarSymmetry([b, c], [a]), "y": nf.ScalarSymmetry([a, c], [b])}
-    minimum = CommutingOrbit(pair, params, variance, nf.SGD(0.1, 5)).minimise()
+    noise = nf.NoiseMoments(
+        1,
+        dict.fromkeys(values, torch.zeros(1)),
+        {},
+        variance,
+        torch.zeros(()),
+        {},
+        {},  # no Grams are needed
+    )
+
+    def orbit(sgd: nf.SGD) -> CommutingOrbit:
+        return CommutingOrbit(pair, params, minibatches(noise, sgd))
+
+    minimum = orbit(nf.SGD(0.1, 5)).minimise()
     assert {outcome.status for outcome in minimum.outcomes.values()} == {nf.Status.AT_INFINITY}
     assert "run away together" in minimum.outcomes["x"].message
     x, y = (minimum.coordinates[name].item() for name in pair)
     assert x + y == pytest.approx(0.0, abs=1e-12)
     assert x - y == pytest.approx(torch.log(torch.tensor(2.0)).item() / 4, rel=1e-6)
     # The twin: with weight decay the sum is held.
-    held = CommutingOrbit(pair, params, variance, nf.SGD(0.1, 5, 1e-3)).minimise()
+    held = orbit(nf.SGD(0.1, 5, 1e-3)).minimise()
     assert {outcome.status for outcome in held.outcomes.values()} == {nf.Status.CONVERGED}
 
 

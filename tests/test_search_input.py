@@ -52,7 +52,7 @@ def test_data_that_is_not_batches(loader: Callable[[], Any], error: type[Excepti
     if given.get("holdout", 0) is None:
         return  # which is none
     with refused(error, place, words):
-        nf.equilibrate(small(), loss, sgd=SGD, **given)
+        nf.equilibrate(small(), loss, settings=SGD, **given)
     assert not calls, "refused before work starts"
 
 
@@ -93,7 +93,7 @@ def test_a_batch_that_is_not_finite_is_named(microbatches: bool, place: str) -> 
     bad[2][5, 1] = torch.nan
     given = {"loader": data(8, 4), "holdout": data(8, 4)} | {place: bad}
     with refused(nf.NonFiniteError, *(["holdout"] if place == "holdout" else []), "batch 2", "example 5"):
-        nf.equilibrate(small(), squares, sgd=SGD, microbatches=microbatches, **given)
+        nf.equilibrate(small(), squares, settings=SGD, microbatches=microbatches, **given)
 
 
 def test_a_gradient_between_batches_that_is_not_finite_is_named() -> None:

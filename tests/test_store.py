@@ -158,11 +158,11 @@ def test_weight_decay_by_parameter_is_the_same_after_a_file_and_after_a_pickle(t
     optimizer = torch.optim.SGD(checks.groups_of(one.model, one.decays), lr=0.1)
     sgd = nf.SGD.from_optimizer(optimizer, batch_size=5)
     analysis = nf.analyze(one.model, one.loss, one.loader(), sgd, one.symmetries, progress=False)
-    assert analysis.sgd.weight_decay == one.decays
+    assert analysis.settings.weight_decay == one.decays
     analysis.save(tmp_path / "a.safetensors")
     for again in (nf.Analysis.load(tmp_path / "a.safetensors"), pickle.loads(pickle.dumps(analysis))):
         require_same(again, analysis)
-        assert again.sgd == nf.SGD(0.1, 5, one.decays)
+        assert again.settings == nf.SGD(0.1, 5, one.decays)
     settings = json.loads(json.dumps(analysis.to_json()))["settings"]
     assert settings["weight_decay"] == one.decays
     assert settings["gamma"] == {name: decay / 2 for name, decay in one.decays.items()}

@@ -157,7 +157,6 @@ def test_a_parameter_without_weight_decay_is_refused_where_a_symmetry_moves_it()
 @pytest.mark.parametrize(
     ("groups", "words"),
     [
-        ([{"lr": 0.1}, {"lr": 0.2}], r"share lr, got \[0\.1, 0\.2\].*another charge.*same lr"),
         ([{"momentum": 0.0}, {"momentum": 0.9}], r"share momentum, got \[0\.0, 0\.9\]"),
         ([{}, {"momentum": 0.0, "dampening": 0.1}], "dampening"),
         ([{}, {"maximize": True}], "maximize"),

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import noetherflow as nf
+from noetherflow._minibatch import minibatches
 from noetherflow.equilibrium import search
 from noetherflow.equilibrium.blocks import Blocks
 from noetherflow.equilibrium.descent import Descent
@@ -154,7 +155,7 @@ def drift_of(case: Case, equilibrium: nf.Equilibrium, model: nn.Module | None = 
     model = model or case.model
     noise = nf.estimate_noise(model, case.loss, case.batches(), equilibrium.symmetries, variances=True, progress=False)
     params = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    residuals = Blocks.of(params, noise, case.sgd).residuals()
+    residuals = Blocks.of(params, minibatches(noise, case.sgd)).residuals()
     return largest_and_median({name: residual.imbalance for name, residual in residuals.items()})
 
 

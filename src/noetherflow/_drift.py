@@ -49,9 +49,8 @@ def forces(name: str, params: Params, gradients: Minibatches) -> Forces:
 
 def forces_of_sgd(symmetry: Symmetry, params: Params, noise: Grams, sgd: SGD) -> Forces:
     r"""Both forces on a charge under SGD with a single learning rate, from the Grams $N_\pm$ of single examples."""
-    step = sgd.effective_lr * sgd.share
-    decay = decayed(symmetry, params, sgd)
-    return _between(symmetry, Grams(*(4 * side for side in decay)), Grams(*(step * side for side in noise)))
+    heat = 2 * sgd.temperature
+    return _between(symmetry, *_halves_of_sgd(symmetry, params, noise, (heat, heat), sgd))
 
 
 def _between(symmetry: Symmetry, decay: Grams, noise: Grams) -> Forces:
@@ -66,9 +65,7 @@ def half_forces(name: str, params: Params, gradients: Minibatches) -> tuple[Gram
     symmetry, optimizer = gradients.symmetries[name], gradients.optimizer
     steps = _steps(symmetry, optimizer)
     if isinstance(optimizer, SGD) and steps is not None:
-        decay, noise = decayed(symmetry, params, optimizer), gradients.grams(name)
-        sides = zip(steps, noise, strict=True)
-        return Grams(*(4 * side for side in decay)), Grams(*(step * side for step, side in sides))
+        return _halves_of_sgd(symmetry, params, gradients.grams(name), steps, optimizer)
     if symmetry.action is not Action.SCALES_ENTRIES:
         raise SettingsError(f"{name!r}: {no_charge(optimizer)}")
     terms = {parameter: gradients.terms(parameter, params[parameter]) for parameter in symmetry.names}
@@ -76,6 +73,14 @@ def half_forces(name: str, params: Params, gradients: Minibatches) -> tuple[Gram
     noise = symmetry.grams({parameter: term.noise.sqrt() for parameter, term in terms.items()})
     exponents = optimizer.exponents
     return Grams(*(exponents.decay * side for side in decay)), Grams(*(exponents.noise * side for side in noise))
+
+
+def _halves_of_sgd(
+    symmetry: Symmetry, params: Params, noise: Grams, factors: tuple[float, float], sgd: SGD
+) -> tuple[Grams, Grams]:
+    """The forces of weight decay and of noise, from Grams of gradients and a factor for each side."""
+    decay = Grams(*(4 * side for side in decayed(symmetry, params, sgd)))
+    return decay, Grams(*(factor * side for factor, side in zip(factors, noise, strict=True)))
 
 
 def has_charge(symmetry: Symmetry, optimizer: Optimizer) -> bool:
