@@ -252,7 +252,7 @@ def expected_step(noise: NoiseMoments, settings: Optimizer, params: nn.Module | 
 
     With learning rates by parameter, the charge is the one that is conserved without noise,
     $\sum_p q_p\theta_p^2 / \mathrm{lr}_p$. For AdamW it is $\sum_p q_p\theta_p^2 / p_p$ with the step sizes
-    $p = \eta / (\sqrt{v} + \epsilon)$ at $v = E\,g_S^2$, and
+    $p = \eta / (\sqrt{v} + \epsilon)$ at $v = E\,g_S^2$, and for a single learning rate and weight decay
 
     $$E[C'] - C = ((1 - \eta\lambda)^2 - 1)\,C + \sum_p q_p\,p_p\,E\,g_{S,p}^2 .$$
 
@@ -307,7 +307,7 @@ def expected_step(noise: NoiseMoments, settings: Optimizer, params: nn.Module | 
         elif isinstance(settings, SGD):
             changes[name] = _step_of_sgd(name, theta, noise, settings)
         elif isinstance(settings, AdamW):
-            changes[name] = _step_of_adamw(symmetry, theta, gradients, settings)
+            changes[name] = _step_of_adamw(name, theta, noise, gradients, settings)
     return changes
 
 
@@ -327,11 +327,15 @@ def _step_of_sgd(name: str, theta: Params, noise: NoiseMoments, sgd: SGD) -> Ten
     return change if isinstance(sgd.lr, Mapping) else sgd.lr * change
 
 
-def _step_of_adamw(symmetry: Symmetry, theta: Params, gradients: Minibatches, adamw: AdamW) -> Tensor:
+def _step_of_adamw(name: str, theta: Params, noise: NoiseMoments, gradients: Minibatches, adamw: AdamW) -> Tensor:
     """The exact mean change of the charge of a symmetry that scales entries, with v and its step sizes held."""
-    decay, noise = {}, {}
-    for name in symmetry.names:
-        shrink = 2 * adamw.lr_of(name) * adamw.decay_of(name) - (adamw.lr_of(name) * adamw.decay_of(name)) ** 2
-        terms = gradients.terms(name, theta[name])
-        decay[name], noise[name] = (shrink * terms.charge).sqrt(), terms.noise.sqrt()
-    return symmetry.charge(noise) - symmetry.charge(decay)
+    symmetry = noise.symmetries[name]
+    shrink, noisy, mean = {}, {}, {}
+    for p in symmetry.names:
+        v, decay = gradients.moment(p), adamw.lr_of(p) * adamw.decay_of(p)
+        root = (adamw.lr_of(p) / (v.sqrt() + adamw.eps)).sqrt()
+        shrink[p] = (2 * decay) ** 0.5 * theta[p] / root
+        noisy[p] = root * (v - noise.mean[p].square()).clamp_min(0).sqrt()
+        # Weight decay and mean gradient together, as for SGD: they meet where the decay differs between parameters.
+        mean[p] = decay * theta[p] / root + root * noise.mean[p]
+    return symmetry.charge(noisy) + symmetry.charge(mean) - symmetry.charge(shrink)
