@@ -218,6 +218,10 @@ def load_loops() -> None:
         kernels.table_rows(ids, stack, matrix)
         kernels.accumulate(stack, matrix, EACH, torch.ones(2, 2))
         kernels.accumulate(stack, matrix, OF_SUM)
+    # Wide enough for the compiled product of matrices.
+    wide = torch.ones(1, 64, 64)
+    matrix = Buffer.blank(StatisticsLayout.of(torch.Size((64, 64)), Requested(True, True)), wide)
+    kernels.outer_products(wide, wide, matrix, needs_sum=True)
     kernels.channel_sums(stack, stack)
     kernels.affine_sums(stack, stack, stack[..., :1].contiguous(), stack[..., :1].contiguous())
     kernels.group_norm_back(stack, stack, None, stack[0], stack[0])

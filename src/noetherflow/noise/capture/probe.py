@@ -1,5 +1,6 @@
 """A function that is called again with the entries of some examples replaced: what changes depends on these."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, final
@@ -37,9 +38,11 @@ class Probe:
             layout = self._call.layout(leaf)
             if chosen is None or layout is SHARED:
                 return leaf.clone()
-            labels = layout.labels(leaf.shape, self._size).long()
+            # Few copies of the leaf at a time: of a large model, the first step is the one that needs most memory.
+            labels = _unexpanded(layout.labels(leaf.shape, self._size)).long()
             inside = torch.cat([torch.zeros(1, dtype=torch.bool), chosen])[labels].to(leaf.device)
-            return torch.where(inside, other(leaf), leaf)
+            replaced = other(leaf)
+            return torch.where(inside, replaced, leaf, out=replaced)
 
         torch.manual_seed(0)  # the same random numbers in every call
         return self._call.results(put)
@@ -119,10 +122,27 @@ def _differ(before: Tensor, after: Tensor) -> Tensor:
     if not can_be_nan(before):
         return (after != before).cpu()
     # Products of matrices round in another way where memory begins elsewhere.
-    finite = before.abs()[before.isfinite()]
     eps = torch.finfo(before.dtype).eps
-    slack = (100 * eps if eps < 1e-6 else 4 * eps) * float(finite.max() if finite.numel() else 0.0)
-    return (~((after - before).abs() <= slack) & (before != after) & ~(before.isnan() & after.isnan())).cpu()
+    slack = (100 * eps if eps < 1e-6 else 4 * eps) * _largest(before)
+    gap = after - before
+    close = gap.abs_() <= slack if not gap.is_complex() else gap.abs() <= slack
+    del gap
+    return (~close & (before != after) & ~(before.isnan() & after.isnan())).cpu()
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest absolute value of a finite entry; without a copy, if all entries are finite."""
+    if tensor.numel() and not tensor.is_complex():
+        largest = max(map(abs, map(float, tensor.aminmax())))
+        if math.isfinite(largest):
+            return largest
+    finite = tensor.abs()[tensor.isfinite()]
+    return float(finite.max() if finite.numel() else 0.0)
+
+
+def _unexpanded(tensor: Tensor) -> Tensor:
+    """A tensor with size 1 along the dimensions along which it is expanded."""
+    return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
 
 
 def _nan(leaf: Tensor) -> Tensor:
@@ -130,12 +150,12 @@ def _nan(leaf: Tensor) -> Tensor:
 
 
 def _other(leaf: Tensor) -> Tensor:
-    """A tensor whose every entry is as far from the other end of the range."""
+    """A new tensor whose every entry is as far from the other end of the range."""
     if leaf.dtype is torch.bool:
         return ~leaf
     if leaf.is_complex():
         return -leaf
-    return (leaf.max() + leaf.min() - leaf) if leaf.numel() else leaf
+    return (leaf.max() + leaf.min() - leaf) if leaf.numel() else leaf.clone()
 
 
 def can_be_nan(leaf: Tensor) -> bool:
