@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import checks
 import noetherflow as nf
 from cases import Case, case, cases, mlp, rescaling, squared_error
-from noetherflow._drift import forces
+from noetherflow._forces import forces
 from noetherflow._minibatch import minibatches
 
 Decay = float | dict[str, float]

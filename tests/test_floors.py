@@ -20,6 +20,7 @@ FLOORS = [
     {"noise", "discover"},
     {"_second_moments"},
     {"_minibatch"},
+    {"_forces"},
     {"_drift", "linear", "_explain"},
     {"equilibrium"},
     {"_rebalance", "simulation", "_analysis"},

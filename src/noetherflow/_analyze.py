@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from noetherflow._analysis import Analysis, SymmetryReport
 from noetherflow._batch import cast
-from noetherflow._drift import conserved_charge, drift
+from noetherflow._drift import drift
 from noetherflow._dtype import working_dtype
 from noetherflow._errors import NotASymmetryError
+from noetherflow._forces import conserved_charge
 from noetherflow._minibatch import minibatches
 from noetherflow._params import copy_of
 from noetherflow._precision import TOLERANCES

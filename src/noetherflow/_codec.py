@@ -64,9 +64,10 @@ def codec_of(hint: Any) -> Codec:
     """The codec of an annotation; raises `Misfit` if a file cannot hold its values."""
     arguments, origin = typing.get_args(hint), typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType) and len(arguments) == 2:
-        scalar, other = sorted(map(codec_of, arguments), key=lambda codec: not isinstance(codec, (_Plain, _Float)))
-        if isinstance(scalar, (_Plain, _Float)):
-            return _Union(scalar, other)
+        first, other = sorted(map(codec_of, arguments), key=lambda codec: not isinstance(codec, (_Plain, _Float)))
+        # No tree fits both: a list is no object.
+        if isinstance(first, (_Plain, _Float)) or (isinstance(first, _Sequence) and isinstance(other, _Dictionary)):
+            return _Union(first, other)
     if origin in (dict, collections.abc.Mapping) and arguments[:1] == (str,):
         return _Dictionary(codec_of(arguments[1]))
     if origin in (list, tuple, collections.abc.Sequence) and arguments:
@@ -138,17 +139,17 @@ class _Tensor(Codec):
 @final
 @dataclasses.dataclass(frozen=True)
 class _Union(Codec):
-    scalar: Codec  # tried first
+    first: Codec  # tried first
     other: Codec
 
     def encode(self, value: Any, where: str, put: Put) -> Any:
         with contextlib.suppress(Misfit):
-            return self.scalar.encode(value, where, put)
+            return self.first.encode(value, where, put)
         return self.other.encode(value, where, put)
 
     def decode(self, tree: Any, where: str, take: Take) -> Any:
         with contextlib.suppress(Misfit):
-            return self.scalar.decode(tree, where, take)
+            return self.first.decode(tree, where, take)
         return self.other.decode(tree, where, take)
 
 

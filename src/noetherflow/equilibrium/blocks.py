@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from noetherflow._drift import has_charge
+from noetherflow._forces import has_charge
 from noetherflow._minibatch import Minibatches
 from noetherflow._residual import entangled
 from noetherflow._types import Params

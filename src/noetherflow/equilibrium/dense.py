@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from noetherflow._drift import charge_weighted, half_forces
+from noetherflow._forces import charge_weighted, half_forces
 from noetherflow._minibatch import Minibatches
 from noetherflow._types import Params
 from noetherflow.equilibrium.orbit import Orbit, Residual

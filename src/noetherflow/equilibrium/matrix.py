@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from noetherflow import _spd
-from noetherflow._drift import charge_weighted, forces
+from noetherflow._forces import charge_weighted, forces
 from noetherflow._minibatch import Minibatches
 from noetherflow._types import Params
 from noetherflow.equilibrium.orbit import Orbit, Residual

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from noetherflow._drift import no_charge
+from noetherflow._forces import no_charge
 from noetherflow.equilibrium.result import Outcome, Status
 from noetherflow.optimizers import Optimizer
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from noetherflow._drift import forces, has_charge
+from noetherflow._forces import forces, has_charge
 from noetherflow._minibatch import minibatches
 from noetherflow.equilibrium.descent import Course
 from noetherflow.noise.measurement import Measurement

@@ -183,7 +183,19 @@ class AdamW(Optimizer):
         # Of entries without a gradient, 0 / 0 is 0.
         noise = lr * torch.where(moment > 0, moment / inverse, 0.0)
         shrinking = 2 * decay * inverse * squares if self.decoupled else decay * squares
-        return Terms(shrinking, noise, inverse * squares / lr)
+        return Terms(shrinking, noise, inverse * squares / lr, self._potential(lr, decay, squares, moment.sqrt()))
+
+    def _potential(self, lr: float, decay: float, squares: Tensor, root: Tensor) -> Tensor:
+        r"""The potential of entries, whose slopes are both forces exactly.
+
+        Along the orbit $r = \sqrt v$ falls as $e^{-s}$, and $r - \epsilon\log(1 + r / \epsilon)$ has the slope
+        $-r^2 / (r + \epsilon)$; the decay has a part with $e^{s}$ and another with $e^{2s}$.
+
+        Returns:
+            A number for every entry.
+        """
+        noise = lr * (root - (self.eps * torch.log1p(root / self.eps) if self.eps else 0.0))
+        return noise + decay * squares * (2 * root + self.eps if self.decoupled else 1.0)
 
     def trains(self, name: str) -> bool:
         """Whether the settings hold for a parameter: a mapping leaves out what no parameter group holds."""

@@ -200,7 +200,8 @@ class SGD(Optimizer):
     def terms(self, name: str, theta: Tensor, moment: Tensor) -> Terms:
         r"""$2\gamma_p\theta_p^2$, $\mathrm{lr}_p / 2$ times the second moment, and $\theta_p^2 / \mathrm{lr}_p$."""
         squares, step = theta.square(), self.step_of(name)
-        return Terms(2 * self.gamma_of(name) * squares, step / 2 * moment, squares / step)
+        decay, noise = 2 * self.gamma_of(name) * squares, step / 2 * moment
+        return Terms(decay, noise, squares / step, decay + noise)
 
     @property
     def effective_lr(self) -> float:

@@ -7,8 +7,8 @@ import torch
 
 from noetherflow import _files
 from noetherflow._analysis import Analysis
-from noetherflow._drift import forces, has_charge
 from noetherflow._extras import require
+from noetherflow._forces import forces, has_charge
 from noetherflow._minibatch import minibatches
 
 if TYPE_CHECKING:

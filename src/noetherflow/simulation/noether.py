@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from noetherflow import _spd
-from noetherflow._drift import forces_of_sgd
 from noetherflow._errors import SettingsError
+from noetherflow._forces import forces_of_sgd
 from noetherflow._residual import entangled
 from noetherflow._types import Params
 from noetherflow.noise import NoiseMoments
