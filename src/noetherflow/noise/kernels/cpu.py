@@ -8,7 +8,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from noetherflow.noise.buffers import EACH, OF_SUM, Buffer
 from noetherflow.noise.kernels import cpu_loops as loops
@@ -127,8 +126,13 @@ def _form_from_patches(kernels: Cpu, x: Tensor, d: Tensor, window: Window, buffe
     """What `Cpu.patches` does by compiled loops, for d (B, n, places)."""
     layout, shape = buffer.layout, buffer.layout.shape
     n, m = d.shape[1], shape[1:].numel()
-    widths = [width for side in reversed(window.padding) for width in (side, side)]
-    images = functional.pad(x, widths).movedim(1, -1).contiguous()
+    # Padded and with channels last in a single copy.
+    sizes = [size + 2 * side for size, side in zip(x.shape[2:], window.padding, strict=True)]
+    images = x.new_zeros(len(x), *sizes, x.shape[1])
+    inside = images
+    for dim, (size, side) in enumerate(zip(x.shape[2:], window.padding, strict=True), 1):
+        inside = inside.narrow(dim, side, size)
+    inside.copy_(x.movedim(1, -1))
     rows, columns = n + -n % 4, m + -m % loops.LANES
     numbers, padded = torch.zeros(1 + rows + columns, dtype=torch.float64), x.new_zeros(rows, columns)
     entries = None if buffer.entries is None else torch.zeros_like(padded)
