@@ -86,6 +86,7 @@ def test_the_reference_lists_each_public_name_once() -> None:
 # Other programs call these. One order everywhere: model, loss, data, symmetries, settings, then options by keyword.
 CONTRACT = {
     "estimate_noise": "model, loss, loader, symmetries=None",
+    "second_moments": "optimizer, model, symmetries=None",
     "drift": "noise, sgd, params",
     "expected_step": "noise, sgd, params",
     "potential": "noise, sgd, params, coordinates=None",
