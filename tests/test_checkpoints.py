@@ -1,4 +1,4 @@
-"""Checkpoints on disk: names from shapes, learning rates at the end of a schedule, and what is refused in a sentence."""
+"""Checkpoints on disk: names from shapes, learning rates after a schedule, and no data needed."""
 
 import copy
 import dataclasses
@@ -193,7 +193,7 @@ def test_an_ambiguous_order_is_asked_for() -> None:
     for wrong, words in ((order[:3], "names must be 4"), ([*order[:3], "0.weight"], "twice"), ("abcd", "4 names")):
         with pytest.raises(nf.SettingsError, match=words):
             nf.second_moments(optimizer.state_dict(), model, names=wrong)
-    with pytest.raises(nf.ParameterNameError, match="9.weight"):
+    with pytest.raises(nf.ParameterNameError, match=r"9\.weight"):
         nf.second_moments(optimizer.state_dict(), model, names=[*order[:3], "9.weight"])
     with pytest.raises(nf.SettingsError, match="names= is for state dicts"):
         nf.second_moments(optimizer, model, names=order)
@@ -238,7 +238,7 @@ def test_a_schedule_that_ended_at_zero() -> None:
     for group in optimizer.param_groups:
         del group["initial_lr"]
     for source in (optimizer, optimizer.state_dict()):
-        with pytest.raises(nf.SettingsError, match="learning rate of a parameter group is 0.*give lr="):
+        with pytest.raises(nf.SettingsError, match=r"learning rate of a parameter group is 0.*give lr="):
             nf.AdamW.from_optimizer(source, model=model)
         assert nf.AdamW.from_optimizer(source, model=model, lr=0.3).lr == 0.3
 
