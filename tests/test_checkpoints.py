@@ -148,7 +148,7 @@ def sizes(*shapes: tuple[int, ...]) -> list[torch.Size | None]:
 
 @pytest.mark.parametrize(
     ("decays", "expected"),
-    [((0.1, 0.0), "first"), ((0.0, 0.1), "second"), ((0.0, 0.0), "first"), ((0.1, 0.2), None)],
+    [((0.1, 0.0), "first"), ((0.0, 0.1), "second"), ((0.0, 0.0), "first"), ((0.1, 0.2), None), ((0.2, 0.1), None)],
 )
 def test_a_recipe_decides_where_shapes_do_not(decays: tuple[float, float], expected: str | None) -> None:
     """Four vectors of a shape, of which a norm and a bias have no decay and a gain has."""

@@ -119,6 +119,17 @@ def test_a_parameter_without_a_step_is_left_out_and_named() -> None:
         nf.second_moments(partly, model, idle)
 
 
+def test_a_state_after_zero_steps_is_no_state() -> None:
+    """As of a parameter whose state was made and never used: a / (1 - beta^0) is no average."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    trained(model, optimizer)
+    optimizer.state[model[2].bias]["step"].zero_()
+    for source in (optimizer, optimizer.state_dict()):
+        moments = nf.second_moments(source, model, hidden())
+        assert (moments.without, "2.bias" in moments.values) == (("2.bias",), False)
+
+
 def test_symmetries_are_attached_later_and_restricted() -> None:
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

@@ -122,7 +122,7 @@ def _live(optimizer: torch.optim.Optimizer, model: nn.Module | None, names: Sequ
     if not isinstance(optimizer, torch.optim.Adam):
         raise SettingsError(
             f"expected torch.optim.AdamW or Adam, got {type(optimizer).__name__}, whose equilibrium is another: "
-            f"{'give nf.SGD.from_optimizer' if isinstance(optimizer, torch.optim.SGD) else 'not covered here'}"
+            f"{'give nf.SGD.from_optimizer' if isinstance(optimizer, torch.optim.SGD) else 'not covered here; if it wraps an optimizer, give that optimizer'}"
         )
     if names is not None:
         raise SettingsError("names= is for state dicts and files: an optimizer knows its parameters, give model= alone")
