@@ -120,9 +120,10 @@ def second_moment(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
 def _live(optimizer: torch.optim.Optimizer, model: nn.Module | None, names: Sequence[str] | None) -> AdamState:
     """The groups of an optimizer, and the states of the parameters of a model."""
     if not isinstance(optimizer, torch.optim.Adam):
+        sgd = isinstance(optimizer, torch.optim.SGD)
         raise SettingsError(
             f"expected torch.optim.AdamW or Adam, got {type(optimizer).__name__}, whose equilibrium is another: "
-            f"{'give nf.SGD.from_optimizer' if isinstance(optimizer, torch.optim.SGD) else 'not covered here; if it wraps an optimizer, give that optimizer'}"
+            f"{'give nf.SGD.from_optimizer' if sgd else 'not covered; if it wraps an optimizer, give that optimizer'}"
         )
     if names is not None:
         raise SettingsError("names= is for state dicts and files: an optimizer knows its parameters, give model= alone")
