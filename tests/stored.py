@@ -1,9 +1,12 @@
 """Results of all kinds, to be stored."""
 
+import copy
 import dataclasses
 import functools
 import math
 from typing import Any
+
+import torch
 
 import noetherflow as nf
 from cases import Case, case
@@ -12,9 +15,20 @@ SGD = nf.SGD(0.1, 5, 0.02, replacement=False, dataset_size=1000)
 
 
 def results_of(one: Case) -> list[Any]:
-    """Moments, equilibrium and analysis of a case."""
+    """Moments, equilibrium, analysis and second moments of a case."""
     analysis = nf.analyze(one.model, one.loss, one.loader(), SGD, one.symmetries, progress=False)
-    return [analysis.noise, analysis.equilibrium, analysis]
+    return [analysis.noise, analysis.equilibrium, analysis, second_moments(one)]
+
+
+def second_moments(one: Case) -> nf.SecondMoments:
+    """Of a copy of the model, after three steps."""
+    model = copy.deepcopy(one.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for batch in one.loader()[:3]:
+        optimizer.zero_grad()
+        one.loss(model, batch).mean().backward()
+        optimizer.step()
+    return nf.second_moments(optimizer, model, one.symmetries)
 
 
 @functools.cache

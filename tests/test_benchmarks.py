@@ -169,3 +169,32 @@ def test_a_method_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest
     noise_gpu.main([*arguments, "--seconds", "0", "--out", str(tmp_path / "none.json")])
     rows = json.loads((tmp_path / "none.json").read_text("utf-8"))["models"]["MLP"]["rows"]
     assert all("no time" in row["absent"] for row in rows.values())
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_benchmark_of_a_million_neurons_runs_at_a_tiny_size_and_is_on_the_page(tmp_path: Path) -> None:
+    million = importlib.import_module("million_neurons")
+    threads = torch.get_num_threads()
+    try:
+        million.main(["--rounds", "1", "--count", "800", "--out", str(tmp_path / "out.json")])
+    finally:
+        torch.set_num_threads(threads)
+    tiny, kept = (json.loads(path.read_text("utf-8")) for path in (tmp_path / "out.json", million.OUT))
+    for result in (tiny, kept):
+        assert {"versions", "processor", "threads"} <= result["environment"].keys()
+        assert [row["model"] for row in result["rows"]] == [
+            "gated",
+            "gated",
+            "depthwise",
+            "depthwise",
+            "dense",
+            "dense",
+        ]
+        assert {row["status"] for row in result["rows"]} == {"CONVERGED"}
+        assert all(row["drift over its start"] < 1e-10 for row in result["rows"])
+        assert all(math.isfinite(number) for number in numbers(result))
+    assert {row["coordinates"] for row in kept["rows"] if row["model"] != "dense"} == {1_000_000}
+    page = PAGE.read_text("utf-8")
+    assert million.table(kept) in page
+    kept["rows"][0]["seconds"] += 0.1
+    assert million.table(kept) not in page

@@ -86,12 +86,12 @@ def test_the_reference_lists_each_public_name_once() -> None:
 # Other programs call these. One order everywhere: model, loss, data, symmetries, settings, then options by keyword.
 CONTRACT = {
     "estimate_noise": "model, loss, loader, symmetries=None",
+    "second_moments": "optimizer, model, symmetries=None",
     "drift": "noise, settings, params",
     "expected_step": "noise, settings, params",
     "potential": "noise, settings, params, coordinates=None",
     "solve_equilibrium": "noise, settings, params",
     "equilibrate": "model, loss, loader, settings, symmetries=None",
-    "second_moments": "optimizer, model, symmetries=None",
     "rebalance_": "model, equilibrium, loss, batch",
     "analyze": "model, loss, loader, settings, symmetries=None",
     "find_symmetries": "model, loss, batch",

@@ -70,6 +70,17 @@ def tensor_edited(place: str, **change: Any) -> Callable[[bytes], bytes]:
     return apply
 
 
+def flipped_sign(place: str) -> Callable[[bytes], bytes]:
+    """A file in which the last number of a tensor has another sign."""
+
+    def apply(raw: bytes) -> bytes:
+        header, content, data = parts_of(raw)
+        last = header[key_of(header, place)]["data_offsets"][1] - 1
+        return assembled(header, content, data[:last] + bytes([data[last] ^ 0x80]) + data[last + 1 :])
+
+    return apply
+
+
 def key_of(header: dict[str, Any], place: str) -> str:
     return next(key for key in header if key.endswith(place))
 
@@ -258,6 +269,13 @@ def test_a_file_cut_anywhere_or_with_any_byte_changed_is_refused(noise: nf.Noise
         (nf.Analysis, setting(".", "reports", to=[]), "the reports [] are not those of the symmetries"),
         (nf.Analysis, tensor_edited("initial['0.weight']", shape=[4, 5]), "shapes"),
         (nf.Analysis, setting(".", "noise", "count", to=-1), "number of examples is -1"),
+        (nf.SecondMoments, setting(".", "steps", "0.bias", to=0), "steps['0.bias'] is 0, expected 1 or more"),
+        (nf.SecondMoments, dropping(".", "steps", "0.bias"), "steps belongs to ['0.weight'"),
+        (nf.SecondMoments, dropping(".", "eps", "0.bias"), "eps belongs to ['0.weight'"),
+        (nf.SecondMoments, setting(".", "without", to=["0.bias"]), "['0.bias'] have second moments, and have taken no"),
+        (nf.SecondMoments, tensor_edited("values['0.bias']", dtype="I64"), "dtype torch.int64, expected float64"),
+        (nf.SecondMoments, tensor_edited("values['0.weight']", shape=[4, 5]), "must have the same number of rows"),
+        (nf.SecondMoments, flipped_sign("values['0.bias']"), "holds numbers below 0"),
         (nf.Explanation, setting(".", "found", to=None), "found: expected a sequence"),
         (nf.Explanation, dropping("result"), "has not the entries"),
     ],
@@ -298,7 +316,7 @@ def test_a_file_without_permission_is_refused_in_a_sentence(noise: nf.NoiseMomen
 def test_a_result_is_loaded_with_its_class_only(tmp_path: Path) -> None:
     for result in results_of(case("diagonal")):
         result.save(tmp_path / "x")
-        for kind in (nf.NoiseMoments, nf.Equilibrium, nf.Analysis, nf.Explanation):
+        for kind in (nf.NoiseMoments, nf.Equilibrium, nf.Analysis, nf.SecondMoments, nf.Explanation):
             if kind is type(result):
                 require_same(kind.load(tmp_path / "x"), result)
             else:

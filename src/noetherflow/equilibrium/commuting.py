@@ -1,19 +1,21 @@
 """Scalings and rescalings together: damped Newton on a sum of exponentials."""
 
 import functools
-from collections.abc import Mapping
-from typing import final
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from noetherflow._minibatch import Minibatches
 from noetherflow._types import Params
+from noetherflow.equilibrium.entries import Curvature, Parts, Place, entries_of
 from noetherflow.equilibrium.free import Free
 from noetherflow.equilibrium.orbit import Orbit, Residual
 from noetherflow.equilibrium.outcomes import of_rows
 from noetherflow.equilibrium.result import OrbitMinimum, Status
-from noetherflow.equilibrium.roles import roles_of, unused_dims
+from noetherflow.equilibrium.roles import unused_dims
 from noetherflow.symmetry import AxisSymmetry
 
 # A relative imbalance |P - R| / (P + R) below this is a drift of zero: a hundred times float64 rounding.
@@ -54,19 +56,23 @@ class CommutingOrbit(Orbit):
             self._decay[name], self._noise[name], self._charge[name] = (_total(term, dims) for term in terms[:3])
             here.append(terms.potential.sum())
             self._shares[name] = _total(gradients.shares(name), dims)
-        self._unit = {name: torch.ones_like(tensor) for name, tensor in self._charge.items()}
-        # Every symmetry gets only what it acts on: a deep model has as many symmetries as tensors.
-        self._units = {name: {n: self._unit[n] for n in symmetry.names} for name, symmetry in symmetries.items()}
-        self._roles = {name: roles_of(symmetry, self._unit) for name, symmetry in symmetries.items()}
-        identities = {name: symmetry.identity(self._unit) for name, symmetry in symmetries.items()}
-        self._shapes = {name: identity.shape for name, identity in identities.items()}
+        unit = {name: torch.ones_like(tensor) for name, tensor in self._charge.items()}
+        identities = {name: symmetry.identity(unit) for name, symmetry in symmetries.items()}
         self._origin = torch.cat([identity.reshape(-1) for identity in identities.values()])
         self._here = torch.stack(here).sum()
+        starts = itertools.accumulate((x.numel() for x in identities.values()), initial=0)
+        self._places = {n: Place(start, x.shape) for (n, x), start in zip(identities.items(), starts, strict=False)}
+        # Every tensor gets only the symmetries that act on it: a deep model has as many symmetries as tensors.
+        acting: dict[str, dict[str, AxisSymmetry]] = {name: {} for name in unit}
+        for key, symmetry in symmetries.items():
+            for name in symmetry.names:
+                acting[name][key] = symmetry
+        self._entries = {name: entries_of(name, unit, acting[name], self._places) for name in unit}
 
     def trace(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """The noise of the entries that this orbit moves, at a point of it; shape ()."""
-        scales = self._scales(self._flatten(coordinates))
-        return torch.stack([(self._shares[name] * torch.exp(-2 * s)).sum() for name, s in scales.items()]).sum()
+        x, entries = self._flatten(coordinates), self._entries.items()
+        return torch.stack([part.terms(self._shares[n], -2, part.exponents(x))[0].sum() for n, part in entries]).sum()
 
     def value(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """The part of the potential that this orbit changes, at a point of it; shape ()."""
@@ -107,19 +113,17 @@ class CommutingOrbit(Orbit):
         x = self._sweep(self._origin, free)
         status, last = Status.NOT_CONVERGED, torch.zeros_like(x)
         for step in range(_MOST_STEPS + 1):
-            gradient, weight = self._gradient(x), self._weight(x)
-            stiffness = self._sides(weight, 2).sum(0)
-            size = self._sides(self._slopes(x), 2).sum(0)
-            imbalance = torch.where(free.mask, free.project(gradient).abs() / size, 0.0)
+            local = self._local(x)
+            imbalance = torch.where(free.mask, free.project(local.gradient).abs() / local.size, 0.0)
             if imbalance.max() <= _BALANCED:
                 status = Status.CONVERGED
                 break
             if (x.abs() > _FAR).any() or step == _MOST_STEPS:
                 break
             direction = self._newton_direction(
-                gradient, weight, stiffness, free, forcing=float(imbalance.max().clamp_max(0.1))
+                local.gradient, self._curvature(x), local.stiffness, free, forcing=float(imbalance.max().clamp_max(0.1))
             )
-            moved = self._line_search(x, direction, gradient)
+            moved = self._line_search(x, direction, local.gradient)
             if torch.equal(moved, x):
                 # No step along the direction lowers the potential any more: what is left is rounding.
                 status = Status.CONVERGED if imbalance.max() <= 1e3 * _BALANCED else Status.NOT_CONVERGED
@@ -129,109 +133,95 @@ class CommutingOrbit(Orbit):
 
     def respond(self, forces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The displacement of the joint minimum under additional forces, by conjugate gradients."""
-        weight, stiffness = self._curvature
+        curvature, stiffness = self._curvature_here
         # The gradient of the potential is minus the drift.
         gradient = -self._flatten(forces)
         free = self._minimum[1]
-        return self._unflatten(self._newton_direction(gradient, weight, stiffness, free, forcing=_RESPONSE))
+        return self._unflatten(self._newton_direction(gradient, curvature, stiffness, free, forcing=_RESPONSE))
 
     @functools.cached_property
-    def _curvature(self) -> tuple[dict[str, Tensor], Tensor]:
+    def _curvature_here(self) -> tuple[dict[str, Curvature], Tensor]:
         """Where the noise was measured: the curvature of every entry, and its sums with squared coefficients."""
-        weight = self._weight(self._origin)
-        return weight, self._sides(weight, 2).sum(0)
+        return self._curvature(self._origin), self._local(self._origin).stiffness
 
-    # Exponents, sums over sides, terms of the potential and their derivatives.
+    # Terms of the potential, their sums over sides, and their derivatives.
 
-    def _scales(self, x: Tensor) -> dict[str, Tensor]:
-        """The exponents s_p(x), by parameter."""
-        total = {name: torch.zeros_like(tensor) for name, tensor in self._unit.items()}
-        for name, coordinate in self._unflatten(x).items():
-            for parameter, part in self._symmetries[name].generate(coordinate, self._units[name]).items():
-                total[parameter] = total[parameter] + part
-        return total
-
-    def _sides(self, values: Params, power: int = 1) -> Tensor:
-        """Sums of entries over the plus and over the minus side of every coordinate, shape (2, n)."""
-        # Entries count by a power of their coefficient: the first for slopes, the second for curvatures.
-        sides: list[list[Tensor]] = [[], []]
-        for name, symmetry in self._symmetries.items():
-            for side, sign in zip(sides, (1, -1), strict=True):
-                total = self._origin.new_zeros(self._shapes[name])
-                for axis, coefficient in self._roles[name]:
-                    share = (sign * coefficient).clamp_min(0).pow(power)
-                    if coefficient.ndim:
-                        total = total + symmetry.reduce(axis.rows(share * values[axis.name]))
-                    elif share > 0:
-                        total = total + symmetry.reduce(axis.rows(values[axis.name]))
-                side.append(total.reshape(-1))
-        return torch.stack([torch.cat(side) for side in sides])
-
-    def _terms(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Both terms of the potential, entry by entry: weight decay and noise."""
-        scales = self._scales(x)
-        grow, fall = self._exponents.decay, -self._exponents.noise
-        decay = {name: self._decay[name] * torch.exp(grow * s) for name, s in scales.items()}
-        noise = {name: self._noise[name] * torch.exp(fall * s) for name, s in scales.items()}
-        return decay, noise
+    def _terms(self, name: str, x: Tensor) -> tuple[Parts, Parts]:
+        """Both terms of the potential of a tensor: weight decay and noise."""
+        entries, (grow, fall, _) = self._entries[name], self._exponents
+        exponents = entries.exponents(x)
+        return entries.terms(self._decay[name], grow, exponents), entries.terms(self._noise[name], -fall, exponents)
 
     def _value(self, x: Tensor) -> Tensor:
-        decay, noise = self._terms(x)
-        return torch.stack([(decay[name] + noise[name]).sum() for name in decay]).sum()
+        return torch.stack([self._value_of(name, x) for name in self._entries]).sum()
 
-    def _gradient(self, x: Tensor) -> Tensor:
+    def _value_of(self, name: str, x: Tensor) -> Tensor:
+        decay, noise = self._terms(name, x)
+        return decay[0].sum() + noise[0].sum()
+
+    def _forces(self, x: Tensor, names: Iterable[str] | None = None) -> tuple[Tensor, Tensor]:
+        """P, which drives a coordinate up, and R, which drives it down; of these tensors, by default of all."""
+        decayed, noisy = (x.new_zeros(2, len(x)) for _ in range(2))
+        for name in self._entries if names is None else names:
+            decay, noise = self._terms(name, x)
+            self._entries[name].add(decay, decayed)
+            self._entries[name].add(noise, noisy)
         grow, fall, _ = self._exponents
-        decay, noise = self._terms(x)
-        plus, minus = self._sides({name: grow * decay[name] - fall * noise[name] for name in decay})
-        return plus - minus
+        return grow * decayed[1] + fall * noisy[0], grow * decayed[0] + fall * noisy[1]
 
-    def _slopes(self, x: Tensor) -> dict[str, Tensor]:
-        """The sum of both forces on every entry."""
+    def _local(self, x: Tensor) -> "_Local":
+        """The first derivatives of the potential at a point, and the diagonal of the second."""
         grow, fall, _ = self._exponents
-        decay, noise = self._terms(x)
-        return {name: grow * decay[name] + fall * noise[name] for name in decay}
+        slopes, sizes, stiffness = (x.new_zeros(2, len(x)) for _ in range(3))
+        for name, entries in self._entries.items():
+            terms = list(zip(*self._terms(name, x), strict=True))
+            entries.add(tuple(grow * decay - fall * noise for decay, noise in terms), slopes)
+            entries.add(tuple(grow * decay + fall * noise for decay, noise in terms), sizes, 2)
+            entries.add(tuple(grow**2 * decay + fall**2 * noise for decay, noise in terms), stiffness, 2)
+        return _Local(slopes[0] - slopes[1], sizes.sum(0), stiffness.sum(0))
 
-    def _weight(self, x: Tensor) -> dict[str, Tensor]:
+    def _curvature(self, x: Tensor) -> dict[str, Curvature]:
         """The second derivative of the potential with respect to the exponent of every entry."""
         grow, fall, _ = self._exponents
-        decay, noise = self._terms(x)
-        return {name: grow**2 * decay[name] + fall**2 * noise[name] for name in decay}
-
-    def _forces(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """P, which drives a coordinate up, and R, which drives it down."""
-        decay, noise = self._terms(x)
-        (decay_plus, decay_minus), (noise_plus, noise_minus) = self._sides(decay), self._sides(noise)
-        grow, fall, _ = self._exponents
-        return grow * decay_minus + fall * noise_plus, grow * decay_plus + fall * noise_minus
+        return {
+            name: entries.curvature(
+                [(grow**2, self._decay[name], grow), (fall**2, self._noise[name], -fall)], entries.exponents(x)
+            )
+            for name, entries in self._entries.items()
+        }
 
     # The search.
 
     def _sweep(self, x: Tensor, free: Free) -> Tensor:
         """Each symmetry in turn to its closed form, as long as that lowers the potential."""
         # With equal exponents k of decay and noise, x moves by log(P / R) / 2k.
-        value, power = self._value(x), self._exponents.decay + self._exponents.noise
+        power = self._exponents.decay + self._exponents.noise
+        values = {name: self._value_of(name, x) for name in self._entries}
         for _ in range(_SWEEPS):
-            for index in self._blocks():
-                push, pull = self._forces(x)
-                moved = x + free.project(torch.where(free.mask & index, (push.log() - pull.log()) / power, 0.0))
-                if (lowered := self._value(moved)) < value:
-                    x, value = moved, lowered
+            for key, place in self._places.items():
+                # Only the tensors of a symmetry change with it.
+                names = self._symmetries[key].names
+                push, pull = (place.of(force) for force in self._forces(x, names))
+                step = torch.zeros_like(x)
+                place.of(step).copy_(torch.where(place.of(free.mask), (push.log() - pull.log()) / power, 0.0))
+                moved = x + free.project(step)
+                touched = self._entries if free.held else names
+                lowered = {name: self._value_of(name, moved) for name in touched}
+                if sum(lowered.values()) < sum(values[name] for name in touched):
+                    x = moved
+                    values |= lowered
         return x
 
-    def _blocks(self) -> list[Tensor]:
-        sizes = [shape.numel() for shape in self._shapes.values()]
-        labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self._origin.device)
-        return [labels == label for label in range(len(sizes))]
-
     def _newton_direction(
-        self, gradient: Tensor, weight: Params, stiffness: Tensor, free: Free, forcing: float
+        self, gradient: Tensor, curvatures: Mapping[str, Curvature], stiffness: Tensor, free: Free, forcing: float
     ) -> Tensor:
         """Conjugate gradients on the Newton equation; preconditioned, so that every coordinate counts alike."""
 
         def hessian(direction: Tensor) -> Tensor:
-            scales = self._scales(direction)
-            plus, minus = self._sides({name: weight[name] * s for name, s in scales.items()})
-            return free.project(plus - minus)
+            sides = direction.new_zeros(2, len(direction))
+            for name, entries in self._entries.items():
+                entries.add(entries.bend(curvatures[name], entries.exponents(direction)), sides)
+            return free.project(sides[0] - sides[1])
 
         diagonal = torch.where(free.mask, stiffness, 1.0)
         x = torch.zeros_like(gradient)
@@ -246,13 +236,13 @@ class CommutingOrbit(Orbit):
             if not curvature > _ROUNDING * (direction * diagonal) @ direction:
                 break
             length = energy / curvature
-            x = x + length * direction
-            residual = residual - length * curved
+            x = torch.addcmul(x, length, direction)
+            residual = torch.addcmul(residual, length, curved, value=-1)
             scaled = free.project(residual / diagonal)
             if scaled.abs().max() <= target:
                 break
             energy, previous = residual @ scaled, energy
-            direction = scaled + (energy / previous) * direction
+            direction = torch.addcmul(scaled, energy / previous, direction)
         return x
 
     def _line_search(self, x: Tensor, direction: Tensor, gradient: Tensor) -> Tensor:
@@ -271,28 +261,36 @@ class CommutingOrbit(Orbit):
 
     def _result(self, x: Tensor, free: Free, status: Status, steps: int) -> OrbitMinimum:
         push, pull = self._forces(x)
-        power = self._exponents.charge
-        charge = {name: self._charge[name] * torch.exp(power * s) for name, s in self._scales(x).items()}
+        charged = x.new_zeros(2, len(x))
+        for name, entries in self._entries.items():
+            entries.add(entries.terms(self._charge[name], self._exponents.charge, entries.exponents(x)), charged, 2)
         # Both the drift and the charge change with the coordinate, the charge as twice its entries while the step sizes
         # stay; their ratio is the rate at which a departure decays.
-        rate = self._sides(self._weight(x), 2).sum(0) / (2 * self._sides(charge, 2).sum(0))
+        rate = self._local(x).stiffness / (2 * charged.sum(0))
         relaxation = torch.where(free.coordinates, 1 / rate, torch.inf)
-        parts = (self._unflatten(t) for t in (x, push - pull, relaxation))
-        coordinates, drift, times = parts
+        coordinates, drift, times = (self._unflatten(t) for t in (x, push - pull, relaxation))
         pushes, pulls, frees = (self._unflatten(t) for t in (push, pull, free.coordinates))
         outcomes = {name: of_rows(frees[name], pushes[name], pulls[name], status) for name in self._symmetries}
         return OrbitMinimum(coordinates, drift, times, outcomes, steps)
 
     def _flatten(self, coordinates: Mapping[str, Tensor]) -> Tensor:
-        pieces = [
-            torch.as_tensor(coordinates.get(name, torch.zeros(shape))).expand(shape)
-            for name, shape in self._shapes.items()
-        ]
-        return torch.cat([piece.to(self._origin).reshape(-1) for piece in pieces])
+        flat = torch.zeros_like(self._origin)
+        for name, value in coordinates.items():
+            if name in self._places:
+                place = self._places[name]
+                place.of(flat).copy_(torch.as_tensor(value).expand(place.shape).reshape(place.shape or (1,)))
+        return flat
 
     def _unflatten(self, flat: Tensor) -> dict[str, Tensor]:
-        pieces = flat.split([shape.numel() for shape in self._shapes.values()])
-        return {name: piece.reshape(shape) for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)}
+        return {name: place.of(flat).reshape(place.shape) for name, place in self._places.items()}
+
+
+class _Local(NamedTuple):
+    """The gradient of the potential, the sum of the sizes of all forces, and the diagonal of the Hessian: (n,) each."""
+
+    gradient: Tensor
+    size: Tensor
+    stiffness: Tensor
 
 
 def _total(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:

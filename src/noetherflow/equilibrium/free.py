@@ -20,11 +20,17 @@ class Free:
 
     def __init__(self, mask: Tensor, held: Tensor) -> None:
         self.mask, self._held = mask, held
+        self._everywhere = bool(mask.all())
 
     def project(self, vector: Tensor) -> Tensor:
         """The part of a vector along these directions."""
-        masked = torch.where(self.mask, vector, 0.0)
-        return masked - self._held.mT @ (self._held @ masked)
+        masked = vector if self._everywhere else torch.where(self.mask, vector, 0.0)
+        return masked - self._held.mT @ (self._held @ masked) if self.held else masked
+
+    @property
+    def held(self) -> bool:
+        """Whether a direction is held along which several coordinates run away together."""
+        return len(self._held) > 0
 
     def without(self, direction: Tensor) -> "Free":
         """The directions orthogonal to a further one."""

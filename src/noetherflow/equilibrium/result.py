@@ -32,10 +32,7 @@ class Status(Enum):
     )
     AT_INFINITY = "along some directions the equilibrium lies at infinity; these directions were left where they are"
     DEGENERATE = "parameters of a complete side of a symmetry are zero, so that it has no equilibrium yet"
-    NO_CHARGE = (
-        "the optimizer conserves no charge of some symmetries, so that their equilibrium is not known; they were left "
-        "where they are"
-    )
+    NO_CHARGE = "of some symmetries the optimizer conserves no charge; these symmetries were left where they are"
     NOT_CONVERGED = "the iteration stopped before every drift was zero"
     NON_FINITE = "the noise or the parameters hold NaN or infinity"
 

@@ -1,7 +1,7 @@
 """AdamW and Adam: the settings, and the terms of the potential that the equilibrium minimises."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -12,14 +12,8 @@ from noetherflow._errors import SettingsError
 from noetherflow._types import Params
 from noetherflow.optimizers.base import Exponents, Optimizer, Terms, is_trained
 from noetherflow.optimizers.by_parameter import Setting, by_names, kept, of_groups, value_of
-from noetherflow.optimizers.checks import (
-    filled_groups,
-    require,
-    require_batches,
-    require_setting,
-    sampling_factor,
-    shared,
-)
+from noetherflow.optimizers.checks import require, require_batches, require_setting, sampling_factor, shared
+from noetherflow.optimizers.state import Source, adam_of, lr_of
 
 Betas = tuple[float, float]
 
@@ -220,21 +214,29 @@ class AdamW(Optimizer):
     @classmethod
     def from_optimizer(
         cls,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Source,
         *,
         batch_size: int | None = None,
         model: nn.Module | None = None,
+        names: Sequence[str] | None = None,
+        lr: Setting | None = None,
+        decoupled: bool | None = None,
         replacement: bool = True,
         dataset_size: int | None = None,
     ) -> "AdamW":
         """Read the settings of a `torch.optim.AdamW` or `Adam`.
 
         Args:
-            optimizer: The optimizer that trains the model. Learning rate and weight decay may differ between its
-                parameter groups.
+            optimizer: The optimizer that trains the model; or its state dict; or a file `optimizer.pt` that holds the
+                state dict; or the folder of a checkpoint that `transformers.Trainer` wrote. Learning rate, betas and
+                weight decay may differ between parameter groups.
             batch_size: Examples per step; see the class.
             model: The model that gives parameters their names, where settings differ. Without it the names are those
                 from which the optimizer was made, or those of the model with which the settings are used.
+            names: For a state dict: the names of the parameters in its order; see `second_moments`.
+            lr: The learning rate instead of that of the optimizer. By default the present learning rate of every
+                group, or the initial learning rate where a schedule has ended at 0.
+            decoupled: Whether weight decay is decoupled, for a state dict from before PyTorch 2.7, which does not say.
             replacement: See the class.
             dataset_size: See the class.
 
@@ -243,7 +245,9 @@ class AdamW(Optimizer):
 
         Raises:
             SettingsError: If it is another optimizer, uses amsgrad, or maximises; if its groups differ in eps or in
-                the kind of weight decay; or if it holds no parameter of the model.
+                the kind of weight decay; if it does not say a learning rate above 0; or if it does not belong to the
+                model.
+            FileError: If the file is missing, damaged, or holds something else.
 
         Examples:
             >>> import torch, noetherflow as nf
@@ -251,33 +255,21 @@ class AdamW(Optimizer):
             >>> nf.AdamW.from_optimizer(optimizer).weight_decay
             0.1
         """
-        if not isinstance(optimizer, torch.optim.Adam):
+        state = adam_of(optimizer, model, names)
+        kind = decoupled if state.decoupled is None else state.decoupled
+        if kind is None:
             raise SettingsError(
-                f"expected torch.optim.AdamW or Adam, got {type(optimizer).__name__}, whose equilibrium is another: "
-                f"{'give nf.SGD.from_optimizer' if isinstance(optimizer, torch.optim.SGD) else 'not covered here'}"
+                "the state dict is from before PyTorch 2.7 and does not say whether it is that of AdamW or of Adam: "
+                "give decoupled=True for AdamW, decoupled=False for Adam"
             )
-        groups = filled_groups(optimizer)
-        for name, meaning in (
-            ("amsgrad", "divides by the largest v so far, which no equilibrium determines"),
-            ("maximize", "follows the gradient upwards"),
-        ):
-            if any(group[name] for group in groups):
-                raise SettingsError(f"{name}=True {meaning}: not covered, use {name}=False")
-        decoupled = [_is_decoupled(optimizer, group) for group in groups]
-        if len(set(decoupled)) > 1:
-            raise SettingsError("all parameter groups must have the same kind of weight decay, decoupled or not")
+        groups = state.groups if lr is not None else [{**group, "lr": lr_of(group)} for group in state.groups]
         return cls(
-            lr=of_groups(groups, "lr", model),
+            lr=of_groups(groups, "lr", model) if lr is None else lr,
             betas=of_groups(groups, "betas", model),
             eps=shared(groups, "eps"),
             weight_decay=of_groups(groups, "weight_decay", model),
-            decoupled=decoupled[0],
+            decoupled=kind,
             batch_size=batch_size,
             replacement=replacement,
             dataset_size=dataset_size,
         )
-
-
-def _is_decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Whether the weight decay acts on the parameters; a group from an older PyTorch does not say."""
-    return bool(group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)))

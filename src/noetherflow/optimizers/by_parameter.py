@@ -40,16 +40,17 @@ class ByTensor(Mapping[str, T], Generic[T]):
         return {name: values[id(tensor)] for name, tensor in tensors.items() if id(tensor) in values}
 
     def __getitem__(self, name: str) -> Never:
-        raise self._nameless()
+        raise self.nameless()
 
-    def _nameless(self) -> SettingsError:
+    def nameless(self) -> SettingsError:
+        """The error of a setting whose names are not known."""
         return SettingsError(
             f"the parameter groups have different {self.words}, and the names of their parameters are not known here: "
             "from_optimizer(optimizer, batch_size=..., model=model) reads them from the model"
         )
 
     def __iter__(self) -> Iterator[str]:
-        raise self._nameless()
+        raise self.nameless()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -67,7 +68,7 @@ class ByTensor(Mapping[str, T], Generic[T]):
         return self  # a copy has to refer to these tensors, and nothing changes them
 
     def __reduce__(self) -> Never:
-        raise self._nameless()
+        raise self.nameless()
 
 
 def entries_of(setting: T | Mapping[str, T], key: str) -> dict[str, T]:
@@ -102,25 +103,32 @@ def of_groups(groups: Sequence[Mapping[str, Any]], key: str, model: nn.Module | 
     """A setting of parameter groups: a number if it is equal for all parameters, and by parameter otherwise.
 
     Args:
-        groups: The parameter groups of an optimizer.
+        groups: The parameter groups of an optimizer, or of a state dict, which have `param_names` if these are known.
         key: The setting, such as "weight_decay".
         model: The model that gives the names; None takes them from the optimizer, where it has names.
 
     Returns:
         A number; a mapping from names; or a `ByTensor`.
     """
-    by_tensor = ByTensor(words_of(key), [(group["params"], number(group[key])) for group in groups])
-    values = by_tensor.values_of_groups
+    values = [number(group[key]) for group in groups]
     equal = all(value == values[0] for value in values)
+    numbered = not all(isinstance(entry, Tensor) for group in groups for entry in group["params"])
+    by_tensor = ByTensor(
+        words_of(key), [([] if numbered else g["params"], v) for g, v in zip(groups, values, strict=True)]
+    )
+    by_name = {n: v for group, v in zip(groups, values, strict=True) for n in group.get("param_names", ())}
     if model is not None:
-        named = by_names(by_tensor, model, key)
+        # The names in a state dict are those of this model; an optimizer may have been made from a wrapped model.
+        named = by_name if numbered else by_names(by_tensor, model, key)
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         # A number holds for all parameters, and a parameter outside of all groups does not move.
         return values[0] if equal and isinstance(named, Mapping) and all(name in named for name in trained) else named
     if equal:
         return values[0]
     if all("param_names" in group for group in groups):
-        return {name: value for group, value in zip(groups, values, strict=True) for name in group["param_names"]}
+        return by_name
+    if numbered:
+        raise by_tensor.nameless()
     return by_tensor
 
 
