@@ -33,8 +33,8 @@ class Config:
     balance_decay: float = 0.15
     balance_starts: tuple[float, ...] = (0.0, 0.1)
     entries: int = 32
-    entries_lr: float = 0.01
-    entries_decay: float = 0.02
+    entries_lr: float = 0.02
+    entries_decay: float = 0.04
     width: int = 12
     network_lr: float = 0.01
     network_batch_size: int = 16
@@ -51,7 +51,10 @@ class Config:
         return cls(
             replicas=8,
             repeats=1,
-            steps=12_000,
+            lr=0.03,
+            starts=(0.2, 1.0),
+            steps=8_000,
+            balance_lr=0.01,
             decays=(0.01,),
             network_decays=(0.03,),
             network_steps=10_000,
