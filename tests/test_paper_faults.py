@@ -201,9 +201,10 @@ def test_the_formula_of_sgd_fails_every_claim_about_adamw(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(problem, "solve_equilibrium", as_sgd)
     monkeypatch.setattr(module, "_lengths", lambda config: (lengths(config)[1], lengths(config)[1]))
-    # The run solves for what is left of every neuron.
+    # The run solves for what is left of every neuron, and for the points of rest with changed settings.
     networks = {decay: left._replace(adamw=left.sgd) for decay, left in result.networks.items()}
-    wrong = set(failed("f10", config, result._replace(networks=networks)))
+    limits = {name: limit._replace(predicted=limit.sgd) for name, limit in result.limits.items()}
+    wrong = set(failed("f10", config, result._replace(networks=networks, limits=limits)))
     texts = {claim.text for claim in module.claims(config, result)}
     of_adamw = {text for text in texts if "SGD:" not in text and "decay 1:" not in text}
     assert len(of_adamw) >= 8

@@ -36,7 +36,6 @@ import math
 from dataclasses import replace
 from typing import NamedTuple, final
 
-import torch
 from matplotlib.figure import Figure
 
 from noetherflow.optimizers import SGD, AdamW
@@ -44,7 +43,16 @@ from noetherflow.paper import style
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.f10_limits import Limit, explore
 from noetherflow.paper.f10_networks import Left, Task, train
-from noetherflow.paper.f10_pictures import decays_around, plot_ahead, plot_decay, plot_left, plot_limits, plot_rest, rms
+from noetherflow.paper.f10_pictures import (
+    decays_around,
+    plot_ahead,
+    plot_decay,
+    plot_left,
+    plot_limits,
+    plot_rest,
+    plot_starts,
+    rms,
+)
 from noetherflow.paper.f10_problem import Rest, World, formula_of_sgd, simulate_direction, simulate_pair
 from noetherflow.paper.f10_settings import Config
 
@@ -61,7 +69,7 @@ class Outcome(NamedTuple):
         generic: The regression with different variances.
         sgd: The regression under SGD.
         decayed: Regression under AdamW by weight decay.
-        balance: The regression with a decay that makes both norms nearly equal.
+        balance: The regression with a decay that makes both norms almost equal.
         spheres: The scale-invariant weight, by seed.
         networks: ReLU networks by weight decay.
         limits: Settings at which the theory stops to hold, by name.
@@ -265,13 +273,12 @@ def plot(config: Config, outcome: Outcome) -> Figure:
     pair, decay, sphere, left, ahead, limits = figure.subplots(2, 3).flat
     world, adamw, size = config.world(), config.adamw(), config.batch_size
     plot_rest(pair, outcome.pairs[0], world.rest(adamw, size), world.rest(formula_of_sgd(adamw), size))
-    pair.plot(outcome.sgd.steps, outcome.sgd.x.mean(2), **style.CONTRAST, label="SGD")
+    plot_starts(pair, outcome.sgd, style.CONTRAST, "SGD")
     pair.set(ylabel=COORDINATE, title=f"(a) {config.inputs} inputs, {config.outputs} outputs")
     settings = {weight_decay: config.adamw(weight_decay) for weight_decay in decays_around(config.decays)}
     by_sgd = [world.rest(formula_of_sgd(adamw), size) for adamw in settings.values()]
-    plot_decay(decay, list(settings), [world.rest(adamw, size) for adamw in settings.values()], by_sgd)
-    late = torch.stack([rest.late.mean(1) for rest in outcome.decayed.values()])
-    decay.plot(list(outcome.decayed), late, "o", color=style.MEASURED["color"], label="AdamW")
+    predicted = [world.rest(adamw, size) for adamw in settings.values()]
+    plot_decay(decay, list(settings), predicted, by_sgd, outcome.decayed)
     decay.set_ylabel(COORDINATE)
     plot_rest(sphere, outcome.spheres[0], *_lengths(config))
     sphere.set(ylabel=r"log |$\theta$|", title=f"(c) scale-invariant weight of {config.entries} entries")

@@ -1,6 +1,7 @@
 """F10: the pictures of the regression, of weight decay, of the networks, and of changed settings."""
 
 import math
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -16,16 +17,27 @@ FORMULA_OF_SGD = style.CONTRAST | {"linestyle": ":"}
 
 def plot_rest(axes: Axes, rest: Rest, predicted: float, sgd: float) -> None:
     """Draw the mean coordinate of each start, and both predictions."""
-    axes.plot(rest.steps, rest.x.mean(2), **style.MEASURED, label="AdamW")
+    plot_starts(axes, rest, style.MEASURED, "AdamW")
     axes.axhline(predicted, **style.PREDICTED, label="predicted")
     axes.axhline(sgd, **FORMULA_OF_SGD, label="formula of SGD")
     axes.set_xlabel("steps")
 
 
-def plot_decay(axes: Axes, decays: list[float], predicted: list[float], sgd: list[float]) -> None:
-    """Draw the coordinate at rest over weight decay by both formulas."""
+def plot_starts(axes: Axes, rest: Rest, look: dict[str, Any], label: str) -> None:
+    """Draw the mean coordinate of each start, with one entry in the legend."""
+    for start, mean in enumerate(rest.x.mean(2).mT):
+        axes.plot(rest.steps, mean, **look, label=label if start == 0 else None)
+
+
+def plot_decay(
+    axes: Axes, decays: list[float], predicted: list[float], sgd: list[float], rests: dict[float, Rest]
+) -> None:
+    """Draw the coordinate at rest over weight decay by both formulas, and the measured coordinates."""
     axes.plot(decays, predicted, **style.PREDICTED, label="predicted")
     axes.plot(decays, sgd, **FORMULA_OF_SGD, label="formula of SGD")
+    for start, late in enumerate(torch.stack([rest.late.mean(1) for rest in rests.values()]).mT):
+        label = "AdamW" if start == 0 else None
+        axes.plot(list(rests), late, "o", color=style.MEASURED["color"], markersize=4, label=label)
     axes.set(xlabel="weight decay", xscale="log", title="(b) weight decay, 2 starts")
 
 
