@@ -62,6 +62,10 @@ def f9_still(result: Any) -> Any:
     }
 
 
+def f10_still(result: Any) -> Any:
+    return result._replace(pairs=[rest._replace(x=rest.x[:1].expand(rest.x.shape)) for rest in result.pairs])
+
+
 STILL: dict[str, Callable[[Any], Any]] = {
     "f1": f1_still,
     "f2": lambda result: result._replace(cooled=result.gd),
@@ -72,6 +76,7 @@ STILL: dict[str, Callable[[Any], Any]] = {
     "f7": f7_still,
     "f8": f8_still,
     "f9": f9_still,
+    "f10": f10_still,
 }
 
 
@@ -181,6 +186,29 @@ def test_swapped_trace_factors(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         config = replace(config, **short)
         result = module.run(config)
     assert failed(name, config, result)
+
+
+# The formula of SGD in place of that of AdamW.
+
+
+def test_the_formula_of_sgd_fails_every_claim_about_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, result = outcome("f10")
+    module, problem = experiment.load("f10"), sys.modules["noetherflow.paper.f10_problem"]
+    solve, lengths = problem.solve_equilibrium, module._lengths
+
+    def as_sgd(moments: Any, settings: Any, params: Any) -> Any:
+        return solve(moments, problem.formula_of_sgd(settings) if isinstance(settings, nf.AdamW) else settings, params)
+
+    monkeypatch.setattr(problem, "solve_equilibrium", as_sgd)
+    monkeypatch.setattr(module, "_lengths", lambda config: (lengths(config)[1], lengths(config)[1]))
+    # The run solves for what is left of every neuron, and for the points of rest with changed settings.
+    networks = {decay: left._replace(adamw=left.sgd) for decay, left in result.networks.items()}
+    limits = {name: limit._replace(predicted=limit.sgd) for name, limit in result.limits.items()}
+    wrong = set(failed("f10", config, result._replace(networks=networks, limits=limits)))
+    texts = {claim.text for claim in module.claims(config, result)}
+    of_adamw = {text for text in texts if "SGD:" not in text and "decay 1:" not in text}
+    assert len(of_adamw) >= 8
+    assert wrong >= of_adamw, of_adamw - wrong
 
 
 @pytest.mark.parametrize("name", experiment.FIGURES)

@@ -9,7 +9,7 @@ import noetherflow as nf
 from cases import case
 
 
-def trajectory(*, replicas: int = 3, diverge: bool = False) -> nf.Trajectory:
+def trajectory(*, replicas: int = 3, diverge: bool = False, adamw: bool = False) -> nf.Trajectory:
     one = case("matrix")
     start = {name: tensor.expand(replicas, *tensor.shape).clone() for name, tensor in one.params.items()}
     if diverge:
@@ -18,7 +18,7 @@ def trajectory(*, replicas: int = 3, diverge: bool = False) -> nf.Trajectory:
         one.model,
         one.loss,
         one.batch,
-        nf.SGD(0.02, 2),
+        nf.AdamW(0.02, batch_size=2) if adamw else nf.SGD(0.02, 2),
         steps=30,
         start=start,
         symmetries=one.symmetries,
@@ -35,7 +35,7 @@ def trajectory(*, replicas: int = 3, diverge: bool = False) -> nf.Trajectory:
 def assert_same(a: nf.Trajectory, b: nf.Trajectory) -> None:
     torch.testing.assert_close(a.steps, b.steps, rtol=0, atol=0)
     torch.testing.assert_close(a.loss, b.loss, rtol=0, atol=0, equal_nan=True)
-    for kind in ("charges", "observables", "params"):
+    for kind in ("charges", "observables", "params", "second_moments"):
         torch.testing.assert_close(getattr(a, kind), getattr(b, kind), rtol=0, atol=0, equal_nan=True)
 
 
@@ -49,6 +49,14 @@ def test_what_was_saved_comes_back(tmp_path: Path, suffix: str, replicas: int, d
     before.save(path)
     assert_same(nf.Trajectory.load(path), before)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_second_moments_come_back(tmp_path: Path, suffix: str) -> None:
+    before = trajectory(adamw=True)
+    assert before.second_moments.keys() == before.params.keys()
+    before.save(tmp_path / f"run{suffix}")
+    assert_same(nf.Trajectory.load(tmp_path / f"run{suffix}"), before)
 
 
 def test_one_tensor_that_is_not_finite_is_enough_to_have_diverged() -> None:

@@ -23,6 +23,7 @@ FIGURES = {
     "f7": "f7_speed",
     "f8": "f8_deep_linear",
     "f9": "f9_gauge_drag",
+    "f10": "f10_adamw",
 }
 
 

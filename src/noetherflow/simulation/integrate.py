@@ -32,6 +32,11 @@ class Integrator(ABC):
     def advance_watched(self, step: int) -> Tensor:
         """Take a step; returns the mean loss of the step's examples before the update, shape (R,)."""
 
+    @property
+    def second_moments(self) -> dict[str, Tensor]:
+        """Averages of squares of gradients, shape (R, *parameter) by name; empty for an optimizer that keeps none."""
+        return {}
+
 
 @final
 class GradientIntegrator(Integrator):
@@ -61,6 +66,11 @@ class GradientIntegrator(Integrator):
     def params(self) -> dict[str, Tensor]:
         """The parameters at present, shape (R, *parameter) by name."""
         return dict(zip(self._names, self._state, strict=False))
+
+    @property
+    def carried(self) -> Tensors:
+        """The further tensors of the state at present."""
+        return self._state[len(self._names) :]
 
     def advance(self, step: int) -> None:
         """Take a step."""

@@ -15,7 +15,8 @@ from noetherflow._per_example import require_uncoupled
 from noetherflow._progress import track
 from noetherflow._types import Batch, Loss, Params
 from noetherflow.noise import estimate_noise
-from noetherflow.optimizers import SGD, require_settings
+from noetherflow.optimizers import SGD, AdamW, Optimizer, require_settings
+from noetherflow.simulation.adamw_steps import AdamWIntegrator
 from noetherflow.simulation.dynamics import GradientDescent, GradientFlow, Langevin, Schedule
 from noetherflow.simulation.fused import ReplicaGradients
 from noetherflow.simulation.integrate import Integrator, by_diffusion, by_flow, by_steps
@@ -26,7 +27,7 @@ from noetherflow.simulation.stream import FiniteStream, FullBatch, Minibatches, 
 from noetherflow.simulation.trajectory import Trajectory
 from noetherflow.symmetry import Symmetry
 
-Dynamics = SGD | GradientDescent | GradientFlow | Langevin | NoetherFlow
+Dynamics = SGD | AdamW | GradientDescent | GradientFlow | Langevin | NoetherFlow
 
 # Multiplications in a step (parameters times examples) below which one thread is enough.
 _SMALL_STEP = 10**8
@@ -59,19 +60,23 @@ def simulate(
         model: Any module; it is not changed.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
         data: A data set (tensors of shape (N, ...) in any containers), or a distribution: a function
-            `sample(count, generator)` that returns a batch of `count` new examples. A distribution needs `SGD` as
-            dynamics. With `SGD(replacement=False)`, every replica goes through the data set in epochs, in a random
-            order of the replica.
-        dynamics: `SGD` (steps of `torch.optim.SGD` with these settings), `GradientDescent`, `GradientFlow`, `Langevin`
-            (the diffusion limit of SGD), or `NoetherFlow` (the drift along the symmetries, without other motion).
+            `sample(count, generator)` that returns a batch of `count` new examples. A distribution needs `SGD` or
+            `AdamW` as dynamics. With `replacement=False` in their settings, every replica goes through the data set in
+            epochs, in a random order of the replica.
+        dynamics: `SGD` (steps of `torch.optim.SGD` with these settings), `AdamW` (steps of `torch.optim.AdamW`, or of
+            `torch.optim.Adam` with `decoupled=False`, from averages that are zero; needs `batch_size`),
+            `GradientDescent`, `GradientFlow`, `Langevin` (the diffusion limit of SGD), or `NoetherFlow` (the drift
+            along the symmetries, without other motion).
         steps: Number of steps.
         replicas: Number of replicas R; by default the leading dimension of `start`, or 1 without `start`.
         start: Parameters of every replica, shape (R, *parameter) by name; by default the model's parameters.
         symmetries: The symmetries whose charges are recorded; the Noether flow moves along these symmetries.
-        observables: Functions of the parameters of one replica that return a tensor; their values are recorded.
+        observables: Functions that return a tensor, whose values are recorded. The argument is the state of one
+            replica: a mapping from names to parameters. Its attribute `second_moments` maps names to the bias-corrected
+            averages of squares of gradients under `AdamW`, and is empty otherwise.
         record: Interval between records in steps, or the steps themselves; by default about 200 records. The start and
             the end are always recorded. A record shows the parameters before the update of its step.
-        schedule: Factor on the learning rate as a function of the step, for `SGD` and `GradientDescent`.
+        schedule: Factor on the learning rate as a function of the step, for `SGD`, `AdamW` and `GradientDescent`.
         generator: Source of all random numbers except those of dropout, which come from PyTorch's global generator; by
             default a generator with seed 0.
         dtype: Floating-point type of the simulation.
@@ -110,15 +115,16 @@ def simulate(
         require_settings(dynamics)
     if not isinstance(dynamics, Dynamics):
         raise SettingsError(
-            f"expected SGD, GradientDescent, GradientFlow, Langevin or NoetherFlow as dynamics, got {dynamics!r}"
+            f"expected SGD, AdamW, GradientDescent, GradientFlow, Langevin or NoetherFlow as dynamics, got {dynamics!r}"
         )
-    if schedule is not None and not isinstance(dynamics, (SGD, GradientDescent)):
+    if schedule is not None and not isinstance(dynamics, (Optimizer, GradientDescent)):
         raise SettingsError(
-            f"a schedule scales the learning rate of SGD or GradientDescent; {type(dynamics).__name__} has none"
+            f"a schedule scales the learning rate of SGD, AdamW or GradientDescent; {type(dynamics).__name__} has none"
         )
     at_steps = recorded_steps(steps, record)
     require_uncoupled(model)
-    if isinstance(dynamics, SGD):
+    if isinstance(dynamics, Optimizer):
+        _batch_size(dynamics)
         dynamics = dynamics.named_by(model)
     elif isinstance(dynamics, (Langevin, NoetherFlow)):
         dynamics = replace(dynamics, sgd=dynamics.sgd.named_by(model))
@@ -134,22 +140,31 @@ def simulate(
     with torch.no_grad(), _threads(_work(dynamics, stream, stacked.moving)):
         for step in track(range(steps), type(dynamics).__name__, shown=progress):
             if step in at_steps:
-                recorder.add_params(step, integrator.params | stacked.fixed)
+                recorder.add_state(step, integrator.params | stacked.fixed, integrator.second_moments)
                 recorder.add_losses(integrator.advance_watched(step))
             else:
                 integrator.advance(step)
-        final = integrator.params
-        recorder.add_params(steps, final | stacked.fixed)
+        final, second_moments = integrator.params, integrator.second_moments
+        recorder.add_state(steps, final | stacked.fixed, second_moments)
         # The last record needs the loss of one more step. A schedule may be undefined at that step.
         recorder.add_losses(integrator.advance_watched(steps - 1))
-    return recorder.trajectory(final)
+    return recorder.trajectory(final, second_moments)
+
+
+def _batch_size(settings: SGD | AdamW) -> int:
+    """The number of examples of a step; raises `SettingsError` if the settings do not name it."""
+    if settings.batch_size is None:
+        raise SettingsError(
+            "a simulation draws minibatches, and nf.AdamW has no batch size here: give nf.AdamW(..., batch_size=...)"
+        )
+    return settings.batch_size
 
 
 def _work(dynamics: Dynamics, stream: FiniteStream | OnlineStream, moving: Params) -> int:
     """Multiplications in a step, roughly: parameters of all replicas times examples."""
     examples = 1
-    if isinstance(dynamics, SGD):
-        examples = dynamics.batch_size
+    if isinstance(dynamics, Optimizer):
+        examples = _batch_size(dynamics)
     elif isinstance(stream, FiniteStream):
         examples = stream.count
     return examples * sum(stack.numel() for stack in moving.values())
@@ -176,12 +191,12 @@ def _stream(
 ) -> FiniteStream | OnlineStream:
     """The source of examples that data and dynamics need; raises `SettingsError` if they do not fit together."""
     if not callable(data):
-        independent = not isinstance(dynamics, SGD) or dynamics.replacement
+        independent = not isinstance(dynamics, Optimizer) or dynamics.replacement
         stream = FiniteStream(data, dtype, device, replacement=independent)
-        if not independent and isinstance(dynamics, SGD) and dynamics.batch_size > stream.count:
+        if not independent and isinstance(dynamics, Optimizer) and _batch_size(dynamics) > stream.count:
             raise SettingsError(f"batch_size {dynamics.batch_size} exceeds the {stream.count} examples of the data set")
         return stream
-    if not isinstance(dynamics, SGD):
+    if not isinstance(dynamics, Optimizer):
         raise SettingsError(
             f"{type(dynamics).__name__} needs the full gradient: give a finite data set, not a function that draws "
             "examples"
@@ -206,8 +221,10 @@ def _integrator(
     # Frozen parameters are equal for all replicas, so vmap needs no stack of them.
     fixed = {name: stack[0] for name, stack in start.fixed.items()}
     gradients = ReplicaGradients(model, loss, list(start.moving), fixed, stream.rebuild, dtype)
-    if isinstance(dynamics, SGD):
-        source = Minibatches(stream, start.count, dynamics.batch_size, generator)
+    if isinstance(dynamics, Optimizer):
+        source = Minibatches(stream, start.count, _batch_size(dynamics), generator)
+        if isinstance(dynamics, AdamW):
+            return AdamWIntegrator(start.moving, gradients, dynamics, source, schedule)
         return by_steps(start.moving, gradients, dynamics, source, schedule)
     if not isinstance(stream, FiniteStream):
         raise EmptyDataError(f"{type(dynamics).__name__} needs a finite data set, got none")

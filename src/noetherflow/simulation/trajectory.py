@@ -15,6 +15,9 @@ from noetherflow._extras import require
 from noetherflow._files import atomic
 
 _METADATA = "noetherflow"
+# Groups of quantities by name: those of every record, and those of the end.
+_RECORDED = ("charges", "observables")
+_FINAL = ("params", "second_moments")
 
 
 @final
@@ -28,6 +31,8 @@ class Trajectory:
         charges: Charge by name of the symmetry, shape (T, R, *charge).
         observables: Observable by name, shape (T, R, *observable).
         params: Parameters at the end by name, shape (R, *parameter).
+        second_moments: Bias-corrected averages of squares of gradients at the end by name, shape (R, *parameter), as
+            AdamW keeps them; empty for all other dynamics.
 
     Examples:
         >>> import torch, tempfile, pathlib, noetherflow as nf
@@ -46,6 +51,7 @@ class Trajectory:
     charges: dict[str, Tensor] = field(default_factory=dict)
     observables: dict[str, Tensor] = field(default_factory=dict)
     params: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    second_moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def diverged(self) -> Tensor:
@@ -58,7 +64,7 @@ class Trajectory:
 
         Args:
             path: A file `*.npz` with an array per quantity, or `*.parquet` with a row per record and replica. The final
-                parameters are columns that are empty in all rows but those of the last record.
+                parameters and second moments are columns that are empty in all rows but those of the last record.
 
         Raises:
             SettingsError: If the path has a different ending.
@@ -90,7 +96,7 @@ class Trajectory:
         if reader is None:
             raise SettingsError(f"a trajectory is saved as .npz or .parquet, got {path.name!r}")
         arrays = {key: torch.from_numpy(np.array(array)) for key, array in reader(path).items()}
-        groups: dict[str, dict[str, Tensor]] = {"charges": {}, "observables": {}, "params": {}}
+        groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*_RECORDED, *_FINAL)}
         for key, tensor in arrays.items():
             kind, slash, name = key.partition("/")
             if slash:
@@ -101,7 +107,7 @@ class Trajectory:
         """Every quantity with a key: `steps`, `loss`, or `group/name`."""
         yield "steps", self.steps.numpy()
         yield "loss", self.loss.numpy()
-        for kind in ("charges", "observables", "params"):
+        for kind in (*_RECORDED, *_FINAL):
             for name, tensor in getattr(self, kind).items():
                 yield f"{kind}/{name}", tensor.cpu().numpy()
 
@@ -123,11 +129,11 @@ class Trajectory:
         for key, array in self._arrays():
             if key == "steps":
                 continue
-            recorded = not key.startswith("params/")
+            recorded = not _is_final(key)
             shapes[key] = list(array.shape[2 if recorded else 1 :])
             cells = array.reshape(-1, *shapes[key])
             if not recorded:
-                # Only the final parameters are known, so the rows of all earlier records are empty.
+                # Known at the end alone, so that the rows of all earlier records are empty.
                 rows = [None] * ((records - 1) * replicas) + [cell.ravel() for cell in cells]
                 columns[key] = pa.array(rows, type=pa.list_(pa.from_numpy_dtype(array.dtype)))
             elif shapes[key]:
@@ -138,6 +144,11 @@ class Trajectory:
             {_METADATA: json.dumps({"shapes": shapes, "replicas": replicas})}
         )
         pq.write_table(table, path)
+
+
+def _is_final(key: str) -> bool:
+    """Whether a quantity is known at the end alone."""
+    return key.partition("/")[0] in _FINAL
 
 
 def _arrow() -> tuple[Any, Any]:
@@ -166,6 +177,6 @@ def _load_parquet(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         column = table[key].combine_chunks().drop_null()
         if shape:
             column = column.flatten()
-        rows = (replicas,) if key.startswith("params/") else (len(arrays["steps"]), replicas)
+        rows = (replicas,) if _is_final(key) else (len(arrays["steps"]), replicas)
         arrays[key] = column.to_numpy(zero_copy_only=False).reshape(*rows, *shape)
     return arrays
