@@ -154,6 +154,7 @@ def test_nothing_drives_the_charges_after_the_move(name: str, decay: str, make: 
     again = solved(one, optimizer)
     assert max(part.before for part in again.imbalance.values()) < 1e-9
     assert max(x.abs().max() for x in again.coordinates.values()) < 1e-9
+    assert again.trace_before == pytest.approx(first.trace_after, rel=1e-9)
     # The twin: a state that stays where it was belongs to another point.
     settings = nf.AdamW.from_optimizer(optimizer, model=one.model)
     stale = nf.solve_equilibrium(before, settings, one.model)

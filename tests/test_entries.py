@@ -1,14 +1,19 @@
 """Sums over entries as products with vectors, against exponentials entry by entry."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import noetherflow as nf
+from noetherflow._minibatch import minibatches
 from noetherflow.equilibrium import entries as module
+from noetherflow.equilibrium.blocks import Blocks
+from noetherflow.equilibrium.commuting import CommutingOrbit
 from noetherflow.equilibrium.entries import Entries, GeneralEntries, Place, SeparableEntries, entries_of
+from noetherflow.equilibrium.free import Free
 from noetherflow.equilibrium.roles import roles_of
 
 CLOSE = {"rtol": 1e-13, "atol": 1e-13}
@@ -121,3 +126,33 @@ def test_the_reference_is_the_derivative_of_the_sum(name: str) -> None:
     product = torch.autograd.functional.hvp(value, x, direction)[1]
     reference.add(reference.bend(reference.curvature([(9.0, term, 3)], there), reference.exponents(direction)), bent)
     torch.testing.assert_close(bent[0] - bent[1], product, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("depth", [3, 9])
+def test_a_sweep_computes_the_tensors_of_each_symmetry_alone(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both terms of weight, bias and next weight, for the forces and for the potential; not those of all tensors."""
+    generator = torch.Generator().manual_seed(0)
+    params: dict[str, Tensor] = {}
+    for k in range(depth + 1):
+        params[f"{k}.weight"] = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+        params[f"{k}.bias"] = torch.randn(3, generator=generator, dtype=torch.float64)
+    hidden = {
+        f"{k}": diagonal([nf.Axis(f"{k}.weight", 0), nf.Axis(f"{k}.bias", 0)], [nf.Axis(f"{k + 1}.weight", 1)])
+        for k in range(depth)
+    }
+    values = {name: tensor.square() + 1 for name, tensor in params.items()}
+    moments = nf.SecondMoments(values, dict.fromkeys(values, 1), dict.fromkeys(values, 0.0), hidden)
+    (orbit,) = Blocks.of(params, minibatches(moments, nf.AdamW(eps=0.0))).orbits
+    assert isinstance(orbit, CommutingOrbit)
+    calls, original = [], SeparableEntries.terms
+
+    def counted(self: SeparableEntries, *arguments: Any) -> Any:
+        calls.append(self)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(SeparableEntries, "terms", counted)
+    free = Free(torch.ones(3 * depth, dtype=torch.bool), torch.zeros(0, 3 * depth, dtype=torch.float64))
+    moved = orbit._sweep(torch.zeros(3 * depth, dtype=torch.float64), free)
+    assert moved.any()
+    tensors_at_start, sweeps = 2 * depth + 1, 4
+    assert len(calls) == 2 * tensors_at_start + sweeps * depth * (2 * 3 + 2 * 3)
