@@ -9,7 +9,7 @@ from torch import Tensor
 
 from noetherflow import _files, _store, _versions
 from noetherflow._errors import ParameterShapeError
-from noetherflow._table import Column, Table, html_of, steps, text_of
+from noetherflow._table import Column, Table, html_of, starred, steps, text_of
 from noetherflow.equilibrium.result import Equilibrium, ratio, totals
 from noetherflow.equilibrium.result import require_consistent as require_consistent_equilibrium
 from noetherflow.noise import NoiseMoments
@@ -187,7 +187,7 @@ def _tables(analysis: Analysis) -> tuple[Table, ...]:
     columns = (Column("symmetry", folds=True), *(Column(heading, right=True) for heading, _, _ in _COLUMNS))
     # A star refers to the note below the table.
     rows = ((r.name + "*" * bool(r.message), *(cell(r) for _, _, cell in _COLUMNS)) for r in analysis.reports)
-    notes = [f"* {report.name}: {report.message}" for report in analysis.reports if report.message]
+    notes = starred((report.name, report.message) for report in analysis.reports)
     notes += analysis.equilibrium.notes
     legend = tuple((heading, meaning) for heading, meaning, _ in _COLUMNS)
     return (

@@ -121,6 +121,19 @@ class SecondMoments:
             shares[name] = float(part / every) if every else 0.0
         return shares
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Where eps matters, and which parameters are left out, in sentences."""
+        notes = [
+            f"{name}: eps matters: {share:.1%} of the noise force acts on entries whose sqrt v is below eps, where the "
+            "equilibrium of AdamW is not exact"
+            for name, share in self.below_eps().items()
+            if share > _MATTERS
+        ]
+        if self.without:
+            notes.append(f"Without a step, and left out: {', '.join(self.without)}")
+        return tuple(notes)
+
     def save(self, path: str | Path) -> None:
         """Write the second moments to a file (safetensors and JSON, no pickle), completely or not at all.
 
@@ -279,14 +292,6 @@ def _tables(moments: SecondMoments) -> tuple[Table, ...]:
     for name, symmetry in moments.symmetries.items():
         plus, minus = _sides(symmetry, roots)
         rows.append((name, f"{plus:.3g}", f"{minus:.3g}", f"{shares[name]:.1%}"))
-    notes = [
-        f"{name}: eps matters: {share:.1%} of the noise force acts on entries whose sqrt v is below eps, where the "
-        "equilibrium of AdamW is not exact"
-        for name, share in shares.items()
-        if share > _MATTERS
-    ]
-    if moments.without:
-        notes.append(f"Without a step, and left out: {', '.join(moments.without)}")
     columns = (Column("symmetry", folds=True), *(Column(heading, right=True) for heading, _ in _LEGEND))
     legend = Table("", (Column("", right=True), Column("", folds=True)), _LEGEND)
-    return Table(title, columns, tuple(rows), tuple(notes)), legend
+    return Table(title, columns, tuple(rows), moments.notes), legend

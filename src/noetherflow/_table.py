@@ -4,7 +4,7 @@ import html
 import re
 import shutil
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -14,6 +14,8 @@ _GAPS = (2, 1)
 _LEAST = 8
 # Rows by which widths are chosen.
 _SAMPLE = 60
+# Names that a note lists.
+_LISTED = 6
 # The dot between two names.
 _DOT = re.compile(r"\.(?=[^\W\d]|\{)")
 
@@ -204,3 +206,23 @@ def _legible(text: str) -> str:
 def _escaped(text: str) -> str:
     """A text as HTML."""
     return html.escape(_legible(text)).replace("\n", "<br>")
+
+
+def starred(messages: Iterable[tuple[str, str]]) -> list[str]:
+    """Notes on the rows that a star marks, a note for each message.
+
+    Args:
+        messages: The name of each row and its message, which may be empty.
+
+    Returns:
+        The notes; rows with equal messages share a note, which lists the first few of them.
+    """
+    rows: dict[str, list[str]] = {}
+    for name, message in messages:
+        if message:
+            rows.setdefault(message, []).append(name)
+    notes = []
+    for message, names in rows.items():
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        notes.append(f"* {', '.join(names[:_LISTED])}{more}: {message}")
+    return notes

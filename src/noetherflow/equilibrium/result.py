@@ -12,7 +12,7 @@ from torch import Tensor
 
 from noetherflow import _store
 from noetherflow._errors import ParameterShapeError
-from noetherflow._table import Column, Table, html_of, steps, text_of
+from noetherflow._table import Column, Table, html_of, starred, steps, text_of
 from noetherflow.symmetry import Symmetry
 
 
@@ -277,16 +277,16 @@ def _tables(equilibrium: Equilibrium) -> tuple[Table, ...]:
         ("steps", "median relaxation time: steps in which a departure shrinks by e"),
         ("slowest", "the same for the slowest coordinate that has an equilibrium"),
     )
-    rows, notes = [], list(equilibrium.notes)
+    rows = []
+    notes = [*equilibrium.notes, *starred((name, outcome.message) for name, outcome in equilibrium.outcomes.items())]
     for name, outcome in equilibrium.outcomes.items():
         median, slowest = median_and_slowest(equilibrium.relaxation_steps[name])
         status = outcome.status.name.lower().replace("_", " ")
         # A star points to the note below.
-        starred = name + "*" * bool(outcome.message)
+        marked = name + "*" * bool(outcome.message)
         distance, error = (root_mean_square(x[name]) for x in (equilibrium.coordinates, equilibrium.standard_error))
         known = "-" if math.isnan(error) else f"{error:.3f}"
-        rows.append((starred, status, f"{distance:.3f}", known, steps(median), steps(slowest)))
-        notes += [f"* {name}: {outcome.message}"] * bool(outcome.message)
+        rows.append((marked, status, f"{distance:.3f}", known, steps(median), steps(slowest)))
     columns = (
         Column("symmetry", folds=True),
         Column("status"),

@@ -135,11 +135,22 @@ def solve_equilibrium(
         iterations=minimum.iterations,
         symmetries=noise.symmetries,
         standard_error={name: torch.full_like(t, torch.nan) for name, t in x.items()},
+        notes=_notes(noise),
         imbalance={name: Imbalance(residual.imbalance, float("nan")) for name, residual in blocks.residuals().items()},
     )
     if throw and equilibrium.status is not Status.CONVERGED:
         raise EquilibriumError(f"{equilibrium.status.value}:\n{equilibrium.message}")
     return equilibrium
+
+
+def _notes(noise: NoiseMoments | SecondMoments) -> tuple[str, ...]:
+    """What a reader of the table has to know of the statistics."""
+    if isinstance(noise, NoiseMoments):
+        return ()
+    return (
+        "The gradient noise below is the sum of v, the second moments of the gradients of minibatches, not Tr Sigma.",
+        *noise.notes,
+    )
 
 
 def _prepare(
