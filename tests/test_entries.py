@@ -141,7 +141,7 @@ def test_a_sweep_computes_the_tensors_of_each_symmetry_alone(depth: int, monkeyp
         for k in range(depth)
     }
     values = {name: tensor.square() + 1 for name, tensor in params.items()}
-    moments = nf.SecondMoments(values, dict.fromkeys(values, 1), dict.fromkeys(values, 0.0), hidden)
+    moments = nf.SecondMoments(values, dict.fromkeys(values, 1), hidden)
     (orbit,) = Blocks.of(params, minibatches(moments, nf.AdamW(eps=0.0))).orbits
     assert isinstance(orbit, CommutingOrbit)
     calls, original = [], SeparableEntries.terms

@@ -44,8 +44,8 @@ def test_eps_and_a_penalty_are_solved_with_the_noise_of_each_point() -> None:
         v = world.second_moments(params, 4)
         pushes = {}
         for name in ("w", "u"):
-            terms = settings.terms(name, params[name], v[name])
-            pushes[name] = (terms.noise - 2 * settings.decay_of(name) * params[name].square()).sum().item()
+            noise = LR * v[name] / (v[name].sqrt() + settings.eps)
+            pushes[name] = (noise - 2 * settings.decay_of(name) * params[name].square()).sum().item()
         assert pushes["w"] == pytest.approx(pushes["u"], rel=1e-7)
 
 

@@ -16,6 +16,8 @@ from cases import Case, case, cases
 COUNT, TIGHT = 4, {"rtol": 1e-9, "atol": 1e-13}
 # The average of squares of gradients stays as it is, and its correction for the start is over.
 HELD, LONG = 1 - 1e-12, 1e14
+# So small that it counts only where there is no gradient, and Adam would divide zero by zero.
+EPS = 1e-30
 SCALINGS = [one for one in cases() if all(s.action is nf.Action.SCALES_ENTRIES for s in one.symmetries.values())]
 
 
@@ -73,7 +75,7 @@ def adamw_at(
     model: nn.Module, v: Mapping[str, Tensor], lr: Mapping[str, float], decay: Mapping[str, float]
 ) -> torch.optim.AdamW:
     """AdamW whose average of squares is v, and without an average of gradients."""
-    optimizer = torch.optim.AdamW(groups(model, lr, decay), betas=(0.0, HELD))
+    optimizer = torch.optim.AdamW(groups(model, lr, decay), betas=(0.0, HELD), eps=EPS)
     for name, parameter in model.named_parameters():
         optimizer.state[parameter] = {
             "step": torch.tensor(LONG, dtype=torch.float64),
@@ -118,7 +120,7 @@ def test_a_step_of_sgd_with_groups(one: Case, batch_size: int, replacement: bool
 def test_a_step_of_adamw_with_groups(one: Case, batch_size: int, replacement: bool) -> None:
     lr, decay = rates_of(one), {name: 40 * value for name, value in one.decays.items()}
     v = second_moments(one, batch_size, replacement=replacement)
-    steps = {name: lr[name] / (tensor.sqrt() + 1e-8) for name, tensor in v.items()}
+    steps = {name: lr[name] / (tensor.sqrt() + EPS) for name, tensor in v.items()}
     size = {} if replacement else {"replacement": False, "dataset_size": COUNT}
     adamw = nf.AdamW.from_optimizer(adamw_at(one.model, v, lr, decay), batch_size=batch_size, model=one.model, **size)
     noise = nf.estimate_noise(one.model, one.loss, [few(one)], one.symmetries)
@@ -226,6 +228,67 @@ def test_a_symmetry_that_mixes_entries_has_no_charge_under_adamw() -> None:
     scalings = {"scalings": nf.DiagonalSymmetry(rotation.plus, rotation.minus)}
     scaled = nf.solve_equilibrium(nf.estimate_noise(one.model, one.loss, one.loader(), scalings), adamw, one.model)
     assert scaled.status is nf.Status.CONVERGED
+
+
+def test_a_dead_neuron_and_eps_of_zero() -> None:
+    one = case("diagonal")
+    with torch.no_grad():
+        one.model[0].weight[1], one.model[0].bias[1] = 0.0, -1.0
+    noise = nf.estimate_noise(one.model, one.loss, one.loader(), one.symmetries)
+    settings = [nf.AdamW(lr=0.01, weight_decay=0.1, eps=eps, batch_size=4) for eps in (0.0, 1e-30)]
+    zero, small = (nf.expected_step(noise, adamw, one.model)["hidden"] for adamw in settings)
+    assert torch.isfinite(zero).all()
+    torch.testing.assert_close(zero, small, rtol=1e-9, atol=1e-12)
+    # The solver leaves a neuron without a gradient where it is, whatever eps.
+    for adamw in (*settings, nf.AdamW(lr=0.01, weight_decay=0.1, eps=1e-8, batch_size=4)):
+        equilibrium = nf.solve_equilibrium(noise, adamw, one.model)
+        assert equilibrium.status is nf.Status.SINGULAR
+        assert equilibrium.coordinates["hidden"][1] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda v: {n: t.float() for n, t in v.items()}, nf.ParameterShapeError, "expected float64"),
+        (lambda v: {n: -t for n, t in v.items()}, nf.ParameterShapeError, "below 0"),
+        (lambda v: {n: t for n, t in v.items() if n != "0.weight"}, nf.ParameterNameError, r"0\.weight"),
+        (lambda v: v | {"0.weight": v["0.weight"].T.contiguous()}, nf.ParameterShapeError, "same number of rows"),
+        (lambda v: v | {"0.weight": torch.cat([v["0.weight"]] * 2, 1)}, nf.ParameterShapeError, "another model"),
+    ],
+)
+def test_second_moments_made_by_hand_are_checked(change: Any, error: type[Exception], words: str) -> None:
+    one = case("diagonal")
+    v = change({name: tensor.square() + 1 for name, tensor in one.params.items()})
+    moments = nf.SecondMoments(v, dict.fromkeys(v, 1), one.symmetries)
+    for function in (nf.drift, nf.potential, nf.solve_equilibrium):
+        with pytest.raises(error, match=words):
+            function(moments, nf.AdamW(), one.model)
+
+
+def test_what_a_limit_of_sgd_and_a_mean_step_do_not_take() -> None:
+    one = case("diagonal")
+    v = {name: tensor.square() + 1 for name, tensor in one.params.items()}
+    with pytest.raises(nf.SettingsError, match=r"noise of single examples.*drift\(\)"):
+        nf.expected_step(nf.SecondMoments(v, dict.fromkeys(v, 1), one.symmetries), nf.AdamW(), one.model)
+    for limit in (nf.Langevin, nf.NoetherFlow):
+        with pytest.raises(nf.SettingsError, match="finite_step=True has no meaning"):
+            limit(nf.SGD(0.1, 4, finite_step=True))
+        with pytest.raises(nf.SettingsError, match="single learning rate"):
+            limit(nf.SGD(rates_of(one), 4))
+        with pytest.raises(nf.SettingsError, match=r"nf\.SGD alone, got nf\.AdamW"):
+            limit(nf.AdamW(batch_size=4))
+    for settings in (nf.AdamW(batch_size=4), nf.SGD(0.1, 4, finite_step=True)):
+        with pytest.raises(nf.SettingsError, match="microbatches=True measures differences"):
+            nf.equilibrate(one.model, one.loss, one.loader(), settings, one.symmetries, microbatches=True)
+
+
+def test_settings_are_plain_numbers() -> None:
+    half, two = torch.tensor(0.5), torch.tensor(2)
+    adamw = nf.AdamW(lr=half, betas=[0.9, 0.5], eps=half, weight_decay={"w": two})
+    assert adamw == nf.AdamW(lr=0.5, betas=(0.9, 0.5), eps=0.5, weight_decay={"w": 2})
+    assert isinstance(adamw.lr, float)
+    with pytest.raises(nf.SettingsError, match="decoupled"):
+        nf.AdamW(decoupled="x")
 
 
 def test_settings_are_values() -> None:

@@ -21,7 +21,7 @@ def gamma_is_weight_decay(patch: pytest.MonkeyPatch) -> None:
 
 
 def temperature_is_lr_over_batch_size(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(nf.SGD, "temperature", property(lambda sgd: sgd.lr / sgd.batch_size))
+    patch.setattr(nf.SGD, "share", property(lambda sgd: 2 / sgd.batch_size))
 
 
 def noise_is_not_centred(patch: pytest.MonkeyPatch) -> None:

@@ -208,7 +208,10 @@ def charge_of(
     adamw: nf.AdamW, symmetry: nf.DiagonalSymmetry, theta: Mapping[str, Tensor], v: Mapping[str, Tensor]
 ) -> Tensor:
     """The sum of q theta^2 / p of every neuron for the step sizes p that belong to v, shape (neurons,)."""
-    parts = {name: adamw.terms(name, theta[name].detach(), v[name]).charge for name in symmetry.names}
+    parts = {
+        name: theta[name].detach().square() * (v[name].sqrt() + adamw.eps) / adamw.lr_of(name)
+        for name in symmetry.names
+    }
     return symmetry.charge({name: part.sqrt() for name, part in parts.items()})
 
 

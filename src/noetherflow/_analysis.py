@@ -35,8 +35,8 @@ class SymmetryReport:
         drift: Change of the charge per step, root mean square over coordinates.
         distance: Root mean square over coordinates of x, where weights have to change by the factor e^{x} to reach the
             equilibrium.
-        relaxation_steps: SGD steps in which the distance shrinks by the factor e, median over coordinates.
-        slowest_steps: SGD steps in which the distance shrinks by the factor e, for the slowest coordinate that has an
+        relaxation_steps: steps in which the distance shrinks by the factor e, median over coordinates.
+        slowest_steps: steps in which the distance shrinks by the factor e, for the slowest coordinate that has an
             equilibrium.
         status: How the search for the equilibrium ended.
         message: The coordinates without an equilibrium, and the reason; empty if there are none.
@@ -172,7 +172,12 @@ _COLUMNS: tuple[tuple[str, str, Callable[[SymmetryReport], str]], ...] = (
         "a gradient with the direction of motion; the largest over examples",
         lambda r: f"{r.residual:.0e}",
     ),
-    ("charge", "squared weights on the plus side minus those on the minus side", lambda r: f"{r.charge:+.3g}"),
+    (
+        "charge",
+        "squared weights on the plus side minus those on the minus side, each over\n"
+        "its step size unless all parameters share a learning rate",
+        lambda r: f"{r.charge:+.3g}",
+    ),
     ("noise+", "gradient noise on the plus side, per example", lambda r: f"{r.noise_plus:.3g}"),
     ("noise-", "gradient noise on the minus side, per example", lambda r: f"{r.noise_minus:.3g}"),
     ("drift", "change of the charge per step, rms over coordinates", lambda r: f"{r.drift:.1e}"),

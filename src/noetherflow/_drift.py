@@ -121,6 +121,11 @@ def expected_step(noise: NoiseMoments, settings: Optimizer, params: nn.Module | 
     Source: expand the step; the cross term vanishes because gradients are orthogonal to the orbit.
     """
     settings = require_settings(settings, params)
+    if not isinstance(noise, NoiseMoments):
+        raise SettingsError(
+            f"the mean change in a step needs the noise of single examples, got {type(noise).__name__}: measure with "
+            "estimate_noise, or use drift()"
+        )
     if isinstance(settings, SGD) and settings.momentum:
         raise SettingsError(
             f"the mean change in a step is exact for plain SGD only, got momentum={settings.momentum}: use drift()"
@@ -169,8 +174,10 @@ def _step_of_adamw(name: str, theta: Params, noise: NoiseMoments, gradients: Min
     for p in symmetry.names:
         v, decay = gradients.moment(p), adamw.lr_of(p) * adamw.decay_of(p)
         root = (adamw.lr_of(p) / (v.sqrt() + adamw.eps)).sqrt()
+        # An entry without a gradient has no step size if eps is 0, and does not need one.
+        pushed = torch.where(v > 0, root, 0.0)
         shrink[p] = (2 * decay) ** 0.5 * theta[p] / root
-        noisy[p] = root * (v - noise.mean[p].square()).clamp_min(0).sqrt()
+        noisy[p] = pushed * (v - noise.mean[p].square()).clamp_min(0).sqrt()
         # Weight decay and mean gradient together, as for SGD: they meet where the decay differs between parameters.
-        mean[p] = decay * theta[p] / root + root * noise.mean[p]
+        mean[p] = decay * theta[p] / root + pushed * noise.mean[p]
     return symmetry.charge(noisy) + symmetry.charge(mean) - symmetry.charge(shrink)

@@ -7,8 +7,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from noetherflow._errors import SettingsError
-from noetherflow._second_moments import SecondMoments
+from noetherflow._errors import ParameterShapeError, SettingsError
+from noetherflow._second_moments import SecondMoments, require_usable
 from noetherflow.noise import NoiseMoments
 from noetherflow.optimizers import Optimizer, Terms
 from noetherflow.symmetry import Grams, Symmetry
@@ -57,7 +57,13 @@ class Minibatches(ABC):
 
     def terms(self, name: str, theta: Tensor) -> Terms:
         """The terms of the potential that belong to a parameter, at its values."""
-        return self.optimizer.terms(name, theta, self.moment(name))
+        moment = self.moment(name)
+        if moment.shape != theta.shape:
+            raise ParameterShapeError(
+                f"the gradients of {name!r} have the shape {tuple(moment.shape)}, the parameter {tuple(theta.shape)}: "
+                "they were measured for another model"
+            )
+        return self.optimizer.terms(name, theta, moment)
 
 
 @final
@@ -129,6 +135,7 @@ class OfAdam(Minibatches):
                 f"second moments include the square of the mean gradient, which nf.{type(optimizer).__name__} does not "
                 "count: measure the noise with estimate_noise, or give finite_step=True"
             )
+        require_usable(moments)
         self._values = moments.values
 
     def moment(self, name: str) -> Tensor:

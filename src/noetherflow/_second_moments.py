@@ -19,12 +19,12 @@ from noetherflow.optimizers.by_parameter import number
 from noetherflow.optimizers.state import Source, adam_of, second_moment
 from noetherflow.symmetry import Grams, Symmetry
 
-# The share of the noise force on entries below eps from which a note says so.
+# The share of the noise force that eps takes away from which a note says so.
 _MATTERS = 0.01
 _LEGEND = (
     ("sqrt v+", "square roots of v on the plus side, summed over entries"),
     ("sqrt v-", "square roots of v on the minus side, summed over entries"),
-    ("below eps", "share of the noise force on entries whose sqrt v is below eps"),
+    ("eps", "share of the noise force that eps takes away, which the equilibrium neglects"),
 )
 
 
@@ -100,34 +100,34 @@ class SecondMoments:
         names = {name: name for name in self.values} | ({} if model is None else aliases(model))
         return replace(self, symmetries=_fitting(symmetries, names, self.values, self.without))
 
-    def below_eps(self) -> dict[str, float]:
-        r"""Per symmetry, the share of the noise force on entries whose $\sqrt v$ is below $\epsilon$.
+    def taken_by_eps(self) -> dict[str, float]:
+        r"""Per symmetry, the share of the noise force that $\epsilon$ takes away.
 
         The force of the noise on an entry is $\eta\,v / (\sqrt v + \epsilon)$. Where $\sqrt v \gg \epsilon$ it is
-        $\eta\sqrt v$ and scales along the orbit as the equilibrium assumes. Entries below $\epsilon$ obey another law,
-        nearer to that of SGD.
+        $\eta\sqrt v$, which is what the equilibrium has, and scales along the orbit. The difference is
+        $\eta\sqrt v\,\epsilon / (\sqrt v + \epsilon)$.
 
         Returns:
             The shares, with equal learning rates of all parameters; 0 if there is no force at all.
         """
-        force, low = {}, {}
+        force, taken = {}, {}
         for name, v in self.values.items():
-            root = v.sqrt()
-            force[name] = torch.where(v > 0, v / (root + self.eps.get(name, 0.0)), 0.0).sqrt()
-            low[name] = torch.where(root < self.eps.get(name, 0.0), force[name], 0.0)
+            root, eps = v.sqrt(), self.eps.get(name, 0.0)
+            # Square roots, because sums over sides are those of squares.
+            force[name] = root.sqrt()
+            taken[name] = torch.where(root > 0, root * eps / (root + eps), 0.0).sqrt()
         shares = {}
         for name, symmetry in self.symmetries.items():
-            every, part = (sum(_sides(symmetry, tensors)) for tensors in (force, low))
-            shares[name] = float(part / every) if every else 0.0
+            every, part = (sum(_sides(symmetry, tensors)) for tensors in (force, taken))
+            shares[name] = float(part / every) if every > 0 else 0.0
         return shares
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Where eps matters, and which parameters are left out, in sentences."""
         notes = [
-            f"{name}: eps matters: {share:.1%} of the noise force acts on entries whose sqrt v is below eps, where the "
-            "equilibrium of AdamW is not exact"
-            for name, share in self.below_eps().items()
+            f"{name}: eps matters: it takes away {share:.1%} of the noise force, which the equilibrium neglects"
+            for name, share in self.taken_by_eps().items()
             if share > _MATTERS
         ]
         if self.without:
@@ -158,7 +158,7 @@ class SecondMoments:
         Raises:
             FileError: If the file is missing, damaged, or holds something else.
         """
-        return _store.load(cls, path, _require_consistent)
+        return _store.load(cls, path, require_usable)
 
     def __str__(self) -> str:
         return text_of(_tables(self))
@@ -261,12 +261,11 @@ def _sides(symmetry: Symmetry, tensors: Params) -> Grams:
     return halves(symmetry, symmetry.grams({name: tensors[name] for name in symmetry.names}))
 
 
-def _require_consistent(moments: SecondMoments) -> None:
-    """Raise unless the parts, read from a file, belong together."""
-    for what in ("steps", "eps"):
-        if getattr(moments, what).keys() != moments.values.keys():
-            given = sorted(getattr(moments, what))
-            raise ParameterShapeError(f"{what} belongs to {given}, expected {sorted(moments.values)}")
+def require_usable(moments: SecondMoments) -> None:
+    """Raise unless the parts, made by hand or read from a file, belong together and are second moments."""
+    for what, given in (("steps", moments.steps), ("eps", moments.eps)):
+        if given.keys() != moments.values.keys() and (given or what == "steps"):
+            raise ParameterShapeError(f"{what} belongs to {sorted(given)}, expected {sorted(moments.values)}")
     if twice := sorted(moments.values.keys() & set(moments.without)):
         raise ParameterShapeError(f"{twice} have second moments, and have taken no step")
     for symmetry in moments.symmetries.values():
@@ -286,7 +285,7 @@ def _tables(moments: SecondMoments) -> tuple[Table, ...]:
     taken = " to ".join(steps(count) for count in dict.fromkeys((numbers[0], numbers[-1]))) if numbers else "0"
     size = sum(tensor.numel() for tensor in moments.values.values())
     title = f"Second moments of Adam ({len(moments.values)} parameters, {size:,} entries, {taken} steps)"
-    shares = moments.below_eps()
+    shares = moments.taken_by_eps()
     roots = {name: v.sqrt().sqrt() for name, v in moments.values.items()}
     rows = []
     for name, symmetry in moments.symmetries.items():

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from noetherflow._errors import UserFileError
-from noetherflow.optimizers import Optimizer
+from noetherflow.optimizers import Optimizer, require_settings
 
 Built = tuple[nn.Module, Any, Any, Optimizer, Mapping[str, Any] | None]
 """Model, loss, loader, settings of the optimizer, and symmetries, which are None if `build()` declares none."""
@@ -50,6 +51,8 @@ def load_build(file: Path) -> Built:
         size = f" of length {len(built)}" if isinstance(built, (tuple, list)) else ""
         raise UserFileError(f"{file}: expected {expected}, got {type(built).__name__}{size}")
     model, loss, loader, settings, declared = built if len(built) == 5 else (*built, None)
+    if isinstance(settings, torch.optim.Optimizer):
+        require_settings(settings)  # raises, and says how to read the settings
     checks = (
         ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
         ("loss", loss, callable(loss), "a function (model, batch) -> one loss per example"),

@@ -48,18 +48,15 @@ class CommutingOrbit(Orbit):
         self._symmetries, self._exponents = dict(symmetries), gradients.optimizer.exponents
         axes = [axis for symmetry in symmetries.values() for axis in symmetry.regions(params)]
         self._decay, self._noise, self._charge, self._shares = {}, {}, {}, {}
-        here = []
         for name in dict.fromkeys(axis.name for axis in axes):
             # Entries along a dimension of no axis have equal exponents, so that only their sums count.
             dims = unused_dims(params[name], [axis for axis in axes if axis.name == name])
             terms = gradients.terms(name, params[name])
-            self._decay[name], self._noise[name], self._charge[name] = (_total(term, dims) for term in terms[:3])
-            here.append(terms.potential.sum())
+            self._decay[name], self._noise[name], self._charge[name] = (_total(term, dims) for term in terms)
             self._shares[name] = _total(gradients.shares(name), dims)
         unit = {name: torch.ones_like(tensor) for name, tensor in self._charge.items()}
         identities = {name: symmetry.identity(unit) for name, symmetry in symmetries.items()}
         self._origin = torch.cat([identity.reshape(-1) for identity in identities.values()])
-        self._here = torch.stack(here).sum()
         starts = itertools.accumulate((x.numel() for x in identities.values()), initial=0)
         self._places = {n: Place(start, x.shape) for (n, x), start in zip(identities.items(), starts, strict=False)}
         # Every tensor gets only the symmetries that act on it: a deep model has as many symmetries as tensors.
@@ -76,7 +73,7 @@ class CommutingOrbit(Orbit):
 
     def value(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """The part of the potential that this orbit changes, at a point of it; shape ()."""
-        return self._here + self._value(self._flatten(coordinates)) - self._value(self._origin)
+        return self._value(self._flatten(coordinates))
 
     def residuals(self) -> dict[str, Residual]:
         """The drift of every symmetry where the noise was measured."""

@@ -1,5 +1,6 @@
 """Orbits: sets of symmetries that must be solved together, because they share entries of a tensor."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -23,7 +24,9 @@ class Residual(NamedTuple):
 
     @property
     def imbalance(self) -> float:
-        """|P - R| / |P + R| over the directions that have an equilibrium; 0 without forces."""
+        """|P - R| / |P + R| over the directions that have an equilibrium; 0 without forces, NaN without a drift."""
+        if bool(self.drift.isnan().all()):
+            return math.nan
         size = float(_spd.norm(self.size))
         return float(_spd.norm(self.rate)) / size if size else 0.0
 

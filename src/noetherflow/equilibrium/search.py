@@ -92,6 +92,11 @@ def search(
     settings = require_settings(settings, model)
     if not options.microbatches:
         require_uncoupled(model)
+    elif settings.with_mean:
+        raise SettingsError(
+            "microbatches=True measures differences between batches, and no mean gradient: it is for nf.SGD without "
+            f"finite_step, got nf.{type(settings).__name__}. Leave microbatches out, if every example has a loss"
+        )
     resolve(model, symmetries or {})  # raises for symmetries that do not fit, and if nothing is trained
     # The data is read once: a loader may yield other examples the next time.
     with own_randomness(next(model.parameters()).device):

@@ -53,8 +53,8 @@ def standard_errors(
     if len(counts) < 2:
         return unknown
     shares = torch.tensor(counts, dtype=torch.float64) / sum(counts)
-    errors = {}
-    for name in unknown:
+    errors = dict(unknown)
+    for name in charged:
         x = torch.stack([displacement[name] for displacement in displacements])
         weights = shares.to(x).reshape(-1, *(1,) * (x.ndim - 1))
         deviations = x - (weights * x).sum(0)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
 from noetherflow._errors import SettingsError
@@ -44,7 +43,7 @@ class AdamW(Optimizer):
         lr: Learning rate $\eta$, positive: a number, or a number for each parameter by name.
         betas: Decay rates of the averages of gradients and of squares of gradients: two numbers, or two for each
             parameter by name.
-        eps: $\epsilon$.
+        eps: $\epsilon$. The equilibrium is that for $\sqrt v \gg \epsilon$; a note says where this does not hold.
         weight_decay: $\lambda$ as in `torch.optim.AdamW`: a number, or a number for each parameter by name. A mapping
             has to name every parameter on which a symmetry acts. A parameter without a name in it counts as not
             trained.
@@ -83,11 +82,11 @@ class AdamW(Optimizer):
         require_setting(
             self.betas, "betas", "two numbers in [0, 1)", lambda pair: len(pair) == 2 and all(0 <= b < 1 for b in pair)
         )
-        for name in ("lr", "weight_decay", "betas"):
+        for name in ("lr", "weight_decay", "betas", "eps"):
             object.__setattr__(self, name, kept(getattr(self, name)))
         require(self.eps, "eps", "a finite number, 0 or more", lambda eps: 0 <= eps < math.inf)
-        if self.batch_size is not None:
-            require_batches(self.batch_size, self.replacement, self.dataset_size)
+        require(self.decoupled, "decoupled", "True or False", lambda value: isinstance(value, bool))
+        require_batches(1 if self.batch_size is None else self.batch_size, self.replacement, self.dataset_size)
 
     def __hash__(self) -> int:
         # Without settings that may be dictionaries.
@@ -161,7 +160,7 @@ class AdamW(Optimizer):
         return {}
 
     def terms(self, name: str, theta: Tensor, moment: Tensor) -> Terms:
-        r"""The terms of a parameter.
+        r"""The terms of a parameter, without $\epsilon$.
 
         Args:
             name: The name of the parameter.
@@ -169,27 +168,11 @@ class AdamW(Optimizer):
             moment: v.
 
         Returns:
-            $2\lambda(\sqrt v + \epsilon)\theta^2$ (or $\lambda\theta^2$ for a penalty), $\eta v / (\sqrt v + \epsilon)$
-            and $(\sqrt v + \epsilon)\theta^2/\eta$.
+            $2\lambda\sqrt v\,\theta^2$ (for a penalty $\lambda\theta^2$), $\eta\sqrt v$ and $\sqrt v\,\theta^2/\eta$.
         """
-        lr, decay, squares = self.lr_of(name), self.decay_of(name), theta.square()
-        inverse = moment.sqrt() + self.eps
-        # Of entries without a gradient, 0 / 0 is 0.
-        noise = lr * torch.where(moment > 0, moment / inverse, 0.0)
-        shrinking = 2 * decay * inverse * squares if self.decoupled else decay * squares
-        return Terms(shrinking, noise, inverse * squares / lr, self._potential(lr, decay, squares, moment.sqrt()))
-
-    def _potential(self, lr: float, decay: float, squares: Tensor, root: Tensor) -> Tensor:
-        r"""The potential of entries, whose slopes are both forces exactly.
-
-        Along the orbit $r = \sqrt v$ falls as $e^{-s}$, and $r - \epsilon\log(1 + r / \epsilon)$ has the slope
-        $-r^2 / (r + \epsilon)$; the decay has a part with $e^{s}$ and another with $e^{2s}$.
-
-        Returns:
-            A number for every entry.
-        """
-        noise = lr * (root - (self.eps * torch.log1p(root / self.eps) if self.eps else 0.0))
-        return noise + decay * squares * (2 * root + self.eps if self.decoupled else 1.0)
+        lr, decay, squares, root = self.lr_of(name), self.decay_of(name), theta.square(), moment.sqrt()
+        shrinking = 2 * decay * root * squares if self.decoupled else decay * squares
+        return Terms(shrinking, lr * root, root * squares / lr)
 
     def trains(self, name: str) -> bool:
         """Whether the settings hold for a parameter: a mapping leaves out what no parameter group holds."""

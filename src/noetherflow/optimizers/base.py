@@ -18,13 +18,11 @@ class Terms(NamedTuple):
             $e^{s_p}$, with k = `Exponents.decay`.
         noise: $b_p$, the term of the gradient noise, which falls as $e^{-k s_p}$ with k = `Exponents.noise`.
         charge: $\theta_p^2$ over the step size of the entry.
-        potential: The potential here: the sum of both terms, if nothing spoils the exponents.
     """
 
     decay: Tensor
     noise: Tensor
     charge: Tensor
-    potential: Tensor
 
 
 class Exponents(NamedTuple):

@@ -95,8 +95,13 @@ def entries_of(setting: T | Mapping[str, T], key: str) -> dict[str, T]:
 
 
 def kept(setting: T | Mapping[str, T]) -> T | Mapping[str, T]:
-    """A setting that stays as it is if the user changes the given dictionary."""
-    return dict(setting) if isinstance(setting, Mapping) and not isinstance(setting, ByTensor) else setting
+    """A setting in plain numbers, which stays as it is if the user changes the given dictionary."""
+    if isinstance(setting, ByTensor):
+        return setting
+    if isinstance(setting, Mapping):
+        return {name: number(value) for name, value in setting.items()}
+    plain: T = number(setting)
+    return plain
 
 
 def of_groups(groups: Sequence[Mapping[str, Any]], key: str, model: nn.Module | None) -> Any:

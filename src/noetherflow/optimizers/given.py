@@ -1,5 +1,7 @@
 """The settings that a public function was given, checked."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -38,7 +40,7 @@ def require_settings(settings: object, params: nn.Module | Params | None = None)
 
 
 def require_sgd(settings: object, params: nn.Module | Params | None, purpose: str) -> SGD:
-    """The settings of a function that is defined for SGD alone.
+    """The settings of a limit of SGD.
 
     Args:
         settings: The argument.
@@ -49,9 +51,13 @@ def require_sgd(settings: object, params: nn.Module | Params | None, purpose: st
         The settings.
 
     Raises:
-        SettingsError: If the settings are not those of SGD.
+        SettingsError: If the settings are not those of SGD, have lr by parameter, or count the mean gradient.
     """
     settings = require_settings(settings, params)
     if not isinstance(settings, SGD):
         raise SettingsError(f"{purpose} is defined for nf.SGD alone, got nf.{type(settings).__name__}")
+    if settings.finite_step:
+        raise SettingsError(f"{purpose} is the limit of small steps, in which finite_step=True has no meaning")
+    if isinstance(settings.lr, Mapping):
+        raise SettingsError(f"{purpose} has a single learning rate, got lr by parameter")
     return settings

@@ -200,8 +200,7 @@ class SGD(Optimizer):
     def terms(self, name: str, theta: Tensor, moment: Tensor) -> Terms:
         r"""$2\gamma_p\theta_p^2$, $\mathrm{lr}_p / 2$ times the second moment, and $\theta_p^2 / \mathrm{lr}_p$."""
         squares, step = theta.square(), self.step_of(name)
-        decay, noise = 2 * self.gamma_of(name) * squares, step / 2 * moment
-        return Terms(decay, noise, squares / step, decay + noise)
+        return Terms(2 * self.gamma_of(name) * squares, step / 2 * moment, squares / step)
 
     @property
     def effective_lr(self) -> float:
@@ -222,7 +221,7 @@ class SGD(Optimizer):
     @property
     def temperature(self) -> float:
         r"""The noise level $\sigma^2 = \mathrm{lr} / 2S$, momentum and sampling without replacement included."""
-        return self.effective_lr / (2 * self.batch_size) * self.sampling_factor
+        return self.effective_lr / 2 * self.share
 
     @classmethod
     def from_optimizer(

@@ -21,10 +21,10 @@ gradients nor the batch size enters.
 
 Limits (d), measured: v has to be an average over many steps, and has to follow the relaxation, in about
 $1 / (1 - \beta_2)$ steps; the learning rate has to be small enough for the loss to stay at its minimum; a mean gradient
-that a large decay keeps up enters v, so that v has to be measured rather than predicted from the label noise. `eps` and
-a penalty in place of the decoupled decay are in the formula, but the transport of v along the orbit is not exact for
-them: the noise has to be measured again after each move. For networks, what a prediction on the way is off is what
-training still changes in the function and in v.
+that a large decay keeps up enters v, so that v has to be measured rather than predicted from the label noise. `eps` is
+not in the formula, and the gradient of a penalty in v does not scale along the orbit: their predictions take the second
+moments of the new point after each move, with the force of the noise that eps leaves. For networks, what a prediction
+on the way is off is what training still changes in the function and in v.
 
 Falsified by: AdamW at the point of SGD, or at the point where it started; (b) half the difference of squared norms; a
 distance to the equilibrium per neuron that is not smaller than with the formula of SGD.

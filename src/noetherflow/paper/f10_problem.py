@@ -218,8 +218,10 @@ def solved(
     moments: Mapping[str, Tensor], symmetries: Mapping[str, Symmetry], settings: SGD | AdamW, params: Params
 ) -> Equilibrium:
     """The equilibrium for given second moments of gradients of minibatches."""
-    known = SecondMoments(dict(moments), dict.fromkeys(moments, 1), dict(symmetries))
-    return solve_equilibrium(known, settings, params)
+    # Second moments that without eps have the force of the noise with eps; exact if there is no weight decay.
+    eps = settings.eps if isinstance(settings, AdamW) else 0.0
+    forcing = {name: torch.where(v > 0, (v / (v.sqrt() + eps)).square(), 0.0) for name, v in moments.items()}
+    return solve_equilibrium(SecondMoments(forcing, dict.fromkeys(moments, 1), dict(symmetries)), settings, params)
 
 
 def shift(

@@ -30,7 +30,7 @@ _COLUMNS = (
     ("after", "at rest", "the relative drift at the equilibrium, on the data that was used"),
     ("holdoutBefore", "held out", "the relative drift where the model is, on data that was held out"),
     ("holdoutAfter", "held out, at rest", "the relative drift at the equilibrium, on data that was held out"),
-    ("steps", "steps", "SGD steps in which the distance shrinks by the factor e, median over coordinates"),
+    ("steps", "steps", "steps in which the distance shrinks by the factor e, median over coordinates"),
     ("slowest", "slowest", "the same for the slowest coordinate that has an equilibrium"),
     ("status", "status", ""),
 )

@@ -12,7 +12,7 @@ from noetherflow.report.rows import Row, Standing
 
 INTRODUCTION = (
     "A symmetry is a way to change weights without a change of the function, such as the weights into a neuron times 2 "
-    "and the weights out of the neuron divided by 2. The noise of SGD and weight decay drive the weights along each "
+    "and the weights out of the neuron divided by 2. Gradient noise and weight decay drive the weights along each "
     "symmetry until both sides balance: the symmetry is then at rest."
 )
 
@@ -82,7 +82,7 @@ def _largest(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _time(rows: Sequence[Row]) -> Iterator[str]:
-    """How long SGD needs by itself."""
+    """How long training needs by itself."""
     times = [row.report.relaxation_steps for row in rows if math.isfinite(row.report.relaxation_steps)]
     if times:
         slowest = max(row.report.slowest_steps for row in rows if math.isfinite(row.report.slowest_steps))
@@ -106,7 +106,7 @@ def _rebalance(analysis: Analysis) -> Iterator[str]:
     if equilibrium.trace_after > equilibrium.trace_before:
         yield (
             "The noise rises: the equilibrium has the least potential, and here weight decay outweighs the noise. "
-            "It is where SGD takes the weights, and not where the noise is least."
+            "It is where the optimizer takes the weights, and not where the noise is least."
         )
 
 
