@@ -184,7 +184,9 @@ def opacus(built: Built) -> Method:
 
     def step() -> None:
         model.zero_grad()
-        built.losses(model, built.batch).mean().backward()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            built.losses(model, built.batch).mean().backward()
 
     def trace() -> float:
         squares = sum(
