@@ -145,21 +145,21 @@ def expected_step(noise: NoiseMoments, settings: Optimizer, params: nn.Module | 
         if not has_charge(symmetry, settings):
             changes[name] = torch.full_like(symmetry.charge(theta), torch.nan)
         elif isinstance(settings, SGD):
-            changes[name] = _step_of_sgd(name, theta, noise, settings)
+            changes[name] = _step_of_sgd(name, theta, noise, gradients, settings)
         elif isinstance(settings, AdamW):
             changes[name] = _step_of_adamw(name, theta, noise, gradients, settings)
     return changes
 
 
-def _step_of_sgd(name: str, theta: Params, noise: NoiseMoments, sgd: SGD) -> Tensor:
+def _step_of_sgd(name: str, theta: Params, noise: NoiseMoments, gradients: Minibatches, sgd: SGD) -> Tensor:
     """The exact mean change of the charge of a symmetry."""
     symmetry = noise.symmetries[name]
     steps = steps_of(symmetry, sgd)
     if steps is None:
-        roots = {n: (sgd.step_of(n) * noise.square_scatter[n] / noise.count).sqrt() for n in symmetry.names}
-        noisy = symmetry.charge(roots)
+        noisy = symmetry.charge({p: (sgd.step_of(p) * gradients.shares(p)).sqrt() for p in symmetry.names})
     else:
-        noisy = symmetry.charge_of(Grams(*(step * side for step, side in zip(steps, noise.grams[name], strict=True))))
+        sides = zip(steps, gradients.noise(name), strict=True)
+        noisy = symmetry.charge_of(Grams(*(step * side for step, side in sides)))
     shrink = -4 * symmetry.charge_of(decayed(symmetry, theta, sgd))
     # Weight decay and mean gradient together: Q theta is orthogonal to the gradient, but Q Gamma theta is not.
     mean = {p: sgd.step_of(p) ** 0.5 * (noise.mean[p] + 2 * sgd.gamma_of(p) * theta[p]) for p in symmetry.names}

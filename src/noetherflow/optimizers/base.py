@@ -26,12 +26,12 @@ class Terms(NamedTuple):
 
 
 class Exponents(NamedTuple):
-    """How the terms of the potential change if an entry is scaled by $e^s$, and the step sizes stay as they are.
+    """How the terms of a parameter change along an orbit that scales an entry by $e^s$ and its gradients by $e^{-s}$.
 
     Args:
         decay: The term of the weight decay is multiplied by $e^{k s}$.
         noise: The term of the gradient noise is multiplied by $e^{-k s}$.
-        charge: The entry's part of the charge, at the step sizes of the new point, is multiplied by $e^{k s}$.
+        charge: The entry's part of the charge, with the step sizes of the new point, is multiplied by $e^{k s}$.
     """
 
     decay: int
