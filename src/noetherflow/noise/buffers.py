@@ -1,6 +1,6 @@
 """Buffers in which statistics are accumulated: those of all parameters in one vector, for few operations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import final
@@ -182,6 +182,11 @@ class Buffers:
             name: Squares(layout, self.numbers[..., self.model_layout.parts[name]], self.entries.get(name))
             for name, layout in self.model_layout.layouts.items()
         }
+
+    def with_entries_of(self, names: Collection[str]) -> "Buffers":
+        """The numbers of all parameters, and the squares of single entries of some; views."""
+        entries = {name: squares for name, squares in self.entries.items() if name in names}
+        return Buffers(self.model_layout, self.numbers, entries)
 
     def combine(self, other: "Buffers", weight: float) -> "Buffers":
         """This plus a multiple of other buffers, in the memory of this."""

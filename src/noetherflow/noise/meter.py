@@ -1,6 +1,6 @@
 """Noise measured inside a training step, or in a step that only measures."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import final
@@ -13,7 +13,7 @@ from noetherflow._errors import CoupledExamplesError, EmptyDataError, SettingsEr
 from noetherflow._holder import eager
 from noetherflow._per_example import require_interval, require_uncoupled
 from noetherflow._types import Batch
-from noetherflow.noise.buffers import ModelLayout
+from noetherflow.noise.buffers import OF_SUM, ModelLayout
 from noetherflow.noise.capture.mode import Capture
 from noetherflow.noise.capture.placing import Places
 from noetherflow.noise.capture.sink import GradientSink
@@ -23,6 +23,7 @@ from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.ops import RULES
 from noetherflow.noise.pooling import Pool
 from noetherflow.noise.statistics import requested_of
+from noetherflow.noise.step import StepNoise
 from noetherflow.symmetry import Symmetry, along_axes
 
 # Roundings of the squares of gradients beside which noise cannot be told: the square of the mean is subtracted.
@@ -45,11 +46,13 @@ class NoiseMeter:
         symmetries: What to measure the noise for, by name; they act along axes.
         variances: Measure the variance of every entry of the parameters on which scalings and rescalings act, which
             `solve_equilibrium` needs.
+        every_entry: Measure the squares of the entries of all parameters in every step, for `observers`.
         check_every: Where the examples are in the results of PyTorch's functions is found out in the first step, and
             again after so many steps. Between these steps the answers are kept.
 
     Attributes:
         unmeasured: The parameters whose gradients cannot be taken apart by example, each with the reason.
+        observers: Functions that are called with the `StepNoise` of every step that is measured.
         skipped: How many steps were left out: they overflowed, or their noise is so small beside the mean gradient
             that rounding hides it.
 
@@ -82,19 +85,24 @@ class NoiseMeter:
         symmetries: Mapping[str, Symmetry],
         *,
         variances: bool = False,
+        every_entry: bool = False,
         check_every: int = 1000,
     ) -> None:
         require_interval(check_every)
         resolved = resolve(model, symmetries)
         self._symmetries = along_axes(resolved)
-        self._model, self._variances, self._check_every = model, variances, check_every
+        self._model, self._check_every = model, check_every
+        self._variances, self._every_entry = variances, every_entry
+        self.observers: list[Callable[[StepNoise], None]] = []
         self.skipped = 0
         self.reset()
 
     def reset(self) -> None:
         """Forget everything measured so far, and which parameters are trained."""
         self._params = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        requested = requested_of(self._params, self._symmetries, variances=self._variances)
+        requested = requested_of(
+            self._params, self._symmetries, variances=self._variances, everywhere=self._every_entry
+        )
         self._model_layout = ModelLayout.of(requested, self._params)
         self._pool = Pool(self._symmetries, self._params)
         self._rounding = max((torch.finfo(accumulator(p)).eps for p in self._params.values()), default=0.0)
@@ -147,8 +155,15 @@ class NoiseMeter:
         scatter = capture.buffers.merge_rows(-1.0 / size)
         # A step that overflows is left out, as a gradient scaler skips it; and one that says nothing.
         drowned = each - of_sum / size <= _DROWNED * self._rounding * each and not self.unmeasured
-        if drowned or not self._pool.add(scatter, size, size - 1, 1 / size if weight is None else weight):
+        weight = 1 / size if weight is None else weight
+        if drowned or not self._pool.add(scatter, size, size - 1, weight):
             self.skipped += 1
+            return
+        if self.observers:
+            mean = capture.buffers.row(OF_SUM)
+            step = StepNoise(scatter, weight**-2 / (size - 1), mean, (weight * size) ** -2, size)
+            for observer in self.observers:
+                observer(step)
 
     @property
     def noise(self) -> NoiseMoments:

@@ -19,6 +19,7 @@ from noetherflow.noise.kernels import accumulator, square
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.pooling import Pool
 from noetherflow.noise.statistics import requested_of
+from noetherflow.noise.step import StepNoise
 from noetherflow.symmetry import Symmetry, along_axes
 
 # Numbers that go over the wire at a time.
@@ -59,8 +60,13 @@ class MicrobatchMeter:
         model: The model that is trained; on several ranks, what is inside DistributedDataParallel.
         symmetries: What to measure the noise for, by name; they act along axes.
         variances: Measure the variance of every entry of the parameters on which scalings and rescalings act.
+        every_entry: Measure the squares of the entries of all parameters in every step, for `observers`.
         group: The ranks between which gradients are compared, each with examples of its own; by default none, every
             process for itself.
+
+    Attributes:
+        observers: Functions that are called with the `StepNoise` of every step that is measured.
+        skipped: How many steps were left out, because a gradient overflowed.
 
     Raises:
         SettingsError: If a symmetry is a `DenseSymmetry`.
@@ -89,14 +95,17 @@ class MicrobatchMeter:
         symmetries: Mapping[str, Symmetry],
         *,
         variances: bool = False,
+        every_entry: bool = False,
         group: "dist.ProcessGroup | None" = None,
     ) -> None:
         resolved = resolve(model, symmetries)
         along = along_axes(resolved)
         self._model, self._group = model, group
         self._params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._model_layout = ModelLayout.of(requested_of(self._params, along, variances=variances), self._params)
+        requested = requested_of(self._params, along, variances=variances, everywhere=every_entry)
+        self._model_layout = ModelLayout.of(requested, self._params)
         self._pool = Pool(along, self._params)
+        self.observers: list[Callable[[StepNoise], None]] = []
         self.skipped = 0
 
     @contextmanager
@@ -117,18 +126,23 @@ class MicrobatchMeter:
         """
         if self._group is not None:
             _require_independent(self._model)
-        with _Running(self._params, self._model_layout) as running:
+        with _Running(self._params, self._model_layout, with_mean=bool(self.observers)) as running:
             yield running.add
             if self._group is not None:
                 running.merge(self._group)
+            running.square_mean()
             if running.count < 2:
                 raise SettingsError(
                     "the noise of a step is the difference between its microbatches, and there were "
                     f"{running.count}: call what `meter.step()` gives after the backward pass of each, of two or more "
                     "(gradient accumulation), or give a `group` of several ranks"
                 )
-            if not self._pool.add(running.buffers.row(EACH), running.examples, running.count - 1):
+            scatter, freedom = running.buffers.row(EACH), running.count - 1
+            if not self._pool.add(scatter, running.examples, freedom):
                 self.skipped += 1
+                return
+            for observer in self.observers:
+                observer(StepNoise(scatter, 1 / freedom, running.buffers.row(OF_SUM), 1.0, running.examples))
 
     @property
     def noise(self) -> NoiseMoments:
@@ -144,8 +158,9 @@ class MicrobatchMeter:
 class _Running:
     """The gradients of the microbatches of one step, taken in as they come."""
 
-    def __init__(self, params: Mapping[str, nn.Parameter], model_layout: ModelLayout) -> None:
+    def __init__(self, params: Mapping[str, nn.Parameter], model_layout: ModelLayout, *, with_mean: bool) -> None:
         self.count = self.examples = 0
+        self._with_mean = with_mean
         # Row OF_SUM holds the squares of the gap between the next microbatch and the mean so far.
         self.buffers = Buffers.blank(model_layout, next(iter(params.values())))
         self._params = params
@@ -204,12 +219,20 @@ class _Running:
             _sum_(means, group)
             for name, gap, mean in zip(names, gaps, means, strict=True):
                 self._square(name, gap.sub_(mean))
+                if self._with_mean:
+                    self._mean[name] = mean
         self._merge_rows(mine)
         _sum_([self.buffers.numbers[EACH]], group)
         for names in _buckets(self._params):
             entries = [self.buffers.entries[name][EACH] for name in names if name in self.buffers.entries]
             if entries:
                 _sum_(entries, group)
+
+    def square_mean(self) -> None:
+        """Put the squares of the mean gradient into row OF_SUM, after the last microbatch."""
+        if self._with_mean:
+            for name in self._params:
+                self._square(name, self._take(self._mean, name))
 
     def _note(self, name: str, gradients: tuple[Tensor | None, ...]) -> None:
         (gradient,) = gradients

@@ -148,6 +148,7 @@ class Pool:
         self._scatter: Buffers | None = None
         self._batches = BatchNoise(symmetries, params)
         self._freedom = 0
+        self._variances = names_with_variances(symmetries)
 
     @property
     def count(self) -> int:
@@ -168,6 +169,7 @@ class Pool:
         """
         if not math.isfinite(float(scatter.numbers.sum())):
             return False
+        scatter = scatter.with_entries_of(self._variances)
         if self._scatter is None:
             self._scatter = scatter.scaled(weight**-2)
         else:

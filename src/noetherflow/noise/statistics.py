@@ -142,18 +142,21 @@ class Squares:
         return part.reshape((*part.shape[:-1], *shape))
 
 
-def requested_of(params: Params, symmetries: Mapping[str, AxisSymmetry], *, variances: bool) -> dict[str, Requested]:
+def requested_of(
+    params: Params, symmetries: Mapping[str, AxisSymmetry], *, variances: bool, everywhere: bool = False
+) -> dict[str, Requested]:
     """For each parameter, what all symmetries together request.
 
     Args:
         params: The trained parameters.
         symmetries: With canonical names.
         variances: Whether to request every entry of the parameters on which scalings and rescalings act.
+        everywhere: Whether to request every entry of all parameters.
 
     Returns:
         One request per parameter.
     """
-    rows, columns, entries = set(), set(), set()
+    rows, columns, entries = set(), set(), set(params) if everywhere else set()
     grams: dict[str, dict[Axis, None]] = {name: {} for name in params}
     for symmetry in symmetries.values():
         for axis in symmetry.plus + symmetry.minus:
