@@ -49,7 +49,7 @@ from noetherflow.discover import (
     discover_rescalings,
 )
 from noetherflow.equilibrium import Equilibrium, Imbalance, Outcome, Status, equilibrate, potential, solve_equilibrium
-from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments, estimate_noise, gradient_rule
+from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments, StepNoise, estimate_noise, gradient_rule
 from noetherflow.optimizers import SGD, AdamW
 from noetherflow.simulation import GradientDescent, GradientFlow, Langevin, NoetherFlow, Trajectory, simulate
 from noetherflow.symmetry import (
@@ -63,6 +63,7 @@ from noetherflow.symmetry import (
     ScalarSymmetry,
     Symmetry,
 )
+from noetherflow.watching import NoiseScale, ScaleEstimate
 
 __all__ = [
     "Action",
@@ -101,6 +102,7 @@ __all__ = [
     "NoetherflowError",
     "NoiseMeter",
     "NoiseMoments",
+    "NoiseScale",
     "NonFiniteError",
     "NotASymmetryError",
     "Operation",
@@ -113,10 +115,12 @@ __all__ = [
     "Residual",
     "SGD",
     "ScalarSymmetry",
+    "ScaleEstimate",
     "ScalingExponents",
     "SecondMoments",
     "SettingsError",
     "Status",
+    "StepNoise",
     "Symmetry",
     "SymmetryReport",
     "TraceError",

@@ -111,13 +111,16 @@ class NoiseMeter:
         self.unmeasured: dict[str, str] = {}
 
     @contextmanager
-    def step(self, batch: Batch, *, weight: float | None = None, train: bool = True) -> Iterator[None]:
+    def step(
+        self, batch: Batch, *, weight: float | None = None, scale: float = 1.0, train: bool = True
+    ) -> Iterator[None]:
         """The block in which forward and backward pass of one step run.
 
         Args:
             batch: What goes into the model: the leading dimension of its first tensor is that of the examples.
             weight: Coefficient of an example's loss in the loss that is differentiated: 1 / B by default, for a mean
-                over the batch; 1 for a sum, 1 / (k B) under k-step accumulation. A loss scale multiplies it.
+                over the batch; 1 for a sum, 1 / (k B) under k-step accumulation.
+            scale: What the loss is multiplied by besides, such as the factor of a gradient scaler.
             train: Whether parameters get their gradients. If not, `.grad` of those that were trained when the meter was
                 made, or reset, stays what it was, and sums of gradients are not even formed where their squares cost
                 less.
@@ -155,7 +158,7 @@ class NoiseMeter:
         scatter = capture.buffers.merge_rows(-1.0 / size)
         # A step that overflows is left out, as a gradient scaler skips it; and one that says nothing.
         drowned = each - of_sum / size <= _DROWNED * self._rounding * each and not self.unmeasured
-        weight = 1 / size if weight is None else weight
+        weight = scale * (1 / size if weight is None else weight)
         if drowned or not self._pool.add(scatter, size, size - 1, weight):
             self.skipped += 1
             return
