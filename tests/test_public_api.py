@@ -106,6 +106,7 @@ CONTRACT = {
     "simulate": "model, loss, data, dynamics",
     "NoiseMeter": "model, symmetries",
     "MicrobatchMeter": "model, symmetries",
+    "NoiseScale": "model, symmetries=None, optimizer=None",
 }
 
 

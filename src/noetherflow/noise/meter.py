@@ -153,6 +153,12 @@ class NoiseMeter:
         if size < 2:
             return  # a single example is its own mean
         self._require_measured(capture)
+        if weight is None and capture.summed:
+            raise SettingsError(
+                f"the loss adds up the losses of the {size} examples, and the default weight of an example is that of "
+                f"a mean, 1 / {size}, so that the noise would be {size}^2 times too large: step(batch, weight=1.0) for "
+                "a sum, or weight=1 / k with k-step accumulation"
+            )
         self.unmeasured = capture.refused | self.unmeasured
         each, of_sum = capture.buffers.trace.tolist()
         scatter = capture.buffers.merge_rows(-1.0 / size)

@@ -29,6 +29,20 @@ class StepNoise:
         mean: Squares of the mean gradient, up to a factor.
         of_mean: That factor.
         examples: Their number N.
+
+    Examples:
+        >>> import torch, noetherflow as nf
+        >>> net = torch.nn.Linear(4, 2)
+        >>> meter, seen = nf.NoiseMeter(net, {}), []
+        >>> meter.observers.append(lambda step: seen.append((step.names, step.trace(), step.examples)))
+        >>> batch = torch.randn(8, 4)
+        >>> with meter.step(batch):
+        ...     net(batch).square().sum(1).mean().backward()
+        >>> names, trace, examples = seen[0]
+        >>> names, examples, torch.allclose(trace.sum(), meter.noise.trace)
+        (('weight', 'bias'), 8, True)
+
+    Source: McCandlish, Kaplan, Amodei et al. (2018), appendix A.1, for the unbiased pair.
     """
 
     scatter: Buffers

@@ -51,6 +51,7 @@ def run(capture: "Capture", func: Any, args: tuple[Any, ...], kwargs: dict[str, 
             capture.joined = capture.joined or f"{layout.cause}, hides where they are"
         if isinstance(layout, Several) and not layout.additive:
             capture.joined = capture.joined or f"{layout.cause} joins them"
+        capture.summed |= isinstance(layout, Several) and layout.summed and second is None
     before, capture.marks.again = capture.marks.again, True
     try:
         with capture:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from noetherflow.noise.capture.kinds import ADDITIONS
 from noetherflow.noise.capture.layouts import SHARED, Layout
 
 DROPOUT = {
@@ -146,6 +147,11 @@ class FunctionCall:
     def name(self) -> str:
         """The name of the function."""
         return name_of(self.func)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether it adds entries of its arguments up, and multiplies them by nothing."""
+        return self.name in ADDITIONS or self.kwargs.get("reduction") == "sum"
 
     @property
     def leaves(self) -> list[Tensor]:

@@ -40,6 +40,8 @@ FACTORS = {
     "mul", "multiply", "div", "divide", "true_divide", "__mul__", "__rmul__", "__truediv__", "__imul__",
     "__itruediv__", "mul_", "div_",
 }  # fmt: skip
+# Functions that add entries up as they are.
+ADDITIONS = {"sum", "nansum", "add", "add_", "__add__", "__radd__", "__iadd__"}
 # Functions that sum over entries.
 SUMS = {"sum", "mean", "nansum"}
 # Functions that add entries to entries of their first argument, and how the entries are read and written.

@@ -59,10 +59,12 @@ class Several(Layout):
     Args:
         additive: Whether the tensor is a sum of a function of each example, plus constants: a mean loss is.
         cause: The function that joined the examples.
+        summed: Whether the examples were added up, and the sum was multiplied by nothing.
     """
 
     additive: bool
     cause: str
+    summed: bool = False
 
     def labels(self, shape: torch.Size, size: int) -> Tensor:
         """Nothing but SEVERAL."""

@@ -64,6 +64,7 @@ class Capture(TorchFunctionMode):
         gradients: The sum of the gradients of each parameter that was reached, if it is kept, or None.
         refused: After the block: the parameters whose gradients cannot be taken apart by example, with the cause.
         joined: What joined the examples in front of the backward pass; empty if each has a loss of its own.
+        summed: Whether a backward pass began at a bare sum over the examples, and not at their mean.
         met: Whether a tensor of the batch met a parameter.
         vectors: The gradients of vectors, which are squared together when the block ends: few operations.
     """
@@ -85,7 +86,7 @@ class Capture(TorchFunctionMode):
         self.gradients: dict[str, Tensor | None] = {}
         self.refused: dict[str, str] = {}
         self.joined = ""
-        self.met = False
+        self.met = self.summed = False
         self.vectors: list[tuple[str, Tensor, Tensor]] = []
         self._rules, self._without_dropout, self._params = rules, without_dropout, params
         self.marks = Marks(batch, self.size)

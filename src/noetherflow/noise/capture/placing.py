@@ -6,6 +6,7 @@ examples is found out.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, final
 
 import torch
@@ -245,7 +246,7 @@ def _fixed(value: Any, call: FunctionCall) -> Any:
 
 
 def _with_cause(layouts: list[Layout], name: str) -> list[Layout]:
-    return [Several(layout.additive, name) if isinstance(layout, Several) else layout for layout in layouts]
+    return [replace(layout, cause=name) if isinstance(layout, Several) else layout for layout in layouts]
 
 
 def _joined(call: FunctionCall, result: Tensor) -> Layout:
@@ -272,7 +273,8 @@ def _joined(call: FunctionCall, result: Tensor) -> Layout:
         return Several(additive=False, cause=name)
     # Of what is no sum any more, the function that made it so is kept.
     worst = next((layout for _, layout in several if not layout.additive), several[0][1])
-    return Several(additive=additive, cause=worst.cause)
+    summed = additive and (moving or call.adds_up) and all(layout.summed for _, layout in several)
+    return Several(additive, worst.cause, summed)
 
 
 def _padding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

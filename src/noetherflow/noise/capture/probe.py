@@ -82,7 +82,8 @@ class Probe:
                 leaks = any(bool((t & ~i).any()) for t, i in zip(touched[candidate.dim], inside, strict=True))
             if not leaks:
                 return candidate
-        return Several(additive=self._is_additive(), cause=self._call.name)
+        additive = self._is_additive()
+        return Several(additive, self._call.name, summed=additive and self._call.adds_up)
 
     def _candidates(self, shape: torch.Size) -> list[Any]:
         """Where the examples may be: best where they were, counted from the left or from the right."""
