@@ -12,7 +12,7 @@ FLOORS = [
     {"_types", "_errors", "_spd", "_progress", "_batch", "_files", "_versions", "_table", "_codec"}
     | {"_patterns"}
     | {"_autograd", "_holder", "_precision", "_extras", "_undo", "_fingerprint", "_device"},
-    {"_params", "_per_example", "_store", "_other_roads"},
+    {"_params", "_per_example", "_store", "_other_roads", "record"},
     {"optimizers"},
     {"_model_function", "symmetry", "_user_file"},
     {"_residual", "_dtype", "_optimizer_state", "_perturbed", "_given"},

@@ -107,6 +107,7 @@ CONTRACT = {
     "NoiseMeter": "model, symmetries",
     "MicrobatchMeter": "model, symmetries",
     "NoiseScale": "model, symmetries=None, optimizer=None",
+    "RunRecord": "folder",
 }
 
 

@@ -51,6 +51,7 @@ from noetherflow.discover import (
 from noetherflow.equilibrium import Equilibrium, Imbalance, Outcome, Status, equilibrate, potential, solve_equilibrium
 from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments, StepNoise, estimate_noise, gradient_rule
 from noetherflow.optimizers import SGD, AdamW
+from noetherflow.record import RunRecord
 from noetherflow.simulation import GradientDescent, GradientFlow, Langevin, NoetherFlow, Trajectory, simulate
 from noetherflow.symmetry import (
     Action,
@@ -113,6 +114,7 @@ __all__ = [
     "Rebalanced",
     "Rescalings",
     "Residual",
+    "RunRecord",
     "SGD",
     "ScalarSymmetry",
     "ScaleEstimate",

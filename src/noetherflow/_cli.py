@@ -1,4 +1,4 @@
-"""The command line: `noetherflow symmetries FILE.py`, `analyze FILE.py` and `reproduce [FIGURES]`."""
+"""The command line: `noetherflow symmetries FILE.py`, `analyze FILE.py`, `watch RUN_DIR` and `reproduce [FIGURES]`."""
 
 import contextlib
 import itertools
@@ -115,6 +115,32 @@ def symmetries(
     typer.echo(str(explanation))
     if explanation.rejected:
         _errors.print(f"[red]{len(explanation.rejected)} candidates were rejected: they change a loss[/red]")
+
+
+@app.command()
+def watch(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_DIR",
+            help="A folder with metrics.jsonl, metrics.csv (Lightning) or trainer_state.json (Trainer).",
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; by default watch.html in that folder.")] = None,
+) -> None:
+    """Draw the noise scale, the charges and the distances to equilibrium that a training recorded."""
+    from noetherflow.record import read_run
+    from noetherflow.report import watch as page
+    from noetherflow.report import watch_words
+
+    try:
+        run = read_run(folder)
+        path = out or folder / "watch.html"
+        page.write(path, run)
+    except NoetherflowError as error:
+        _fail(error)
+    typer.echo(watch_words.table(run).text())
+    _console.print(f"Written: {path}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()

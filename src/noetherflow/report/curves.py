@@ -1,0 +1,222 @@
+"""The charts of a recorded run: which curves they show, and which of many steps are drawn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from noetherflow.record import Run, names
+from noetherflow.report.readings import Band, Column, band, column, furthest, layers, moved, others, since_first
+
+# Curves in a chart that shows the largest of many, and charts of metrics without a meaning for this package.
+_TOGETHER, _PLAIN = 6, 8
+# Numbers on the page, and points of a curve: at least, and at most.
+_NUMBERS, _FEWEST, _MOST = 200_000, 60, 600
+_ALL = "all parameters"
+
+
+@final
+@dataclass(frozen=True)
+class Series:
+    """A curve: values over steps, and the ends of its band if there is one."""
+
+    label: str
+    steps: NDArray[np.int64]
+    values: Column
+    low: Column | None = None
+    high: Column | None = None
+
+    def to_json(self, most: int) -> dict[str, object]:
+        """The points that are drawn, at most about `most`."""
+        columns = [values for values in (self.values, self.low, self.high) if values is not None]
+        places = thinned(columns, most)
+        drawn = [[_plain(value) for value in values[places].tolist()] for values in columns]
+        return {"label": self.label, "x": self.steps[places].tolist()} | dict(
+            zip(("y", "low", "high"), drawn, strict=False)
+        )
+
+
+@final
+@dataclass(frozen=True)
+class Choice:
+    """The curves that a chart shows together, and a sentence about them."""
+
+    label: str
+    series: tuple[Series, ...]
+    note: str = ""
+
+
+@final
+@dataclass(frozen=True)
+class Chart:
+    """A chart with a heading, an explanation, an axis, and choices between which a reader selects."""
+
+    title: str
+    text: str
+    log: bool
+    choices: tuple[Choice, ...]
+
+
+def charts_of(run: Run) -> list[Chart]:
+    """Every chart that the metrics of a run allow, most important first."""
+    charts = [_scales(run), _squares(run), _charges(run), _parts(run), _distances(run), *_plain_charts(run)]
+    return [chart for chart in charts if chart.choices]
+
+
+def to_json(charts: Sequence[Chart]) -> list[object]:
+    """Charts for `watch.js`."""
+    count = sum(len(choice.series) for chart in charts for choice in chart.choices)
+    most = min(max(_NUMBERS // max(count, 1), _FEWEST), _MOST)
+    return [
+        {
+            "title": chart.title,
+            "text": chart.text,
+            "log": chart.log,
+            "choices": [
+                {"label": choice.label, "note": choice.note, "series": [s.to_json(most) for s in choice.series]}
+                for choice in chart.choices
+            ],
+        }
+        for chart in charts
+    ]
+
+
+def thinned(columns: Sequence[Column], most: int) -> NDArray[np.int64]:
+    """Places of a curve that are drawn: all, or of each stretch the smallest and the largest value of every column.
+
+    Args:
+        columns: Columns of equal length.
+        most: The number of places to aim at.
+
+    Returns:
+        Places in ascending order, with the first and the last.
+    """
+    count = len(columns[0])
+    if count <= most:
+        return np.arange(count)
+    stretches = np.array_split(np.arange(count), max(most // (2 * len(columns)), 1))
+    # A NaN is a gap in the curve; the first of a stretch is kept, so that the gap is seen.
+    places = {0, count - 1}
+    for stretch in stretches:
+        for values in columns:
+            part = values[stretch]
+            known = np.flatnonzero(~np.isnan(part))
+            if len(known):
+                places |= {int(stretch[known[np.argmin(part[known])]]), int(stretch[known[np.argmax(part[known])]])}
+            if len(known) < len(part):
+                places.add(int(stretch[np.argmax(np.isnan(part))]))
+    return np.array(sorted(places))
+
+
+def _plain(value: float) -> float | str | None:
+    """A number as JSON: null for NaN, a word for an infinity."""
+    return None if np.isnan(value) else ("inf" if value > 0 else "-inf") if np.isinf(value) else value
+
+
+def _scales(run: Run) -> Chart:
+    choices = []
+    for name in ("", *layers(run)):
+        bands = {
+            "noise scale": band(run, names.SCALE, name),
+            "in the metric of the optimizer": band(run, names.PRECONDITIONED, name),
+        }
+        series = tuple(_banded(label, b) for label, b in bands.items() if b is not None)
+        note = " ".join(_unbounded(label, b) for label, b in bands.items() if b is not None and b.unbounded)
+        if series:
+            choices.append(Choice(name or _ALL, series, note))
+    text = "Noise scale Tr Sigma / |G|² in examples, with its confidence interval as a band; logarithmic axis."
+    return Chart("Noise scale", text, True, tuple(choices))
+
+
+def _banded(label: str, shown: Band) -> Series:
+    has_band = not (np.isnan(shown.low) & np.isnan(shown.high)).all()
+    return Series(label, shown.steps, shown.values, *((shown.low, shown.high) if has_band else ()))
+
+
+def _unbounded(label: str, shown: Band) -> str:
+    """A sentence on the steps at which the band reaches the upper edge."""
+    return (
+        f"{label.capitalize()}: at {shown.unbounded:,} of {len(shown.steps):,} steps the interval is unbounded and its "
+        f"band reaches the upper edge, because |G|² cannot be distinguished from zero."
+    )
+
+
+def _squares(run: Run) -> Chart:
+    choices = []
+    for name in ("", *layers(run)):
+        series = _curves(run, {"|G|²": names.joined(names.SQUARE, name), "Tr Sigma": names.joined(names.TRACE, name)})
+        negative = sum(int((s.values <= 0).sum()) for s in series)
+        note = (
+            f"{negative:,} values of zero or less are not drawn: a logarithmic axis cannot show them."
+            if negative
+            else ""
+        )
+        if series:
+            choices.append(Choice(name or _ALL, series, note))
+    text = "Squared norm |G|² of the mean gradient (unbiased), and noise per example, Tr Sigma; logarithmic axis."
+    return Chart("Gradient and noise", text, True, tuple(choices))
+
+
+def _charges(run: Run) -> Chart:
+    ranked = [symmetry.name for symmetry in moved(run)]
+    return Chart(
+        "Charges",
+        "The charges of symmetries, as they were recorded.",
+        False,
+        _largest(run, names.CHARGE, ranked, "moved most"),
+    )
+
+
+def _parts(run: Run) -> Chart:
+    choices = []
+    for symmetry in moved(run):
+        kinds = {names.CHARGE: "change of the charge"} | {kind: f"by {what}" for kind, what in names.PARTS.items()}
+        series = tuple(
+            Series(label, *_known(run, since_first(run, kind, symmetry.name)))
+            for kind, label in kinds.items()
+            if names.joined(kind, symmetry.name) in run.columns
+        )
+        if len(series) > 1:
+            choices.append(Choice(symmetry.name, series))
+    text = "Change of a charge since its first recorded step, and what changed it; the charge that moved most is first."
+    return Chart("Where the change went", text, False, tuple(choices))
+
+
+def _distances(run: Run) -> Chart:
+    ranked = [name for name, _, _ in furthest(run)]
+    text = "Distance x to the equilibrium of the noise: weights differ from those at equilibrium by the factor e^x."
+    return Chart("Distance to equilibrium", text, False, _largest(run, names.DISTANCE, ranked, "furthest"))
+
+
+def _largest(run: Run, kind: str, ranked: Sequence[str], word: str) -> tuple[Choice, ...]:
+    """The largest curves together, then, if there are more, every curve by itself."""
+    series = [Series(name, *_known(run, column(run, kind, name))) for name in ranked]
+    if len(series) <= _TOGETHER:
+        return (Choice("all", tuple(series)),) if series else ()
+    together = Choice(f"{word}: {_TOGETHER} of {len(series):,}", tuple(series[:_TOGETHER]))
+    return (together, *(Choice(s.label, (s,)) for s in series))
+
+
+def _plain_charts(run: Run) -> list[Chart]:
+    curves = [(key, _curves(run, {key: key})) for key in others(run)]
+    shown = [(key, series) for key, series in curves if series]
+    charts = [Chart(key, "", False, (Choice(key, series),)) for key, series in shown[:_PLAIN]]
+    rest = tuple(Choice(key, series) for key, series in shown[_PLAIN:])
+    return [*charts, Chart("Further metrics", "", False, rest)]
+
+
+def _curves(run: Run, keys: dict[str, str]) -> tuple[Series, ...]:
+    """Curves of metrics by label, of those that were recorded."""
+    return tuple(
+        Series(label, *_known(run, run.columns[key]))
+        for label, key in keys.items()
+        if key in run.columns and not np.isnan(run.columns[key]).all()
+    )
+
+
+def _known(run: Run, values: Column) -> tuple[NDArray[np.int64], Column]:
+    """Steps and values without those of other metrics: a metric that is measured at every tenth step has no gaps."""
+    known = ~np.isnan(values)
+    return run.steps[known], np.where(np.isfinite(values), values, np.nan)[known]
