@@ -30,7 +30,7 @@ CONTRAST = """() => {
   };
   const ratios = [];
   for (const node of document.querySelectorAll("h1, h2, h2 span, p, li, a, td, td span, td strong, th button, label, "
-      + "summary, pre, dt, dd, .panel text, .distances text, figcaption, output, .message")) {
+      + "summary, pre, dt, dd, .panel text, .distances text, .chart text, figcaption, output, .message")) {
     if (!node.textContent.trim() || !node.getClientRects().length) continue;
     const style = getComputedStyle(node);
     const [a, b] = [light(node.tagName === "text" ? style.fill : style.color), light(ground(node))];

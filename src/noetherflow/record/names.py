@@ -19,7 +19,7 @@ PARTS = {
     "charge_decay": "weight decay",
     "charge_noise": "gradient noise",
     "charge_mean": "mean gradient",
-    "charge_broken": "the optimizer, which breaks the symmetry",
+    "charge_broken": "the optimizer itself",
 }
 _NOISE = (SCALE, PRECONDITIONED)
 _KINDS = (

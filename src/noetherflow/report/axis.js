@@ -32,8 +32,8 @@ function axis(low, high, from, to, log) {
 
 function linear(a, b, count) {
   const step = roundStep((b - a) / Math.max(Math.floor(count), 2)), ticks = [];
-  // Sums of steps would carry their rounding errors along.
-  for (let k = Math.ceil(a / step - 1e-9); k <= b / step + 1e-9; k += 1) ticks.push(k * step);
+  // Sums of steps would carry their rounding errors along. A zero is added because -0 would be shown with its sign.
+  for (let k = Math.ceil(a / step - 1e-9); k <= b / step + 1e-9; k += 1) ticks.push(k * step + 0);
   return ticks;
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import final
 
 import numpy as np
@@ -12,7 +13,7 @@ from noetherflow.report.readings import Band, Column, band, column, furthest, la
 
 # Curves in a chart that shows the largest of many, and charts of metrics without a meaning for this package.
 _TOGETHER, _PLAIN = 6, 8
-# Numbers on the page, and points of a curve: at least, and at most.
+# Points of curves that a reader has to select, together, and points of a curve: at least, and at most.
 _NUMBERS, _FEWEST, _MOST = 200_000, 60, 600
 _ALL = "all parameters"
 
@@ -28,10 +29,11 @@ class Series:
     low: Column | None = None
     high: Column | None = None
 
-    def to_json(self, most: int) -> dict[str, object]:
+    def to_json(self, most: int, *, log: bool) -> dict[str, object]:
         """The points that are drawn, at most about `most`."""
         columns = [values for values in (self.values, self.low, self.high) if values is not None]
-        places = thinned(columns, most)
+        # What a logarithmic axis cannot show is no smallest value.
+        places = thinned([np.where(values > 0, values, np.nan) if log else values for values in columns], most)
         drawn = [[_plain(value) for value in values[places].tolist()] for values in columns]
         return {"label": self.label, "x": self.steps[places].tolist()} | dict(
             zip(("y", "low", "high"), drawn, strict=False)
@@ -67,16 +69,20 @@ def charts_of(run: Run) -> list[Chart]:
 
 def to_json(charts: Sequence[Chart]) -> list[object]:
     """Charts for `watch.js`."""
-    count = sum(len(choice.series) for chart in charts for choice in chart.choices)
-    most = min(max(_NUMBERS // max(count, 1), _FEWEST), _MOST)
+    hidden = sum(len(choice.series) for chart in charts for choice in chart.choices[1:])
+    fewer = min(max(_NUMBERS // max(hidden, 1), _FEWEST), _MOST)
     return [
         {
             "title": chart.title,
             "text": chart.text,
             "log": chart.log,
             "choices": [
-                {"label": choice.label, "note": choice.note, "series": [s.to_json(most) for s in choice.series]}
-                for choice in chart.choices
+                {
+                    "label": choice.label,
+                    "note": choice.note,
+                    "series": [s.to_json(most, log=chart.log) for s in choice.series],
+                }
+                for choice, most in zip(chart.choices, chain([_MOST], repeat(fewer)), strict=False)
             ],
         }
         for chart in charts
@@ -97,7 +103,7 @@ def thinned(columns: Sequence[Column], most: int) -> NDArray[np.int64]:
     if count <= most:
         return np.arange(count)
     stretches = np.array_split(np.arange(count), max(most // (2 * len(columns)), 1))
-    # A NaN is a gap in the curve; the first of a stretch is kept, so that the gap is seen.
+    # A NaN is a gap in the curve: a gap as long as a stretch is kept.
     places = {0, count - 1}
     for stretch in stretches:
         for values in columns:
@@ -105,8 +111,8 @@ def thinned(columns: Sequence[Column], most: int) -> NDArray[np.int64]:
             known = np.flatnonzero(~np.isnan(part))
             if len(known):
                 places |= {int(stretch[known[np.argmin(part[known])]]), int(stretch[known[np.argmax(part[known])]])}
-            if len(known) < len(part):
-                places.add(int(stretch[np.argmax(np.isnan(part))]))
+            else:
+                places.add(int(stretch[0]))
     return np.array(sorted(places))
 
 

@@ -8,7 +8,7 @@ from string import Template
 from noetherflow._errors import FileError
 from noetherflow.record import Run
 from noetherflow.report import curves, document
-from noetherflow.report.watch_words import INTRODUCTION, layer_rows, sentences, symmetry_rows
+from noetherflow.report.watch_words import INTRODUCTION, UNKNOWN, layer_rows, sentences, symmetry_rows
 
 _PACKAGE = "noetherflow.report"
 # A table with more rows than this is folded at first.
@@ -47,15 +47,14 @@ def write(path: Path, run: Run) -> None:
 
 
 def _table(heading: str, rows: Sequence[Mapping[str, str]]) -> str:
-    """A table under a heading; nothing without rows."""
+    """A table under a heading, without columns of which nothing is known; nothing without rows."""
     if not rows:
         return ""
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in rows[0])
+    used = [name for name in rows[0] if any(row[name] != UNKNOWN for row in rows)]
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in used)
     body = "".join(
         "<tr>"
-        + "".join(
-            f'<td data-label="{html.escape(name)}"><bdi>{html.escape(text)}</bdi></td>' for name, text in row.items()
-        )
+        + "".join(f'<td data-label="{html.escape(name)}"><bdi>{html.escape(row[name])}</bdi></td>' for name in used)
         + "</tr>"
         for row in rows
     )

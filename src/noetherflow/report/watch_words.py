@@ -5,14 +5,16 @@ from collections.abc import Iterator
 
 from noetherflow._table import Column, Table
 from noetherflow.record import Run, names
+from noetherflow.report import words
 from noetherflow.report.readings import Band, Moved, band, column, furthest, last, layers, moved
-from noetherflow.report.words import number
 
 INTRODUCTION = (
     "The noise scale Tr Sigma / |G|² compares the gradient noise of a single example with the mean gradient. In the "
     "quadratic model of training, a batch of B examples takes 1 + scale/B times the fewest possible steps. The model "
     "says nothing about generalisation, and large models can depart from it."
 )
+# A cell of which nothing is known.
+UNKNOWN = "–"
 # Rows of the table on a terminal that are symmetries.
 _ROWS = 5
 _HEADINGS = ("layer", "noise scale", "step", "Tr Sigma", "|G|²", "in the metric of the optimizer")
@@ -56,13 +58,13 @@ def symmetry_rows(run: Run) -> list[dict[str, str]]:
         rows.append(
             {
                 "symmetry": symmetry.name,
-                "distance": distances.pop(symmetry.name, "–"),
+                "distance": distances.pop(symmetry.name, UNKNOWN),
                 "charge": number(symmetry.last),
                 "change": _signed(symmetry.change),
-                **{f"by {what}": parts.get(what, "–") for what in names.PARTS.values()},
+                **{f"by {what}": parts.get(what, UNKNOWN) for what in names.PARTS.values()},
             }
         )
-    empty = dict.fromkeys(["charge", "change", *(f"by {what}" for what in names.PARTS.values())], "–")
+    empty = dict.fromkeys(["charge", "change", *(f"by {what}" for what in names.PARTS.values())], UNKNOWN)
     return rows + [{"symmetry": name, "distance": text, **empty} for name, text in distances.items()]
 
 
@@ -76,6 +78,13 @@ def interval(low: float, high: float) -> str:
     return f"{number(low)} to {number(high)}"
 
 
+def number(value: float) -> str:
+    """A number with three significant digits, without an exponent below ten million."""
+    if 1e3 <= abs(value) < 1e7:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    return words.number(value)
+
+
 def _last_scale(shown: Band) -> tuple[str, str, str]:
     """Value, interval and step of the last measurement."""
     return number(shown.values[-1]), interval(shown.low[-1], shown.high[-1]), f"{shown.steps[-1]:,}"
@@ -84,8 +93,8 @@ def _last_scale(shown: Band) -> tuple[str, str, str]:
 def _layer(run: Run, name: str) -> Iterator[str]:
     """The cells of a layer."""
     bands = [band(run, kind, name) for kind in (names.SCALE, names.PRECONDITIONED)]
-    scale, preconditioned = ("–" if b is None else _with_interval(b) for b in bands)
-    step = next((f"{b.steps[-1]:,}" for b in bands if b is not None), "–")
+    scale, preconditioned = (UNKNOWN if b is None else _with_interval(b) for b in bands)
+    step = next((f"{b.steps[-1]:,}" for b in bands if b is not None), UNKNOWN)
     yield from (name, scale, step)
     yield from (number(last(run, column(run, kind, name))[1]) for kind in (names.TRACE, names.SQUARE))
     yield preconditioned
@@ -122,8 +131,8 @@ def _last_sentences(shown: Band) -> Iterator[str]:
     yield f"{step} the noise scale is {number(value)} examples" + (f", with the interval {ends}." if ends else ".")
     yield (
         f"So the critical batch size is about {number(value)} examples: there, training takes twice the fewest "
-        f"possible steps, and a doubled batch saves a quarter of the steps. A much larger batch saves few steps, a much smaller "
-        f"batch few examples."
+        f"possible steps, and a doubled batch saves a quarter of the steps. A much larger batch saves few steps, a "
+        f"much smaller batch few examples."
     )
 
 
