@@ -32,13 +32,19 @@ def own(folder: Path) -> None:
         record.append(step, row)
 
 
+def halves(row: dict[str, float]) -> list[dict[str, float]]:
+    """Two loggings of a step, each with a part of its metrics."""
+    return [{key: value for key, value in row.items() if key.startswith("noise") == first} for first in (True, False)]
+
+
 def lightning(folder: Path) -> None:
     """What CSVLogger itself writes; other metrics are logged between ours, also at the steps of ours."""
     loggers = pytest.importorskip("lightning.pytorch.loggers")
     logger = loggers.CSVLogger(folder.parent, name="", version=folder.name)
     for step, row in history():
         logger.log_metrics({"train_loss": 1.0 / (step + 1), "epoch": step // 40}, step)
-        logger.log_metrics(row, step)
+        for part in halves(row):
+            logger.log_metrics(part, step)
         logger.log_metrics({"val_loss": 2.0}, step + 7)
     logger.save()
 
@@ -47,9 +53,9 @@ def trainer(folder: Path) -> None:
     """What the state of Trainer itself writes."""
     transformers = pytest.importorskip("transformers")
     folder.mkdir(parents=True, exist_ok=True)
-    log = [
-        entry for step, row in history() for entry in ({"loss": 0.5, "epoch": 1.0, "step": step}, row | {"step": step})
-    ]
+    log = []
+    for step, row in history():
+        log += [{**part, "step": step} for part in ({"loss": 0.5, "epoch": 1.0}, *halves(row))]
     transformers.TrainerState(log_history=log).save_to_json(str(folder / "trainer_state.json"))
 
 

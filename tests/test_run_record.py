@@ -95,9 +95,14 @@ def test_a_last_line_cut_at_any_byte_is_ignored_and_repaired(tmp_path: Path) -> 
         nf.RunRecord(tmp_path / "run").append(2, metrics(2))
         assert record.path.read_bytes() == complete
         # The recorder that wrote the line notices, too, that the file is not what it left.
-        record.path.write_bytes(b"".join(lines[:2]) + lines[2][:cut])
         record.append(2, metrics(2))
-        assert record.path.read_bytes() == complete
+        record.path.write_bytes(b"".join(lines[:2]) + lines[2][:cut])
+        record.append(3, metrics(3))
+        assert record.read()[0].tolist() == [0, 1, 3]
+    record.path.unlink()
+    record.append(4, metrics(4))
+    assert record.read()[0].tolist() == [4]
+    record.path.write_bytes(complete)
     # Zeros, which a file system may leave after a loss of power.
     record.path.write_bytes(b"".join(lines[:2]) + b"\0" * 50)
     assert record.read()[0].tolist() == [0, 1]

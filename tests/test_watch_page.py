@@ -32,14 +32,12 @@ def chart(tab: Page, title: str) -> Locator:
 
 def ruler(section: Locator, kind: str, log: bool = False) -> Any:
     """From a pixel to a value, by two numbers that the axis shows; a check against the page, not against its code."""
-    line, centre = ("y1", "y") if kind == "y" else ("x1", "x")
     texts = section.locator(f".chart text.{kind}").all_text_contents()
     numbers = [float(text.replace(",", "")) for text in texts]
-    places = section.locator(f".chart text.{kind}").evaluate_all(f"all => all.map((t) => +t.getAttribute('{centre}'))")
+    places = section.locator(f".chart text.{kind}").evaluate_all(f"all => all.map((t) => +t.getAttribute('{kind}'))")
     places = [place - 4 for place in places] if kind == "y" else places
     values = [math.log10(number) for number in numbers] if log else numbers
     slope = (values[-1] - values[0]) / (places[-1] - places[0])
-    assert line
     return lambda pixel: (
         10 ** (values[0] + slope * (pixel - places[0])) if log else values[0] + slope * (pixel - places[0])
     )

@@ -20,9 +20,8 @@ def scale(value: float, low: float, high: float) -> dict[str, list[float]]:
 
 def test_the_critical_batch_size_is_said_with_its_interval() -> None:
     text = words(scale(310, 250, 400.4))
-    assert text.startswith(
-        "At step 1 the noise scale is 310 examples, with the interval 250 to 400. So the critical batch size is about 310"
-    )
+    assert text.startswith("At step 1 the noise scale is 310 examples, with the interval 250 to 400. So the critical")
+    assert "the critical batch size is about 310 examples" in text
     assert "twice the fewest possible steps, and a doubled batch saves a quarter of the steps" in text
     assert "unbounded" not in text
 
@@ -133,7 +132,6 @@ def test_thinning_keeps_long_gaps_and_no_short_gap() -> None:
     values[4000:5000] = np.nan
     kept = values[curves.thinned([values], 200)]
     assert 5 < np.isnan(kept).sum() < 15
-    assert np.isnan(values[np.arange(0, 10_000, 1)][777])
     starts = np.flatnonzero(np.diff(np.isnan(kept).astype(int)) == 1)
     assert len(starts) == 1
 
