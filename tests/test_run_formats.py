@@ -133,6 +133,8 @@ def test_what_is_no_folder_is_a_sentence(tmp_path: Path) -> None:
         ("charge/0 -> 2", ("charge", "0 -> 2")),
         ("charge_decay/a", ("charge_decay", "a")),
         ("distance/distance/x", ("distance", "distance/x")),
+        ("charge_between/a", ("charge_between", "a")),
+        ("charge_change/a", ("charge_change", "a")),
         ("charge", None),
         ("charges/a", None),
         ("noise/scales", None),

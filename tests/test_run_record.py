@@ -131,13 +131,13 @@ for step in itertools.count(int(sys.argv[2])):
 
 
 def test_a_process_that_is_killed_leaves_a_record_that_continues(tmp_path: Path) -> None:
-    """A real kill, three times, beside a reader: every read is a beginning of what an undisturbed run writes."""
+    """A real kill, twice, beside a reader: every read is a beginning of what an undisturbed run writes."""
     record = nf.RunRecord(tmp_path)
     start, seen = 0, 0
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(start)])
         try:
-            end = time.monotonic() + 60
+            end = time.monotonic() + 300
             while seen < start + 30:
                 assert time.monotonic() < end
                 assert process.poll() is None

@@ -1,12 +1,16 @@
 """A recorded run in words and tables, and which of many steps are drawn."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import noetherflow as nf
+from noetherflow.record import names, read_run
 from noetherflow.report import curves, readings
-from noetherflow.report.watch_words import layer_rows, sentences, symmetry_rows, table
+from noetherflow.report.watch_words import layer_rows, number, sentences, symmetry_rows, table
 from recorded_runs import WAYS, ordinary, run_of
 
 
@@ -78,6 +82,52 @@ def test_parts_that_began_before_the_record_add_up() -> None:
     moved = {symmetry.name: symmetry for symmetry in readings.moved(run_of(columns))}
     assert moved["s1"].change == pytest.approx(2 * 1.2 * 19 / 30, rel=1e-12)
     assert sum(moved["s1"].parts.values()) == pytest.approx(moved["s1"].change, rel=1e-12)
+
+
+def test_rare_parts_are_shown_where_they_are_not_zero() -> None:
+    columns = dict(ordinary().columns)
+    count = len(columns["loss"])
+    for name in ("s0", "s1"):
+        columns |= {f"{kind}/{name}": np.zeros(count) for kind in ("charge_kick", "charge_between")}
+        columns[f"charge_change/{name}"] = columns[f"charge/{name}"] - columns[f"charge/{name}"][0]
+    # Of s0, what the noise and the mean did was not taken apart.
+    columns["charge_kick/s0"] = columns["charge_noise/s0"] + columns["charge_mean/s0"]
+    columns["charge_noise/s0"] = columns["charge_mean/s0"] = np.zeros(count)
+    run = run_of(columns)
+    assert readings.others(run) == ["loss"]
+    first, second = readings.moved(run)
+    assert list(first.parts) == list(names.PARTS.values())
+    assert list(second.parts) == [*names.PARTS.values(), "gradient noise and mean together"]
+    assert "do not add up" not in "\n".join(sentences(run))
+    parts = next(chart for chart in curves.charts_of(run) if chart.title == "Where the change went")
+    assert [len(choice.series) for choice in parts.choices] == [5, 6]
+    columns["charge_kick/s0"] = 1.5 * columns["charge_kick/s0"]
+    assert "do not add up" in "\n".join(sentences(run_of(columns)))
+
+
+def test_the_metrics_of_a_meter_are_known_to_the_page(tmp_path: Path) -> None:
+    """A recorded training with NoiseScale: every metric has its chart, and the sentences say its estimate."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+    pair = nf.DiagonalSymmetry([nf.Axis("0.weight", 0), nf.Axis("0.bias", 0)], nf.Axis("2.weight", 1))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    meter = nf.NoiseScale(net, {"pair": pair}, optimizer, every=1)
+    record = nf.RunRecord(tmp_path)
+    for step in range(12):
+        x = torch.randn(16, 4)
+        optimizer.zero_grad()
+        with meter.step((x, x.sum(1, keepdim=True))):
+            (net(x) - x.sum(1, keepdim=True)).square().mean().backward()
+        optimizer.step()
+        record.append(step, meter.metrics())
+    run = read_run(tmp_path)
+    assert readings.others(run) == []
+    assert {"noise/scale", "noise/scale_preconditioned", "charge/pair"} <= set(run.columns)
+    assert set(readings.layers(run)) >= {"0", "2"}
+    text = "\n".join(sentences(run))
+    assert f"At step 11 the noise scale is {number(meter.estimate.scale)} examples" in text
+    assert [row["layer"] for row in layer_rows(run)] == readings.layers(run)
+    assert [chart.title for chart in curves.charts_of(run)] == ["Noise scale", "Gradient and noise", "Charges"]
 
 
 def test_the_table_on_a_terminal_has_the_last_values() -> None:

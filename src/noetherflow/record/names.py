@@ -7,6 +7,8 @@
 | `noise/trace`, `grad/norm_sq_unbiased` | Tr Sigma per example, and the squared norm of the mean gradient |
 | `charge/S` | the charge of symmetry S |
 | `charge_decay/S`, `charge_noise/S`, `charge_mean/S`, `charge_broken/S` | what changed the charge, summed over steps |
+| `charge_kick/S`, `charge_between/S` | also such parts: steps without measured noise, and steps that were not split |
+| `charge_change/S` | the change of the charge since the start: the sum of the parts |
 | `distance/S` | the distance of symmetry S from its equilibrium |
 """
 
@@ -21,17 +23,22 @@ PARTS = {
     "charge_mean": "mean gradient",
     "charge_broken": "the optimizer itself",
 }
+# Parts that are zero if the noise of every step is measured.
+RARE_PARTS = {"charge_kick": "gradient noise and mean together", "charge_between": "steps in between"}
+_CHANGE = "charge_change"
 _NOISE = (SCALE, PRECONDITIONED)
 _KINDS = (
     *(kind + end for kind in _NOISE for end in ("", "_low", "_high")),
     TRACE,
     SQUARE,
     CHARGE,
+    _CHANGE,
     *PARTS,
+    *RARE_PARTS,
     DISTANCE,
 )
 # These are metrics of a symmetry, so that a name follows.
-_NAMED = (CHARGE, *PARTS, DISTANCE)
+_NAMED = (CHARGE, _CHANGE, *PARTS, *RARE_PARTS, DISTANCE)
 
 
 def split(key: str) -> tuple[str, str] | None:

@@ -9,7 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from noetherflow.record import Run, names
-from noetherflow.report.readings import Band, Column, band, column, furthest, layers, moved, others, since_first
+from noetherflow.report.readings import (
+    Band,
+    Column,
+    band,
+    column,
+    furthest,
+    layers,
+    moved,
+    others,
+    parts_of,
+    since_first,
+)
 
 # Curves in a chart that shows the largest of many, and charts of metrics without a meaning for this package.
 _TOGETHER, _PLAIN = 6, 8
@@ -178,7 +189,9 @@ def _charges(run: Run) -> Chart:
 def _parts(run: Run) -> Chart:
     choices = []
     for symmetry in moved(run):
-        kinds = {names.CHARGE: "change of the charge"} | {kind: f"by {what}" for kind, what in names.PARTS.items()}
+        kinds = {names.CHARGE: "change of the charge"} | {
+            kind: f"by {what}" for kind, what in parts_of(run, symmetry.name).items()
+        }
         series = tuple(
             Series(label, *_known(run, since_first(run, kind, symmetry.name)))
             for kind, label in kinds.items()

@@ -104,6 +104,12 @@ def furthest(run: Run) -> list[tuple[str, int, float]]:
     return sorted((row for row in rows if math.isfinite(row[2])), key=lambda row: -row[2])
 
 
+def parts_of(run: Run, name: str) -> dict[str, str]:
+    """Kinds of the parts of a charge and what they are; of the rare parts, those that are not zero throughout."""
+    rare = {kind: what for kind, what in names.RARE_PARTS.items() if np.nan_to_num(column(run, kind, name)).any()}
+    return names.PARTS | rare
+
+
 def last(run: Run, values: Column) -> tuple[int, float]:
     """The last finite value of a column and its step; NaN if there is none."""
     places = np.flatnonzero(np.isfinite(values))
@@ -130,7 +136,7 @@ def _moved(run: Run, name: str) -> Moved | None:
     if not finite.any():
         return None
     known = charges[finite]
-    parts = {what: last(run, since_first(run, kind, name))[1] for kind, what in names.PARTS.items()}
+    parts = {what: last(run, since_first(run, kind, name))[1] for kind, what in parts_of(run, name).items()}
     return Moved(
         name,
         int(run.steps[np.argmax(finite)]),

@@ -3,6 +3,8 @@
 const SVG = "http://www.w3.org/2000/svg";
 // Height of a chart and its margins, in pixels.
 const HEIGHT = 260, LEFT = 64, RIGHT = 12, TOP = 12, BOTTOM = 30;
+// Curves of different colours in watch.css.
+const COLOURS = 7;
 // A band extends the axis by at most this factor beyond the curve.
 const BEYOND = 10;
 
@@ -96,7 +98,7 @@ function picture(svg, choice, log) {
   }
   series.forEach((curve, index) => {
     const group = curveOf(curve, x, y, log);
-    group.setAttribute("class", "s" + index % 6);
+    group.setAttribute("class", "s" + index % COLOURS);
     svg.append(group);
   });
   const pointer = drawn("line", { class: "pointer", y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden" });
@@ -160,7 +162,7 @@ function section(chart) {
     position = null;
     outputs = choice.series.map(() => made("output"));
     keys.replaceChildren(...choice.series.map((curve, index) => {
-      const key = made("li", "", "s" + index % 6), line = drawn("svg", { "aria-hidden": "true" });
+      const key = made("li", "", "s" + index % COLOURS), line = drawn("svg", { "aria-hidden": "true" });
       line.append(drawn("line", { class: "curve", x1: 0, x2: 28, y1: 5, y2: 5 }));
       key.append(line, made("bdi", curve.label), outputs[index]);
       return key;

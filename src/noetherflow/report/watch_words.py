@@ -15,6 +15,7 @@ INTRODUCTION = (
 )
 # A cell of which nothing is known.
 UNKNOWN = "–"
+_PARTS = (*names.PARTS.values(), *names.RARE_PARTS.values())
 # Rows of the table on a terminal that are symmetries.
 _ROWS = 5
 _HEADINGS = ("layer", "noise scale", "step", "Tr Sigma", "|G|²", "in the metric of the optimizer")
@@ -61,10 +62,10 @@ def symmetry_rows(run: Run) -> list[dict[str, str]]:
                 "distance": distances.pop(symmetry.name, UNKNOWN),
                 "charge": number(symmetry.last),
                 "change": _signed(symmetry.change),
-                **{f"by {what}": parts.get(what, UNKNOWN) for what in names.PARTS.values()},
+                **{f"by {what}": parts.get(what, UNKNOWN) for what in _PARTS},
             }
         )
-    empty = dict.fromkeys(["charge", "change", *(f"by {what}" for what in names.PARTS.values())], UNKNOWN)
+    empty = dict.fromkeys(["charge", "change", *(f"by {what}" for what in _PARTS)], UNKNOWN)
     return rows + [{"symmetry": name, "distance": text, **empty} for name, text in distances.items()]
 
 
@@ -149,7 +150,7 @@ def _charges(run: Run) -> Iterator[str]:
     if first.parts:
         parts = ", ".join(f"{_signed(value)} by {what}" for what, value in first.parts.items())
         yield f"Of this change, {parts}."
-    off = [s for s in ranked if set(s.parts) == set(names.PARTS.values()) and not _adds_up(s)]
+    off = [s for s in ranked if set(s.parts) >= set(names.PARTS.values()) and not _adds_up(s)]
     if off:
         yield (
             f"The recorded parts do not add up to the change for {len(off):,} of the symmetries, among them "
