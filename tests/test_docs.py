@@ -12,7 +12,13 @@ from test_floors import FLOORS
 
 ROOT = Path(__file__).parents[1]
 # Complete programs: their blocks run one after the other, and their output is compared.
-COMPLETE = ["README.md", "docs/first-ten-minutes.md", "docs/how-to-add-an-operation.md", "docs/under-adamw.md"]
+COMPLETE = [
+    "README.md",
+    "docs/first-ten-minutes.md",
+    "docs/how-to-add-an-operation.md",
+    "docs/under-adamw.md",
+    "docs/which-batch-size.md",
+]
 # Programs on the model of the reader: each block runs with a model, a loss and data from tests/cases.py.
 SHORT = [
     (page, block.code)
