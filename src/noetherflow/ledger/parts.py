@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from noetherflow._device import CPU, joined
 from noetherflow._errors import NotASymmetryError
 from noetherflow._types import Params
 from noetherflow.symmetry import Symmetry
@@ -76,50 +77,53 @@ class ChargeParts:
         return [(part.name, getattr(self, part.name)) for part in fields(self)]
 
 
-def split(symmetry: Symmetry, theta: Params, shrinkage: Params, rest: Params) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The parts of the change of a charge in a step $\theta \to \theta + u + r$.
+def split(
+    symmetries: Mapping[str, Symmetry], theta: Params, shrinkage: Params, rest: Params
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    r"""The parts of the change of each charge in a step $\theta \to \theta + u + r$.
 
     Args:
-        symmetry: The symmetry.
+        symmetries: By name.
         theta: The parameters before the step, float64.
         shrinkage: The displacement u by weight decay.
         rest: All other displacement r.
 
     Returns:
-        The parts decay, broken and kick, of the shape of the charge, on the CPU.
+        By symmetry the parts decay, broken and kick, of the shape of the charge, on the CPU.
     """
-    decay = twice_bilinear(symmetry, theta, shrinkage) + symmetry.charge(shrinkage)
     decayed = {name: tensor + shrinkage[name] for name, tensor in theta.items()}
-    broken = twice_bilinear(symmetry, decayed, rest)
-    return decay.cpu(), broken.cpu(), symmetry.charge(rest).cpu()
+    kicks, broken = forms(symmetries, rest, decayed)
+    decays = {name: torch.zeros_like(kick) for name, kick in kicks.items()}
+    if any(displacement.any() for displacement in shrinkage.values()):
+        squares, mixed = forms(symmetries, shrinkage, theta)
+        decays = {name: squares[name] + mixed[name] for name in symmetries}
+    return {name: (decays[name].to(CPU), broken[name].to(CPU), kicks[name].to(CPU)) for name in symmetries}
 
 
-def twice_bilinear(symmetry: Symmetry, v: Params, w: Params) -> Tensor:
-    r"""$2B(v, w)$ of the charge C: its derivative at v along w, which involves no difference of large numbers.
+def forms(symmetries: Mapping[str, Symmetry], v: Params, w: Params) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    r"""Charges $C(v)$, and $2B(v, w)$: their derivatives at v along w, which involve no difference of large numbers.
 
     Args:
-        symmetry: The symmetry.
-        v: Tensors with the names of the parameters on which the symmetry acts.
+        symmetries: By name.
+        v: Tensors with the names of the parameters on which the symmetries act.
         w: Tensors of these shapes.
 
     Returns:
-        A tensor of the shape of the charge.
+        By symmetry, two tensors of the shape of its charge.
     """
-    # Two derivatives backward: the first is linear in a placeholder of the shape of the charge, and its derivative by
-    # the placeholder is the one along w. Forward mode would compile functions of PyTorch at its first use.
+    # Two derivatives backward: the first is linear in placeholders of the shapes of the charges, and its derivatives
+    # by the placeholders are those along w. Forward mode would compile functions of PyTorch at its first use.
     with torch.enable_grad():
-        points = {name: v[name].detach().requires_grad_() for name in symmetry.names}
-        charge = symmetry.charge(points)
-        placeholder = torch.zeros_like(charge, requires_grad=True)
+        points = {name: v[name].detach().requires_grad_() for s in symmetries.values() for name in s.names}
+        charges = {name: symmetry.charge(points) for name, symmetry in symmetries.items()}
+        placeholders = [torch.zeros_like(charge, requires_grad=True) for charge in charges.values()]
         slopes = torch.autograd.grad(
-            charge, list(points.values()), placeholder, create_graph=True, materialize_grads=True
+            list(charges.values()), list(points.values()), placeholders, create_graph=True, materialize_grads=True
         )
-        along = sum(
-            ((slope * w[name]).sum().to(charge.device) for name, slope in zip(points, slopes, strict=True)),
-            charge.new_zeros(()),
-        )
-        (derivative,) = torch.autograd.grad(along, placeholder)
-    return derivative
+        along = [(slope * w[name]).sum() for name, slope in zip(points, slopes, strict=True)]
+        derivatives = torch.autograd.grad(torch.stack(joined(along)).sum(), placeholders)
+    values = {name: charge.detach() for name, charge in charges.items()}
+    return values, dict(zip(charges, derivatives, strict=True))
 
 
 def require_quadratic(symmetries: Mapping[str, Symmetry], theta: Params) -> None:
@@ -133,10 +137,10 @@ def require_quadratic(symmetries: Mapping[str, Symmetry], theta: Params) -> None
         NotASymmetryError: If a charge is no quadratic form, or consists of functions without a derivative.
     """
     for name, symmetry in symmetries.items():
-        charge = symmetry.charge(theta)
         sides = symmetry.grams(theta)
         try:
-            error = (twice_bilinear(symmetry, theta, theta) - 2 * charge).abs().max()
+            charges, doubled = forms({name: symmetry}, theta, theta)
+            error = (doubled[name] - 2 * charges[name]).abs().max()
         except RuntimeError as cause:
             raise NotASymmetryError(
                 f"the charge of symmetry {name!r} ({type(symmetry).__name__}) cannot be differentiated "

@@ -121,10 +121,8 @@ class Splitter:
             # A closure forms gradients in the block, and zero_grad() may remove them there.
             gradients = {name: full(g) for name, g in (before.gradients | self._tracked.gradients()).items()}
             noise = self._kicks.of(measured[0], rest, gradients, unmeasured)
-        parts = {}
-        for name, symmetry in self._tracked.symmetries.items():
-            decay, broken, kick = split(symmetry, before.theta, shrinkage, rest)
-            parts[name] = _parts(end[name] - start[name], decay, broken, kick, noise.get(name))
+        pieces = split(self._tracked.symmetries, before.theta, shrinkage, rest)
+        parts = {name: _parts(end[name] - start[name], *piece, noise.get(name)) for name, piece in pieces.items()}
         return Split(start, end, parts, moved=True, measured=bool(noise))
 
 
