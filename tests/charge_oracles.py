@@ -1,4 +1,4 @@
-"""Charges from explicit matrices in extended precision, and the models and optimizers of the tests of `ChargeLedger`."""
+"""Charges from explicit matrices in extended precision; models and optimizers of the tests of `ChargeLedger`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,7 +16,9 @@ Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer]
 def network() -> nn.Sequential:
     """Two linear maps with nothing in between, then a layer of ReLU neurons."""
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    nn.init.constant_(model[1].bias, 0.5)  # no neuron is dead
+    return model
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -41,9 +41,9 @@ class ChargeLedger:
       makes of the noise of earlier steps, and is as large as the kicks. Rounding of parameters in float32 or bfloat16
       is in it too.
     - `noise`: the estimated kick of the gradient noise, $\mathrm{Tr}[A\hat\Sigma A\,Q]/N$ with the scatter
-      $\hat\Sigma$ of the N examples of the step. A multiplies each parameter's gradient by the number $a_W$ for which
-      $-a_W$ times the measured gradient is the step along it; for SGD that is the complete step, clipping included.
-      For other optimizers the estimate leaves out what they do to single entries.
+      $\hat\Sigma$ of the N examples of the step. A multiplies the gradient of each parameter W by the number $a_W$ for
+      which $-a_W\,\bar g_W$ is the step along the measured mean gradient; for SGD that is all of the step, clipping
+      included. For other optimizers the estimate leaves out what they do to single entries.
     - `mean`: $C(r)$ less `noise`; for SGD an unbiased estimate of $\mathrm{lr}^2\,C(\nabla L)$.
     - `kick`: $C(r)$ of steps in which no meter measured the noise, so that it is not known which part is noise.
     - `between`: the change outside of the steps that are split: with `every`, in the steps between them.
@@ -63,7 +63,9 @@ class ChargeLedger:
         optimizer: Its optimizer, or several optimizers that step in a single block.
         every: Split the first step of each `every` steps.
         meter: A `NoiseMeter` or `MicrobatchMeter` that measures the gradients of a step, all of them in a single
-            block `with meter.step(...)`. On several ranks it has to be a `MicrobatchMeter` with their group.
+            block `with meter.step(...)`. If the gradient of a step is no multiple of the mean gradient that was
+            measured, as under accumulation in several blocks or clipping by tensor, the noise is not known. On several
+            ranks it has to be a `MicrobatchMeter` with their group.
         decay: How weight decay acts, for optimizers outside of `torch.optim`: "decoupled" multiplies parameters by
             1 - lr * weight_decay, "coupled" adds it to the gradient. None tells by the class of the optimizer.
 
