@@ -237,10 +237,11 @@ def test_the_table_and_the_metrics() -> None:
     assert not any(parts.change.any() for parts in account.totals.values())
 
 
-def test_the_drift_predicts_the_change_of_small_steps() -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_the_drift_predicts_the_change_of_small_steps(momentum: float) -> None:
     """Many steps of SGD from a minimum of the mean loss: the mean gradient is small, and the noise is not."""
     model, given, data = network(), along_axes(), next(batches(1, 60))
-    settings = nf.SGD(lr=0.002, batch_size=6, weight_decay=0.02)
+    settings = nf.SGD(lr=0.002, batch_size=6, weight_decay=0.02, momentum=momentum)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=300, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -250,8 +251,8 @@ def test_the_drift_predicts_the_change_of_small_steps() -> None:
         return value
 
     optimizer.step(closure)
-    optimizer = sgd(model, lr=0.002)
-    account = nf.ChargeLedger(model, given, optimizer, every=100)
+    optimizer = sgd(model, lr=0.002, momentum=momentum)
+    account = nf.ChargeLedger(model, given, optimizer)
     noise = nf.estimate_noise(model, loss, [data], given)
     with pytest.raises(nf.SettingsError, match="nothing to compare after 0 steps"):
         account.compare(noise, settings)
@@ -264,6 +265,10 @@ def test_the_drift_predicts_the_change_of_small_steps() -> None:
     for measured, predicted in account.compare(noise, settings).values():
         assert (measured - predicted).norm() < 0.2 * predicted.norm()
         assert (measured - 2 * predicted).norm() > 0.5 * predicted.norm()
+    # Momentum makes kicks of gradients of earlier steps: of all kicks, those of a step with itself have this share.
+    parts = account.totals["scaling"]
+    share = float(parts.kick / (parts.kick + parts.broken))
+    assert share == pytest.approx((1 - momentum) / (1 + momentum), rel=0.15)
     for wrong in (nf.AdamW(lr=1e-3), nf.SGD(lr={"0.weight": 0.1}, batch_size=6)):
         with pytest.raises(nf.SettingsError, match="only under SGD with a single learning rate"):
             account.compare(noise, wrong)
