@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 import noetherflow as nf
 from charge_oracles import Lion, backward, batches, loss, network, symmetries
 from test_charge_account import charges, sgd, train
-from test_charge_ledger import along_axes, summed
+from test_charge_ledger import along_axes, measured_step, summed
 from toy_symmetry import toy_of
 
 
@@ -178,3 +178,40 @@ def test_parameters_that_fsdp_shards_are_gathered() -> None:
         torch.testing.assert_close(accounts[1].state_dict(), accounts[0].state_dict(), rtol=1e-12, atol=1e-15)
     finally:
         dist.destroy_process_group()
+
+
+class Wrapper(torch.optim.Optimizer):
+    """What Accelerate and Lightning give in place of an optimizer."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+
+def test_an_optimizer_in_a_wrapper_and_a_meter_of_the_model_in_a_wrapper() -> None:
+    noise, decay = [], []
+    for wrapped in (False, True):
+        inner = network()
+        model = nn.ModuleDict({"module": inner}) if wrapped else inner
+        optimizer = torch.optim.AdamW(inner.parameters(), lr=0.01, weight_decay=0.1)
+        meter = nf.NoiseMeter(inner, along_axes())
+        account = nf.ChargeLedger(model, along_axes(), Wrapper(optimizer) if wrapped else optimizer, meter=meter)
+        measured_step(account, meter, inner, optimizer, next(batches(1)))
+        noise.append({name: parts.noise for name, parts in account.last.items()})
+        decay.append({name: parts.decay for name, parts in account.last.items()})
+    torch.testing.assert_close(noise[1], noise[0], rtol=0, atol=0)
+    torch.testing.assert_close(decay[1], decay[0], rtol=0, atol=0)
+    assert all(parts.any() for part in (noise, decay) for parts in part[1].values())
+
+
+def test_a_meter_of_another_model_is_refused_and_the_account_stays_as_it_was() -> None:
+    model, other = network(), nn.Sequential(nn.Linear(3, 2)).double()
+    optimizer, meter = sgd(model), nf.NoiseMeter(other, {})
+    account = nf.ChargeLedger(model, along_axes(), optimizer, meter=meter)
+    batch = next(batches(1))
+    with meter.step(batch):
+        loss(other, batch).mean().backward()
+    before = account.state_dict()
+    backward(model, next(batches(1)))
+    with pytest.raises(nf.ParameterNameError, match=r"the meter names \['0\.bias'\]"), account.step():
+        optimizer.step()
+    torch.testing.assert_close(account.state_dict(), before, rtol=0, atol=0)
