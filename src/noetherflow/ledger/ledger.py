@@ -54,8 +54,8 @@ class ChargeLedger:
     adaptive optimizer cannot be told apart and is part of `broken`; a note below the table says so.
 
     Symmetries may act on frozen parameters, which just do not move. Parameters sharded by FSDP2 are gathered, on all
-    ranks together. The cost of a split step is that of a few copies of the parameters on which symmetries act, in
-    float64; between split steps nothing is computed.
+    ranks together. A split step works in float64 on copies of the parameters on which symmetries act, which takes the
+    time of several plain steps on small batches: give `every`. Between split steps nothing is computed.
 
     Args:
         model: The model that is trained.
