@@ -164,18 +164,19 @@ def test_a_parameter_that_the_meter_left_out_has_no_noise_of_zero() -> None:
             return Twisted.apply(self.first(x).relu(), self.last.weight) + self.last.bias
 
     model = Net()
-    given = {
+    given: dict[str, nf.Symmetry] = {
         "hidden": nf.DiagonalSymmetry(
             [nf.Axis("first.weight", 0), nf.Axis("first.bias", 0)], [nf.Axis("last.weight", 1)]
         )
     }
+    given["first"] = nf.ScalarSymmetry(nf.Axis("first.weight", 0))
     optimizer, meter = sgd(model), nf.NoiseMeter(model, given)
     account = nf.ChargeLedger(model, given, optimizer, meter=meter)
     measured_step(account, meter, model, optimizer, next(batches(1)))
     assert meter.unmeasured
-    assert not account.measured_steps
     assert account.last["hidden"].kick.any()
     assert not account.last["hidden"].noise.any()
+    assert account.last["first"].noise.any()  # whose parameters were measured
 
 
 def test_a_checkpoint_continues_as_if_nothing_had_happened() -> None:
