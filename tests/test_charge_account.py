@@ -84,6 +84,8 @@ def test_an_exception_in_the_block_leaves_the_account_as_it_was() -> None:
     train(account, model, optimizer, 1)
     assert account.measured_steps == 1
     assert all(parts.kick.any() for parts in account.totals.values())
+    measured_step(account, meter, model, optimizer, batch)
+    assert account.measured_steps == 2
 
 
 def test_a_step_that_makes_nan_is_refused_and_not_accounted_for() -> None:
