@@ -24,7 +24,7 @@ FLOORS = [
     {"_forces"},
     {"_drift", "linear", "_explain"},
     {"equilibrium"},
-    {"_rebalance", "simulation", "_analysis", "watching"},
+    {"_rebalance", "simulation", "_analysis", "watching", "ledger"},
     {"_analyze", "_kept"},
     {"report"},
     {"paper"},

@@ -106,6 +106,7 @@ CONTRACT = {
     "simulate": "model, loss, data, dynamics",
     "NoiseMeter": "model, symmetries",
     "MicrobatchMeter": "model, symmetries",
+    "ChargeLedger": "model, symmetries, optimizer",
     "NoiseScale": "model, symmetries=None, optimizer=None",
     "RunRecord": "folder",
 }

@@ -49,6 +49,7 @@ from noetherflow.discover import (
     discover_rescalings,
 )
 from noetherflow.equilibrium import Equilibrium, Imbalance, Outcome, Status, equilibrate, potential, solve_equilibrium
+from noetherflow.ledger import ChargeLedger, ChargeParts
 from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments, StepNoise, estimate_noise, gradient_rule
 from noetherflow.optimizers import SGD, AdamW
 from noetherflow.record import RunRecord
@@ -75,6 +76,8 @@ __all__ = [
     "AxisSymmetry",
     "Batch",
     "Blocks",
+    "ChargeLedger",
+    "ChargeParts",
     "Completeness",
     "CoupledExamplesError",
     "DenseSymmetry",

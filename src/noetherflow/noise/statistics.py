@@ -29,6 +29,15 @@ class Requested:
     entries: bool = False
     grams: tuple[Axis, ...] = ()
 
+    def covers(self, other: "Requested") -> bool:
+        """Whether these statistics contain those of another request; sums follow from entries."""
+        return (
+            (self.rows or self.entries or not other.rows)
+            and (self.columns or self.entries or not other.columns)
+            and (self.entries or not other.entries)
+            and set(other.grams) <= set(self.grams)
+        )
+
 
 # The position of statistics that are not requested.
 ABSENT = -1
