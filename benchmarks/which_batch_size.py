@@ -5,8 +5,8 @@
 
 A network of two layers learns the digits of scikit-learn from batches that are drawn with replacement. For every batch
 size the learning rate is tuned: factors of 2, then of sqrt(2) around the best. The steps S to the loss are fitted by
-S = S_min (1 + B_crit / B), the model of McCandlish et al. (2018), least squares in log S. The noise scale is that of the
-runs at the batch size 32, every step measured, averaged over the run from its start to the loss.
+S = S_min (1 + B_crit / B), the model of McCandlish et al. (2018), least squares in log S. The noise scale is that of
+the runs at the batch size 32, every step measured, averaged over the run from its start to the loss.
 """
 
 import argparse

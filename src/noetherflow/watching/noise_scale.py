@@ -56,6 +56,7 @@ class NoiseScale:
         scaler: The gradient scaler of mixed precision: it multiplies the loss. Steps that overflow are skipped.
 
     Attributes:
+        meter: The meter that measures; `nf.ChargeLedger(..., meter=watch.meter)` uses the same measurement.
         steps: How many steps went through `step`.
         skipped: How many measured steps were left out, because a gradient overflowed or rounding hides the noise.
         unmeasured: The parameters whose gradients cannot be taken apart by example, each with the reason. The estimates
@@ -105,12 +106,12 @@ class NoiseScale:
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._every = every
         adaptive = has_metric(optimizer)
-        self._meter: NoiseMeter | MicrobatchMeter
+        self.meter: NoiseMeter | MicrobatchMeter
         if between == EXAMPLES:
-            self._meter = NoiseMeter(model, self._symmetries, every_entry=adaptive, check_every=_CHECK_EVERY)
+            self.meter = NoiseMeter(model, self._symmetries, every_entry=adaptive, check_every=_CHECK_EVERY)
         else:
-            self._meter = MicrobatchMeter(model, self._symmetries, every_entry=adaptive, group=group)
-        self._meter.observers.append(self._observe)
+            self.meter = MicrobatchMeter(model, self._symmetries, every_entry=adaptive, group=group)
+        self.meter.observers.append(self._observe)
         self._params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         parts = Parts(list(self._params), model, optimizer)
         self._averages = ScaleAverages(parts, window, confidence, adaptive=adaptive)
@@ -141,14 +142,14 @@ class NoiseScale:
             yield _nothing
             return
         factor = 1.0 if self._scaler is None else self._scaler.get_scale()
-        if isinstance(self._meter, MicrobatchMeter):
-            with self._meter.step() as done:
+        if isinstance(self.meter, MicrobatchMeter):
+            with self.meter.step() as done:
                 yield lambda *, size, weight=1.0: done(size=size, weight=weight * factor)
             return
         if batch is None:
             raise SettingsError("the noise between examples needs the batch: `with watch.step(batch)`")
         try:
-            with self._meter.step(batch, weight=weight, scale=factor):
+            with self.meter.step(batch, weight=weight, scale=factor):
                 yield _nothing
         except CoupledExamplesError as error:
             error.add_note(f"NoiseScale(..., between={MICROBATCHES!r}) measures between microbatches")
@@ -194,17 +195,17 @@ class NoiseScale:
         Raises:
             EmptyDataError: If no step was measured yet.
         """
-        return self._meter.noise
+        return self.meter.noise
 
     @property
     def skipped(self) -> int:
         """How many measured steps were left out."""
-        return self._skipped_before + self._meter.skipped
+        return self._skipped_before + self.meter.skipped
 
     @property
     def unmeasured(self) -> dict[str, str]:
         """The parameters whose gradients cannot be taken apart by example, each with the reason."""
-        return self._meter.unmeasured if isinstance(self._meter, NoiseMeter) else {}
+        return self.meter.unmeasured if isinstance(self.meter, NoiseMeter) else {}
 
     def metrics(self, *, layers: bool = True) -> dict[str, float]:
         r"""What loggers take: a flat dictionary of numbers under the names of the field.
@@ -241,7 +242,7 @@ class NoiseScale:
             SettingsError: If it belongs to another model or another kind of optimizer.
         """
         self._averages.load_state_dict(state["averages"])
-        self.steps, self._skipped_before = state["steps"], state["skipped"] - self._meter.skipped
+        self.steps, self._skipped_before = state["steps"], state["skipped"] - self.meter.skipped
 
     def _observe(self, step: StepNoise) -> None:
         """Take what a step says."""
