@@ -53,8 +53,8 @@ class Regression(LightningModule):
         *,
         optimizer: Callable[[Any], torch.optim.Optimizer] = adamw,
         reduction: str = "mean",
-        before: Callable[["Regression", int], object] = lambda module, batch_idx: None,
-        after: Callable[["Regression", int, Tensor], Tensor | None] = lambda module, batch_idx, loss: loss,
+        before: Callable[["Regression", int], object] | None = None,
+        after: Callable[["Regression", int, Tensor], Tensor | None] | None = None,
     ) -> None:
         super().__init__()
         self.net, self.make, self.reduction, self.before, self.after = net, optimizer, reduction, before, after
@@ -65,8 +65,10 @@ class Regression(LightningModule):
         return losses.sum() if self.reduction == "sum" else losses.mean()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        self.before(self, batch_idx)
-        return self.after(self, batch_idx, self.loss(batch))
+        if self.before is not None:
+            self.before(self, batch_idx)
+        loss = self.loss(batch)
+        return loss if self.after is None else self.after(self, batch_idx, loss)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make([parameter for parameter in self.parameters() if parameter.requires_grad])
@@ -121,9 +123,10 @@ def fit(
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     given = quiet | {"logger": False, "accelerator": "cpu", "devices": 1, "max_epochs": epochs} | settings
     validation = given.pop("validation", None)
+    given_batches = None if given.pop("own_loader", False) else loader(pairs() if batches is None else batches)
     evaluated = None if validation is None else loader(validation)
     trainer = Trainer(callbacks=list(callbacks), **given)
-    trainer.fit(module, loader(pairs() if batches is None else batches), evaluated, ckpt_path=checkpoint)
+    trainer.fit(module, given_batches, evaluated, ckpt_path=checkpoint)
     return trainer
 
 

@@ -13,6 +13,7 @@ from test_floors import FLOORS
 ROOT = Path(__file__).parents[1]
 # Complete programs: their blocks run one after the other, and their output is compared.
 COMPLETE = ["README.md", "docs/first-ten-minutes.md", "docs/how-to-add-an-operation.md", "docs/under-adamw.md"]
+COMPLETE += ["docs/with-lightning.md"]
 # Programs on the model of the reader: each block runs with a model, a loss and data from tests/cases.py.
 SHORT = [
     (page, block.code)

@@ -93,14 +93,24 @@ def test_adapters() -> None:
     assert any("lora_A" in layer for layer in expected.layers)
 
 
-def test_a_compiled_module() -> None:
-    callback = NoiseCallback(every=2)
-    ran = []
-    module = Regression(network(), before=lambda module, batch_idx: ran.append(torch.compiler.is_compiling()))
-    module.net.compile(backend="eager")
-    fit(module, [callback])
-    equal(callback.watch, Loop().run(Regression(network())), EXACT)
-    assert len(ran) == 14
+@pytest.mark.parametrize("between", ["examples", "microbatches"])
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_compiled_module(between: str, complete: bool) -> None:
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    callback = NoiseCallback(every=2, between=between)
+    module = Regression(network())
+    if complete:
+        module = torch.compile(module, backend=backend)  # type: ignore[assignment]
+    else:
+        module.net.compile(backend=backend)
+    fit(module, [callback], accumulate_grad_batches=2)
+    equal(callback.watch, Loop(k=2, between=between).run(Regression(network())), EXACT)
+    assert compiled  # steps that are not measured run what was compiled
 
 
 def test_batches_by_name_and_inputs() -> None:
@@ -139,15 +149,10 @@ def test_the_trace_is_that_of_the_gradients_of_single_examples(k: int) -> None:
     fit(module, [callback], batches, epochs=1, accumulate_grad_batches=k, gradient_clip_val=1e-3)
     traces = []
     for x, y in batches:
-        rows = [
-            torch.cat(
-                [
-                    g.flatten()
-                    for g in torch.autograd.grad(module.loss((x[i : i + 1], y[i : i + 1])), [*module.parameters()])
-                ]
-            )
-            for i in range(len(x))
-        ]
+        rows = []
+        for example in range(len(x)):
+            loss = module.loss((x[example : example + 1], y[example : example + 1]))
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))]))
         traces.append(float(torch.stack(rows).var(0).sum()))
     assert callback.watch is not None
     assert callback.watch.estimate.trace == pytest.approx(sum(traces) / len(traces), rel=EXACT)

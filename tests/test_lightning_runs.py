@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 import noetherflow as nf
-from lightning_runs import QUIET, Kept, Loop, Regression, Validated, adamw, fit, network, pairs
+from lightning_runs import QUIET, Kept, Loop, Pair, Regression, Validated, adamw, fit, network, pairs
 from noetherflow.integrations.lightning import NoiseCallback
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
@@ -172,12 +172,12 @@ def test_a_batch_without_a_loss_is_left_out() -> None:
     assert (callback.watch.steps, callback.watch.estimate.steps) == (3, 1)
 
 
-def measures(module: Regression) -> bool:
+def measures(module: Regression, batch: Pair | None = None) -> bool:
     """Whether code of the meters runs in a pass forward and backward: modes and hooks that were left behind do."""
     files = set()
     sys.setprofile(lambda frame, event, argument: files.add(frame.f_code.co_filename))
     try:
-        module.loss(pairs()[0]).backward()
+        module.loss(batch or pairs()[0]).backward()
     finally:
         sys.setprofile(None)
     return any("noetherflow/noise" in Path(file).as_posix() for file in files)
@@ -186,8 +186,9 @@ def measures(module: Regression) -> bool:
 def test_a_meter_that_is_left_in_its_block_is_noticed() -> None:
     module = Regression(network())
     assert not measures(module)
-    with nf.NoiseMeter(module, {}).step(pairs()[0]):
-        assert measures(module)
+    batch = pairs()[0]
+    with nf.NoiseMeter(module, {}).step(batch):
+        assert measures(module, batch)
     with nf.MicrobatchMeter(module, {}).step() as done:
         assert measures(module)
         done(size=4)
