@@ -1,7 +1,7 @@
 """The noise scale of a run of Lightning's Trainer."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, final
 
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from noetherflow._errors import (
 )
 from noetherflow._extras import has, require
 from noetherflow._types import Batch
+from noetherflow.integrations._block import Block
 from noetherflow.symmetry import Symmetry
 from noetherflow.watching import NoiseScale
 
@@ -98,7 +99,7 @@ class NoiseCallback(Callback):
         self.watch: NoiseScale | None = None
         self._trained: list[str] = []
         self._saved: Mapping[str, Any] | None = None
-        self._block: _Block | None = None
+        self._block: Block | None = None
         self._size = 0
 
     @property
@@ -137,9 +138,9 @@ class NoiseCallback(Callback):
             with self._advice():
                 if self._between == _EXAMPLES:
                     weight = self._weight(trainer) / max(1, self._size)
-                    self._block = _Block(self.watch.step(given, weight=weight), due=due)
+                    self._block = Block(self.watch.step(given, weight=weight), due=due)
                 else:
-                    self._block = _Block(self.watch.step(), due=due)
+                    self._block = Block(self.watch.step(), due=due)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the block of a batch, or take what came from a microbatch."""
@@ -254,35 +255,6 @@ class NoiseCallback(Callback):
                 )
             error.add_note(note)
             raise
-
-
-@final
-class _Block:
-    """The block of a step that is entered in a hook of the trainer and left in another.
-
-    Args:
-        context: What `NoiseScale.step` gives.
-        due: Whether this step is measured.
-    """
-
-    def __init__(self, context: AbstractContextManager[Callable[..., None]], *, due: bool) -> None:
-        self._context, self.due = context, due
-        self.done = context.__enter__()
-        self.microbatches = 0
-
-    def close(self) -> None:
-        """Leave the block, and measure."""
-        self._context.__exit__(None, None, None)
-
-    def abandon(self) -> None:
-        """Leave the block as an exception does, which measures nothing."""
-        unfinished = _Unfinished()
-        self._context.__exit__(_Unfinished, unfinished, None)
-
-
-@final
-class _Unfinished(Exception):
-    """A step ended without a backward pass."""
 
 
 def _trained(pl_module: LightningModule) -> list[str]:
