@@ -18,6 +18,7 @@ COMPLETE = [
     "docs/how-to-add-an-operation.md",
     "docs/under-adamw.md",
     "docs/which-batch-size.md",
+    "docs/with-lightning.md",
 ]
 # Programs on the model of the reader: each block runs with a model, a loss and data from tests/cases.py.
 SHORT = [

@@ -66,7 +66,7 @@ def state():
 
 # What these change when they are imported is their affair.
 for name in ("numba", "plotly.offline", "pyarrow.parquet", "rich.progress", "scipy.optimize", "scipy.linalg", "typer",
-             "safetensors.torch", "torch.fx", "matplotlib.figure", "concurrent.futures.process"):
+             "safetensors.torch", "torch.fx", "matplotlib.figure", "concurrent.futures.process", "lightning.pytorch"):
     importlib.import_module(name)
 changed = []
 for step in STEPS:
@@ -194,6 +194,7 @@ def test_the_dependencies_are_those_four() -> None:
 SENTENCES = {
     "report": "from noetherflow.report import figure\nfigure.draw(None)",
     "paper": "import noetherflow.paper.experiment",
+    "lightning": "import noetherflow.integrations.lightning",
     "paper to write": "import torch, noetherflow as nf\n"
     "nf.Trajectory(torch.arange(2), torch.zeros(2, 1)).save('never.parquet')",
     "paper to read": "import noetherflow as nf\nnf.Trajectory.load('never.parquet')",
