@@ -132,9 +132,17 @@ def linear(size: int, tokens: int, n: int, m: int, *, contiguous: bool = True) -
     return [Outer((), x, d) if contiguous else Outer((), x.mT.contiguous().mT, d.mT.contiguous().mT)], (n, m)
 
 
-def convolution(size: int, dims: int, groups: int, *steps: tuple[int, ...], n: int = 4, channels: int = 4) -> Any:
+def convolution(
+    size: int,
+    dims: int,
+    groups: int,
+    *steps: tuple[int, ...],
+    n: int = 4,
+    channels: int = 4,
+    space: Sequence[int] = (9, 8, 7),
+) -> Any:
     """Stride, padding and dilation of as many dimensions."""
-    x, weight = draw(size, channels, *(9, 8, 7)[:dims]), draw(n, channels // groups, *(3, 2, 3)[:dims])
+    x, weight = draw(size, channels, *space[:dims]), draw(n, channels // groups, *(3, 2, 3)[:dims])
     function: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1]
     stride, padding, dilation = (one[:dims] for one in steps)
     d = draw(*function(x, weight, None, stride, padding, dilation, groups).shape)
@@ -187,6 +195,10 @@ CASES: dict[str, Callable[[], tuple[Sequence[Use], Any]]] = {
     ),
     "convolution, wide patches": lambda: convolution(
         3, 2, 1, (2, 1), (1, 2), (1, 1), n=6, channels=17
+    ),
+    "convolution, many places": lambda: convolution(2, 2, 1, (2, 1), (1, 2), (2, 1), n=3, channels=2, space=(70, 40)),
+    "convolution, wide patches, many places": lambda: convolution(
+        2, 2, 1, (2, 3), (0, 1), (1, 2), n=5, channels=11, space=(30, 60)
     ),
     "convolution, wide patches with gaps": lambda: convolution(3, 2, 1, (1, 2), (2, 0), (2, 2), n=6, channels=17),
 } | {

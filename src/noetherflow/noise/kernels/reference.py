@@ -73,6 +73,10 @@ class Batched(ABC):
         # Token Grams know matrices only, not the dimensions of a kernel.
         plain = window.groups == 1 and not buffer.layout.grams
         by_tokens = plain and self.costs.prefer_tokens(places, n, m, buffer.layout.requested)
+        if x.is_cpu and not by_tokens:
+            parts = chunks(len(x), n * m * x.element_size(), x)
+            products = (window.gradients(x[part], d[part], shape) for part in parts)
+            return self.add_stacks((stack.reshape(-1, n, m) for stack in products), buffer).view(shape)
         parts = chunks(len(x), max(n, window.groups * places) * m * x.element_size(), x)
 
         def factors(part: slice) -> tuple[Tensor, Tensor]:
@@ -84,8 +88,7 @@ class Batched(ABC):
             return self.add_stacks((stack.reshape(len(stack), n, m) for stack in products), buffer).view(shape)
         for left, right in map(factors, parts):
             square_by_tokens(right[:, 0], left[:, 0].mT, buffer, EACH)
-        weight_gradient = (grad.conv1d_weight, grad.conv2d_weight, grad.conv3d_weight)[len(window.kernel) - 1]
-        total = weight_gradient(x, shape, d, window.stride, window.padding, window.dilation, window.groups)  # type: ignore[no-untyped-call]
+        total = window.gradient(x, d, shape)
         self.accumulate(total.reshape(1, n, m), buffer, OF_SUM)
         return total
 
