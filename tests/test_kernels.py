@@ -196,7 +196,7 @@ CASES: dict[str, Callable[[], tuple[Sequence[Use], Any]]] = {
     "convolution, wide patches": lambda: convolution(
         3, 2, 1, (2, 1), (1, 2), (1, 1), n=6, channels=17
     ),
-    "convolution, many places": lambda: convolution(2, 2, 1, (2, 1), (1, 2), (2, 1), n=3, channels=2, space=(70, 40)),
+    "convolution, many places": lambda: convolution(2, 2, 1, (2, 1), (1, 2), (2, 1), n=3, channels=8, space=(70, 40)),
     "convolution, wide patches, many places": lambda: convolution(
         2, 2, 1, (2, 3), (0, 1), (1, 2), n=5, channels=11, space=(30, 60)
     ),

@@ -137,7 +137,7 @@ def _form_by_example(kernels: Cpu, x: Tensor, d: Tensor, window: Window, buffer:
     # Sums over few places cost more than the products; rows of few numbers leave vectors empty.
     by_plane = m < _WIDE or tokens + 64 < 1.6 * len(places)
     if by_plane:
-        starts = np.full(columns, channels * extent)
+        starts = np.full(columns + 1, channels * extent)  # the last after all planes
         starts[:m] = np.add.outer(extent * np.arange(channels), moves).ravel()
         loops.plane_products(*arrays[:2], spots, places[:: d.shape[-1]], starts, *arrays[2:], tokens + -tokens % loops.LANES)  # type: ignore[call-arg]
     else:
