@@ -62,10 +62,10 @@ class Window:
         return function(x, shape, d, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[no-untyped-call]
 
     def gradients(self, x: Tensor, d: Tensor, shape: Sequence[int]) -> Tensor:
-        """The same of every example: a group of channels each. Shape (B, *shape)."""
+        """The gradient of every example, shape (B, *shape): each example has groups of channels of its own."""
         window = replace(self, groups=self.groups * len(x))
-        parts = (images.reshape(1, -1, *images.shape[2:]) for images in (x, d))
-        return window.gradient(*parts, (len(x) * shape[0], *shape[1:])).view(len(x), *shape)
+        images, gradients = (stack.reshape(1, -1, *stack.shape[2:]) for stack in (x, d))
+        return window.gradient(images, gradients, (len(x) * shape[0], *shape[1:])).view(len(x), *shape)
 
 
 class Kernels(Protocol):
@@ -140,22 +140,6 @@ class Kernels(Protocol):
 
     def channel_sums(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """The sums of d x and of d over all but the first two dimensions, shape (B, channels)."""
-
-    def group_norm_back(
-        self, x: Tensor, d: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The backward pass of a normalisation over groups of channels.
-
-        Args:
-            x: What was normalised, shape (B, channels, ...).
-            d: Gradients of the outputs, of the same shape.
-            weight: Shape (channels,), or None.
-            mean: Of each group, shape (B, groups).
-            scale: What each centred group was multiplied by, of that shape.
-
-        Returns:
-            The gradient of x, and those of gain and bias example by example, shape (B, channels).
-        """
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:

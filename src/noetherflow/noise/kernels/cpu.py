@@ -102,19 +102,6 @@ class Cpu(Batched):
         loops.channel_sums(*arrays)
         return products.view(shape), sums.view(shape)
 
-    def group_norm_back(
-        self, x: Tensor, d: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Kernels`."""
-        x, d, shape = x.contiguous(), d.contiguous(), x.shape[:2]
-        back, gains, biases = torch.empty_like(x), x.new_empty(shape), x.new_empty(shape)
-        full = x.new_ones(shape[1]) if weight is None else weight.contiguous()
-        arrays = _arrays(x.flatten(2), d.flatten(2), full, mean, scale, back.flatten(2), gains, biases)
-        if not arrays:
-            return super().group_norm_back(x, d, weight, mean, scale)
-        loops.group_norm_back(*arrays)
-        return back, gains, biases
-
 
 @cache
 def has_slow_products() -> bool:
@@ -139,12 +126,16 @@ def _form_by_example(kernels: Cpu, x: Tensor, d: Tensor, window: Window, buffer:
     if by_plane:
         starts = np.full(columns + 1, channels * extent)  # the last after all planes
         starts[:m] = np.add.outer(extent * np.arange(channels), moves).ravel()
-        loops.plane_products(*arrays[:2], spots, places[:: d.shape[-1]], starts, *arrays[2:], tokens + -tokens % loops.LANES)  # type: ignore[call-arg]
+        loops.plane_products(
+            *arrays[:2], spots, places[:: d.shape[-1]], starts, *arrays[2:], tokens + -tokens % loops.LANES
+        )  # type: ignore[call-arg]
     else:
         spots, places, moves, _ = _positions(*geometry, apart=False)
         # Neighbours are a single run.
         run = window.kernel[-1] if window.dilation[-1] == 1 else 1
-        loops.patch_products(*arrays[:2], spots, channels * places, channels * moves[::run], *arrays[2:], channels * run)  # type: ignore[call-arg]
+        loops.patch_products(
+            *arrays[:2], spots, channels * places, channels * moves[::run], *arrays[2:], channels * run
+        )  # type: ignore[call-arg]
 
     def cut(matrices: Tensor) -> Tensor:
         """Without padding, channels first."""

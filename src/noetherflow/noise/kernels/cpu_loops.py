@@ -227,43 +227,6 @@ def channel_sums(x: Any, d: Any, products: Any, sums: Any) -> None:
 
 
 @compiled
-def group_norm_back(x: Any, d: Any, weight: Any, mean: Any, scale: Any, back: Any, gains: Any, biases: Any) -> None:
-    """The backward pass of a normalisation over groups of channels, in one pass.
-
-    Args:
-        x: What was normalised, shape (B, channels, S).
-        d: Gradients of the outputs, of the same shape.
-        weight: Shape (channels,).
-        mean: Of each group, shape (B, groups).
-        scale: What each centred group was multiplied by.
-        back: Where the gradient of x is written.
-        gains: Where the gradients of the weight are written, shape (B, channels).
-        biases: The same of the bias.
-    """
-    (size, channels, places), groups = x.shape, mean.shape[1]
-    count = channels // groups
-    for b in range(size):
-        for group in range(groups):
-            centre, factor = mean[b, group], scale[b, group]
-            tilt = shift = x.dtype.type(0)
-            for c in range(group * count, (group + 1) * count):
-                product = total = x.dtype.type(0)
-                for s in range(places):
-                    product += x[b, c, s] * d[b, c, s]
-                    total += d[b, c, s]
-                gains[b, c], biases[b, c] = (product - centre * total) * factor, total
-                tilt -= weight[c] * gains[b, c]
-                shift -= weight[c] * total
-            # A gradient has no component along what the normalisation takes away: the mean, and the scale.
-            tilt *= factor * factor / x.dtype.type(count * places)
-            shift = shift * factor / x.dtype.type(count * places) - tilt * centre
-            for c in range(group * count, (group + 1) * count):
-                slope = factor * weight[c]
-                for s in range(places):
-                    back[b, c, s] = slope * d[b, c, s] + (tilt * x[b, c, s] + shift)
-
-
-@compiled
 def affine_sums(x: Any, d: Any, mean: Any, scale: Any, gains: Any, biases: Any) -> None:
     """Add gradients of gain and bias (B, m) for tokens x (B, T, m), their mean and scale (B, T), and gradients d."""
     size, tokens, m = x.shape
