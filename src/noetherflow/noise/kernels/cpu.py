@@ -21,6 +21,8 @@ Array = npt.NDArray[np.int64]
 
 # Numbers in a patch from which on the compiled product is faster than that of PyTorch.
 _WIDE = 64
+# An inner product costs as much as so many further places; products of patches cost so many times as much by place.
+_SUMMING, _PATCHES = 64, 1.6
 _COMPILED = (torch.float32, torch.float64, torch.int64)
 
 
@@ -118,24 +120,22 @@ def _form_by_example(kernels: Cpu, x: Tensor, d: Tensor, window: Window, buffer:
     numbers, padded = torch.zeros(1 + rows + columns, dtype=torch.float64), x.new_zeros(rows, columns)
     entries = None if buffer.entries is None else torch.zeros_like(padded)
     arrays = _arrays(d.flatten(2).contiguous(), x.flatten(2).contiguous(), numbers, entries, padded)
+    stacks, sums = arrays[:2], arrays[2:]
     geometry = tuple(x.shape[2:]), window, tuple(d.shape[2:])
     spots, places, moves, extent = _positions(*geometry, apart=True)
     tokens = int(places[-1]) + 1
-    # Sums over few places cost more than the products; rows of few numbers leave vectors empty.
-    by_plane = m < _WIDE or tokens + 64 < 1.6 * len(places)
+    by_plane = m < _WIDE or tokens + _SUMMING < _PATCHES * len(places)
     if by_plane:
         starts = np.full(columns + 1, channels * extent)  # the last after all planes
         starts[:m] = np.add.outer(extent * np.arange(channels), moves).ravel()
-        loops.plane_products(
-            *arrays[:2], spots, places[:: d.shape[-1]], starts, *arrays[2:], tokens + -tokens % loops.LANES
-        )  # type: ignore[call-arg]
+        tokens += -tokens % loops.LANES
+        loops.plane_products(*stacks, spots, places[:: d.shape[-1]], starts, *sums, tokens)  # type: ignore[call-arg]
     else:
-        spots, places, moves, _ = _positions(*geometry, apart=False)
-        # Neighbours are a single run.
-        run = window.kernel[-1] if window.dilation[-1] == 1 else 1
-        loops.patch_products(
-            *arrays[:2], spots, channels * places, channels * moves[::run], *arrays[2:], channels * run
-        )  # type: ignore[call-arg]
+        spots, places, moves, extent = _positions(*geometry, apart=False)
+        image = np.zeros((extent, channels), stacks[0].dtype)
+        run = window.kernel[-1] if window.dilation[-1] == 1 else 1  # neighbours
+        places, moves, run = channels * places, channels * moves[::run], channels * run
+        loops.patch_products(*stacks, image, spots, places, moves, *sums, run)  # type: ignore[call-arg]
 
     def cut(matrices: Tensor) -> Tensor:
         """Without padding, channels first."""

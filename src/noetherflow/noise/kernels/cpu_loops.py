@@ -102,15 +102,25 @@ def _multiply_tile(left: Any, right: Any, out: Any, first: int, last: int, start
 
 @compiled
 def patch_products(
-    d: Any, images: Any, spots: Any, places: Any, moves: Any, numbers: Any, entries: Any, total: Any, run: int
+    d: Any,
+    images: Any,
+    padded: Any,
+    spots: Any,
+    places: Any,
+    moves: Any,
+    numbers: Any,
+    entries: Any,
+    total: Any,
+    run: int,
 ) -> None:
     """Form the gradients of a convolution's weight example by example from patches, and accumulate each.
 
     Args:
         d: Gradients of the outputs, shape (B, n, places).
         images: Shape (B, channels, pixels).
+        padded: Zeros, shape (pixels of a padded image, channels).
         spots: Where each pixel is in the padded image.
-        places: Where each patch begins in the padded image, channels last.
+        places: Where each patch begins in the padded image as a vector.
         moves: How far from there each run of numbers of the patch is.
         numbers: The total, sums by row and sums by column, of padded matrices.
         entries: Padded matrix, or None.
@@ -121,14 +131,12 @@ def patch_products(
     rows, m = total.shape
     tokens = count + -count % 4
     left, right = np.zeros((1, rows, tokens), d.dtype), np.zeros((1, tokens, m), d.dtype)
-    image, block = np.zeros(places[-1] + moves[-1] + run, d.dtype), np.empty((1, rows, m), d.dtype)
-    channels = images.shape[1]
-    pixels = image.reshape(-1, channels)
+    image, block = padded.reshape(padded.size), np.empty((1, rows, m), d.dtype)
     for b in range(size):
         left[0, :n, :count] = d[b]
-        for c in range(channels):
+        for c in range(images.shape[1]):
             for j in range(len(spots)):
-                pixels[spots[j], c] = images[b, c, j]
+                padded[spots[j], c] = images[b, c, j]
         for t in range(count):
             for k in range(len(moves)):
                 # Slices, so that the inner loop need not look whether an index is negative.
