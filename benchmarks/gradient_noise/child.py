@@ -210,11 +210,13 @@ def load_loops() -> None:
     stack, ids = torch.ones(2, 2, 2), torch.zeros(2, 2, dtype=torch.int64)
     kernels, window = kernels_for(stack), Window([1], [0], [1], 1, [1])
     for asked in (Requested(True, True), Requested(True, True, entries=True)):
-        matrix, weight = (
-            Buffer.blank(StatisticsLayout.of(torch.Size(shape), asked), stack) for shape in ((2, 2), (2, 2, 1))
+        matrix, weight, wide_weight = (
+            Buffer.blank(StatisticsLayout.of(torch.Size(shape), asked), stack)
+            for shape in ((2, 2), (2, 2, 1), (2, 64, 1))
         )
         kernels.outer_products(stack, stack, matrix, needs_sum=True)
         kernels.patches(stack, stack, window, weight)
+        kernels.patches(torch.ones(1, 64, 2), stack[:1], window, wide_weight)
         kernels.table_rows(ids, stack, matrix)
         kernels.accumulate(stack, matrix, EACH, torch.ones(2, 2))
         kernels.accumulate(stack, matrix, OF_SUM)
@@ -224,7 +226,6 @@ def load_loops() -> None:
     kernels.outer_products(wide, wide, matrix, needs_sum=True)
     kernels.channel_sums(stack, stack)
     kernels.affine_sums(stack, stack, stack[..., :1].contiguous(), stack[..., :1].contiguous())
-    kernels.group_norm_back(stack, stack, None, stack[0], stack[0])
 
 
 def forked(function: Callable[[], bytes]) -> bytes:

@@ -18,6 +18,7 @@ from noetherflow.noise.capture.sink import GradientSink
 from noetherflow.noise.capture.sources import Source
 from noetherflow.noise.collect import collect, stacked
 from noetherflow.noise.kernels import accumulator
+from noetherflow.noise.kernels.reference import budget
 from noetherflow.noise.statistics import Requested, StatisticsLayout
 from noetherflow.noise.uses import PerExample, Use, View
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # Units of rounding by which the sum of gradients may differ in another order of additions.
 _ROUNDING = 1000
+# Vectors whose gradients take more than such a part of the memory that kernels take are not kept until a block ends.
+_LARGE = 4
 
 
 def arrived(capture: "Capture", source: Source, root: Tensor, zero: Tensor, incoming: Tensor | None) -> Tensor | None:
@@ -74,7 +77,10 @@ def arrived(capture: "Capture", source: Source, root: Tensor, zero: Tensor, inco
 def _accumulated(capture: "Capture", name: str, root: Tensor, uses: Sequence[Use]) -> Tensor | None:
     """Add up the statistics of a parameter; the sum of its gradients, if it was formed."""
     kind = accumulator(root)
-    if capture.buffers.model_layout.layouts[name].is_of_vector and all(isinstance(use, PerExample) for use in uses):
+    layout, size = capture.buffers.model_layout.layouts[name], capture.size * root.numel() * kind.itemsize
+    # Large stacks are squared now: they take the memory of activations.
+    waits = layout.is_of_vector and _LARGE * size <= budget(root)
+    if waits and all(isinstance(use, PerExample) for use in uses):
         stack = stacked(uses, root.shape, root if root.dtype is kind else root.to(kind)).reshape(capture.size, -1)
         capture.vectors.append((name, stack, stack.sum(0)))
         return capture.vectors[-1][2].view(root.shape)

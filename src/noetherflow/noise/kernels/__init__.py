@@ -5,7 +5,7 @@ from torch import Tensor
 from noetherflow.noise.buffers import EACH, Buffer
 from noetherflow.noise.kernels.base import Kernels, Window, accumulator
 from noetherflow.noise.kernels.choose import kernels_for
-from noetherflow.noise.kernels.formulas import distinct_rows
+from noetherflow.noise.kernels.formulas import distinct_rows, group_norm_back
 
 __all__ = [
     "Kernels",
@@ -48,10 +48,3 @@ def affine_sums(x: Tensor, d: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tens
 def channel_sums(x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """See `Kernels.channel_sums`."""
     return kernels_for(x).channel_sums(x, d)
-
-
-def group_norm_back(
-    x: Tensor, d: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Kernels.group_norm_back`."""
-    return kernels_for(x).group_norm_back(x, d, weight, mean, scale)

@@ -6,13 +6,13 @@ row `OF_SUM` the squares of the sum of all gradients.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar, Protocol, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import functional, grad
 
 from noetherflow.noise.buffers import Buffer
 
@@ -55,6 +55,17 @@ class Window:
         x = x.permute(0, 1, *range(2 + space, 2 + 2 * space), *range(2, 2 + space))
         patch = x.shape[1 : 2 + space].numel() // self.groups
         return x.reshape(len(x), self.groups, patch, x.shape[2 + space :].numel())
+
+    def gradient(self, x: Tensor, d: Tensor, shape: Sequence[int]) -> Tensor:
+        """The gradient of a weight of some shape, for images x (B, channels, *space) and gradients d of the outputs."""
+        function = (grad.conv1d_weight, grad.conv2d_weight, grad.conv3d_weight)[len(self.kernel) - 1]
+        return function(x, shape, d, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[no-untyped-call]
+
+    def gradients(self, x: Tensor, d: Tensor, shape: Sequence[int]) -> Tensor:
+        """The gradient of every example, shape (B, *shape): each example has groups of channels of its own."""
+        window = replace(self, groups=self.groups * len(x))
+        images, gradients = (stack.reshape(1, -1, *stack.shape[2:]) for stack in (x, d))
+        return window.gradient(images, gradients, (len(x) * shape[0], *shape[1:])).view(len(x), *shape)
 
 
 class Kernels(Protocol):
@@ -129,22 +140,6 @@ class Kernels(Protocol):
 
     def channel_sums(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """The sums of d x and of d over all but the first two dimensions, shape (B, channels)."""
-
-    def group_norm_back(
-        self, x: Tensor, d: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The backward pass of a normalisation over groups of channels.
-
-        Args:
-            x: What was normalised, shape (B, channels, ...).
-            d: Gradients of the outputs, of the same shape.
-            weight: Shape (channels,), or None.
-            mean: Of each group, shape (B, groups).
-            scale: What each centred group was multiplied by, of that shape.
-
-        Returns:
-            The gradient of x, and those of gain and bias example by example, shape (B, channels).
-        """
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:

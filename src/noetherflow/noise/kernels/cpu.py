@@ -1,11 +1,12 @@
 """Compiled loops for the CPU: each block of gradients is squared and added up while the cache holds it."""
 
 import math
-from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,8 +17,12 @@ from noetherflow.noise.kernels.costs import Costs
 from noetherflow.noise.kernels.formulas import add_grams, add_sums
 from noetherflow.noise.kernels.reference import Batched, Reference
 
+Array = npt.NDArray[np.int64]
+
 # Numbers in a patch from which on the compiled product is faster than that of PyTorch.
 _WIDE = 64
+# An inner product costs as much as so many further places; products of patches cost so many times as much by place.
+_SUMMING, _PATCHES = 64, 1.6
 _COMPILED = (torch.float32, torch.float64, torch.int64)
 
 
@@ -58,18 +63,16 @@ class Cpu(Batched):
     def patches(self, x: Tensor, d: Tensor, window: Window, buffer: Buffer) -> Tensor:
         """See `Kernels`."""
         places, n, m = d.shape[2:].numel(), d.shape[1], buffer.layout.shape[1:].numel()
-        flat = d.flatten(2).contiguous()
         compiled = (
-            # The compiled product has a single thread, and few numbers in a patch leave its vectors empty.
-            torch.get_num_threads() == 1
-            and m >= _WIDE
+            torch.get_num_threads() == 1  # as many as the compiled products have
             and window.groups == 1
             and not buffer.layout.grams
+            and x.is_cpu
             and x.dtype is d.dtype
-            and bool(_arrays(flat))
+            and x.dtype in _COMPILED
             and not self.costs.prefer_tokens(places, n, m, buffer.layout.requested)
         )
-        return _form_from_patches(self, x, flat, window, buffer) if compiled else super().patches(x, d, window, buffer)
+        return _form_by_example(self, x, d, window, buffer) if compiled else super().patches(x, d, window, buffer)
 
     def _multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """See `Batched`."""
@@ -101,19 +104,6 @@ class Cpu(Batched):
         loops.channel_sums(*arrays)
         return products.view(shape), sums.view(shape)
 
-    def group_norm_back(
-        self, x: Tensor, d: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Kernels`."""
-        x, d, shape = x.contiguous(), d.contiguous(), x.shape[:2]
-        back, gains, biases = torch.empty_like(x), x.new_empty(shape), x.new_empty(shape)
-        full = x.new_ones(shape[1]) if weight is None else weight.contiguous()
-        arrays = _arrays(x.flatten(2), d.flatten(2), full, mean, scale, back.flatten(2), gains, biases)
-        if not arrays:
-            return super().group_norm_back(x, d, weight, mean, scale)
-        loops.group_norm_back(*arrays)
-        return back, gains, biases
-
 
 @cache
 def has_slow_products() -> bool:
@@ -122,56 +112,73 @@ def has_slow_products() -> bool:
     return torch.backends.mkl.is_available() and info.exists() and "AuthenticAMD" in info.read_text("utf-8")
 
 
-def _form_from_patches(kernels: Cpu, x: Tensor, d: Tensor, window: Window, buffer: Buffer) -> Tensor:
-    """What `Cpu.patches` does by compiled loops, for d (B, n, places)."""
-    layout, shape = buffer.layout, buffer.layout.shape
+def _form_by_example(kernels: Cpu, x: Tensor, d: Tensor, window: Window, buffer: Buffer) -> Tensor:
+    """What `Cpu.patches` does by compiled loops."""
+    layout, shape, channels = buffer.layout, buffer.layout.shape, x.shape[1]
     n, m = d.shape[1], shape[1:].numel()
-    # Padded and with channels last in a single copy.
-    sizes = [size + 2 * side for size, side in zip(x.shape[2:], window.padding, strict=True)]
-    images = x.new_zeros(len(x), *sizes, x.shape[1])
-    inside = images
-    for dim, (size, side) in enumerate(zip(x.shape[2:], window.padding, strict=True), 1):
-        inside = inside.narrow(dim, side, size)
-    inside.copy_(x.movedim(1, -1))
     rows, columns = n + -n % 4, m + -m % loops.LANES
     numbers, padded = torch.zeros(1 + rows + columns, dtype=torch.float64), x.new_zeros(rows, columns)
     entries = None if buffer.entries is None else torch.zeros_like(padded)
-    starts, moves, run = _steps(tuple(images.shape[1:]), window, tuple(window.places(x)))
-    arrays = _arrays(d, images.flatten(1), starts, moves, numbers, entries, padded)
-    loops.patch_products(*arrays, run)  # type: ignore[call-arg]
+    arrays = _arrays(d.flatten(2).contiguous(), x.flatten(2).contiguous(), numbers, entries, padded)
+    stacks, sums = arrays[:2], arrays[2:]
+    geometry = tuple(x.shape[2:]), window, tuple(d.shape[2:])
+    spots, places, moves, extent = _positions(*geometry, apart=True)
+    tokens = int(places[-1]) + 1
+    by_plane = m < _WIDE or tokens + _SUMMING < _PATCHES * len(places)
+    if by_plane:
+        starts = np.full(columns + 1, channels * extent)  # the last after all planes
+        starts[:m] = np.add.outer(extent * np.arange(channels), moves).ravel()
+        tokens += -tokens % loops.LANES
+        loops.plane_products(*stacks, spots, places[:: d.shape[-1]], starts, *sums, tokens)  # type: ignore[call-arg]
+    else:
+        spots, places, moves, extent = _positions(*geometry, apart=False)
+        image = np.zeros((extent, channels), stacks[0].dtype)
+        run = window.kernel[-1] if window.dilation[-1] == 1 else 1  # neighbours
+        places, moves, run = channels * places, channels * moves[::run], channels * run
+        loops.patch_products(*stacks, image, spots, places, moves, *sums, run)  # type: ignore[call-arg]
 
-    def channels_first(matrices: Tensor) -> Tensor:
-        """From (..., kernel, channels) to (..., channels, kernel)."""
-        return matrices[..., :m].unflatten(-1, (-1, shape[1])).transpose(-1, -2).flatten(-2)
+    def cut(matrices: Tensor) -> Tensor:
+        """Without padding, channels first."""
+        matrices = matrices[..., :m]
+        return matrices if by_plane else matrices.unflatten(-1, (-1, channels)).transpose(-1, -2).flatten(-2)
 
-    add_sums(buffer.numbers[EACH], numbers[1 : 1 + n], layout.rows, channels_first(numbers[1 + rows :]), layout.columns)
+    add_sums(buffer.numbers[EACH], numbers[1 : 1 + n], layout.rows, cut(numbers[1 + rows :]), layout.columns)
     if entries is not None and buffer.entries is not None:
-        buffer.entries[EACH].add_(channels_first(entries[:n]).view(shape))
-    total = channels_first(padded[:n])
+        buffer.entries[EACH].add_(cut(entries[:n]).view(shape))
+    total = cut(padded[:n]).contiguous()
     kernels.accumulate(total[None], buffer, OF_SUM)
     return total.view(shape)
 
 
 @lru_cache(64)
-def _steps(image: tuple[int, ...], window: Window, places: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
-    """Where patches begin in an image (*space, channels), how far from there their runs are, and how long these are."""
-    *space, channels = image
-    kernel, run = list(window.kernel), channels
-    if window.dilation[-1] == 1:
-        run, kernel[-1] = run * kernel[-1], 1  # neighbours: a single run
-    strides = [channels * math.prod(space[dim + 1 :]) for dim in range(len(space))]
+def _positions(
+    space: tuple[int, ...], window: Window, counts: tuple[int, ...], *, apart: bool
+) -> tuple[Array, Array, Array, int]:
+    """Where the pixels of a padded image are, where each place of a kernel is, and how far from there its entries are.
 
-    def offsets(counts: Sequence[int], distances: Sequence[int]) -> Tensor:
-        starts = torch.zeros((), dtype=torch.int64)
-        for count, distance, stride in zip(counts, distances, strides, strict=True):
-            starts = starts[..., None] + distance * stride * torch.arange(count)
-        return starts.flatten()
+    Args:
+        space: Pixels along each dimension.
+        window: The geometry.
+        counts: Places along each dimension.
+        apart: Whether pixels are sorted by the remainder that the stride leaves, so that places are neighbours.
 
-    return offsets(places, window.stride), offsets(kernel, window.dilation), run
+    Returns:
+        The three, and the number of pixels of a padded image.
+    """
+    steps = window.stride if apart else (1,) * len(space)
+    lengths = [-(-(size + 2 * side) // step) for size, side, step in zip(space, window.padding, steps, strict=True)]
 
+    def at(*coordinates: Array) -> Array:
+        index, inner, outer = np.zeros((), np.int64), math.prod(lengths), math.prod(lengths) * math.prod(steps)
+        for along, length, step in zip(coordinates, lengths, steps, strict=True):
+            inner, outer = inner // length, outer // step
+            index = np.add.outer(index, along % step * outer + along // step * inner)
+        return index.ravel()
 
-def _swapped(array: Any) -> Any:
-    return None if array is None else array.swapaxes(-1, -2)
+    spots = at(*(side + np.arange(size) for side, size in zip(window.padding, space, strict=True)))
+    places = at(*(step * np.arange(count) for step, count in zip(window.stride, counts, strict=True)))
+    moves = at(*(gap * np.arange(size) for gap, size in zip(window.dilation, window.kernel, strict=True)))
+    return spots.view(np.uint64), places, moves, math.prod(lengths) * math.prod(steps)
 
 
 def _arrays(*tensors: Tensor | None) -> list[Any]:

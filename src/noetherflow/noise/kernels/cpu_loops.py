@@ -18,6 +18,8 @@ BLOCK = 256
 COLUMNS = 1280
 # Tokens of so many columns that the second one holds.
 TOKENS = 256
+# Places of four rows and four columns that the first level holds.
+PLACES = 1152
 # Vectors have that many numbers at most: rows are padded to a multiple.
 LANES = 16
 
@@ -100,14 +102,25 @@ def _multiply_tile(left: Any, right: Any, out: Any, first: int, last: int, start
 
 @compiled
 def patch_products(
-    d: Any, images: Any, places: Any, moves: Any, numbers: Any, entries: Any, total: Any, run: int
+    d: Any,
+    images: Any,
+    padded: Any,
+    spots: Any,
+    places: Any,
+    moves: Any,
+    numbers: Any,
+    entries: Any,
+    total: Any,
+    run: int,
 ) -> None:
-    """Form the gradients of a convolution's weight example by example, and accumulate each.
+    """Form the gradients of a convolution's weight example by example from patches, and accumulate each.
 
     Args:
         d: Gradients of the outputs, shape (B, n, places).
-        images: Padded, channels last, each as a vector.
-        places: Where in an image each patch begins.
+        images: Shape (B, channels, pixels).
+        padded: Zeros, shape (pixels of a padded image, channels).
+        spots: Where each pixel is in the padded image.
+        places: Where each patch begins in the padded image as a vector.
         moves: How far from there each run of numbers of the patch is.
         numbers: The total, sums by row and sums by column, of padded matrices.
         entries: Padded matrix, or None.
@@ -118,18 +131,95 @@ def patch_products(
     rows, m = total.shape
     tokens = count + -count % 4
     left, right = np.zeros((1, rows, tokens), d.dtype), np.zeros((1, tokens, m), d.dtype)
-    block = np.empty((1, rows, m), d.dtype)
+    image, block = padded.reshape(padded.size), np.empty((1, rows, m), d.dtype)
     for b in range(size):
         left[0, :n, :count] = d[b]
+        for c in range(images.shape[1]):
+            for j in range(len(spots)):
+                padded[spots[j], c] = images[b, c, j]
         for t in range(count):
             for k in range(len(moves)):
                 # Slices, so that the inner loop need not look whether an index is negative.
                 start = places[t] + moves[k]
-                source, target = images[b, start : start + run], right[0, t, k * run : (k + 1) * run]
+                source, target = image[start : start + run], right[0, t, k * run : (k + 1) * run]
                 for j in range(run):
                     target[j] = source[j]
         multiply(left, right, block)
         accumulate(block, numbers, 1, 1 + rows, entries, total)
+
+
+@compiled
+def plane_products(
+    d: Any, images: Any, spots: Any, rows: Any, columns: Any, numbers: Any, entries: Any, total: Any, tokens: int
+) -> None:
+    """Form the gradients of a convolution's weight example by example as inner products, and accumulate each.
+
+    Args:
+        d: Gradients of the outputs, shape (B, n, places).
+        images: Shape (B, channels, pixels).
+        spots: Where each pixel is in the plane of its channel.
+        rows: Where each row of places begins in a plane.
+        columns: Where in the planes of all channels the numbers begin that meet each column of a padded matrix; the
+            last one after all planes, where zeros are.
+        numbers: The total, sums by row and sums by column, of padded matrices.
+        entries: Padded matrix, or None.
+        total: Padded matrix, with at least n rows and as many columns as a patch has numbers.
+        tokens: Length of inner products: of the part of a plane where places are, rounded up to LANES.
+    """
+    size, n, count = d.shape
+    channels = images.shape[1]
+    extent, length = columns[-1] // channels, count // len(rows)
+    left, planes = np.zeros((len(total), tokens), d.dtype), np.zeros(columns[-1] + tokens, d.dtype)
+    block = np.empty((1, *total.shape), d.dtype)
+    tiles = -(-tokens // PLACES)
+    width = -(-tokens // (tiles * LANES)) * LANES
+    for b in range(size):
+        for c in range(channels):
+            plane, image = planes[c * extent : (c + 1) * extent], images[b, c]
+            for j in range(len(spots)):
+                plane[spots[j]] = image[j]
+        for i in range(n):
+            for r in range(len(rows)):
+                source, target = d[b, i, r * length : (r + 1) * length], left[i, rows[r] : rows[r] + length]
+                for j in range(length):
+                    target[j] = source[j]
+        block[:] = 0
+        for first in range(0, tokens, width):
+            _inner_products(left, planes, columns, block[0], first, min(first + width, tokens))
+        accumulate(block, numbers, 1, 1 + len(total), entries, total)
+
+
+@compiled
+def _inner_products(left: Any, planes: Any, columns: Any, out: Any, first: int, last: int) -> None:
+    """Add what places from the first to the last add to inner products of left and planes: 16 are held in registers."""
+    zero = left.dtype.type(0)
+    for i in range(0, len(left), 4):
+        w, x, y, z = left[i, first:last], left[i + 1, first:last], left[i + 2, first:last], left[i + 3, first:last]
+        for k in range(0, out.shape[1], 4):
+            p, q = planes[columns[k] + first :], planes[columns[k + 1] + first :]
+            u, v = planes[columns[k + 2] + first :], planes[columns[k + 3] + first :]
+            wp = wq = wu = wv = xp = xq = xu = xv = yp = yq = yu = yv = zp = zq = zu = zv = zero
+            for t in range(last - first):
+                wp += w[t] * p[t]
+                wq += w[t] * q[t]
+                wu += w[t] * u[t]
+                wv += w[t] * v[t]
+                xp += x[t] * p[t]
+                xq += x[t] * q[t]
+                xu += x[t] * u[t]
+                xv += x[t] * v[t]
+                yp += y[t] * p[t]
+                yq += y[t] * q[t]
+                yu += y[t] * u[t]
+                yv += y[t] * v[t]
+                zp += z[t] * p[t]
+                zq += z[t] * q[t]
+                zu += z[t] * u[t]
+                zv += z[t] * v[t]
+            sums = ((wp, wq, wu, wv), (xp, xq, xu, xv), (yp, yq, yu, yv), (zp, zq, zu, zv))
+            for r in range(4):
+                for s in range(4):
+                    out[i + r, k + s] += sums[r][s]
 
 
 @compiled
@@ -142,43 +232,6 @@ def channel_sums(x: Any, d: Any, products: Any, sums: Any) -> None:
             product += x[i, j] * d[i, j]
             total += d[i, j]
         products[i], sums[i] = product, total
-
-
-@compiled
-def group_norm_back(x: Any, d: Any, weight: Any, mean: Any, scale: Any, back: Any, gains: Any, biases: Any) -> None:
-    """The backward pass of a normalisation over groups of channels, in one pass.
-
-    Args:
-        x: What was normalised, shape (B, channels, S).
-        d: Gradients of the outputs, of the same shape.
-        weight: Shape (channels,).
-        mean: Of each group, shape (B, groups).
-        scale: What each centred group was multiplied by.
-        back: Where the gradient of x is written.
-        gains: Where the gradients of the weight are written, shape (B, channels).
-        biases: The same of the bias.
-    """
-    (size, channels, places), groups = x.shape, mean.shape[1]
-    count = channels // groups
-    for b in range(size):
-        for group in range(groups):
-            centre, factor = mean[b, group], scale[b, group]
-            tilt = shift = x.dtype.type(0)
-            for c in range(group * count, (group + 1) * count):
-                product = total = x.dtype.type(0)
-                for s in range(places):
-                    product += x[b, c, s] * d[b, c, s]
-                    total += d[b, c, s]
-                gains[b, c], biases[b, c] = (product - centre * total) * factor, total
-                tilt -= weight[c] * gains[b, c]
-                shift -= weight[c] * total
-            # A gradient has no component along what the normalisation takes away: the mean, and the scale.
-            tilt *= factor * factor / x.dtype.type(count * places)
-            shift = shift * factor / x.dtype.type(count * places) - tilt * centre
-            for c in range(group * count, (group + 1) * count):
-                slope = factor * weight[c]
-                for s in range(places):
-                    back[b, c, s] = slope * d[b, c, s] + (tilt * x[b, c, s] + shift)
 
 
 @compiled

@@ -114,6 +114,29 @@ def distinct_rows(ids: Tensor, d: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return row, d.new_zeros(len(keys), d.shape[2]).index_add_(0, place, d.flatten(0, 1)[order])
 
 
+def group_norm_back(
+    x: Tensor, d: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of a normalisation over groups of channels, in which each channel of an example has a weight.
+
+    Args:
+        x: What was normalised, shape (B, channels, ...).
+        d: Gradients of the outputs, of the same shape.
+        weight: Shape (channels,), or None.
+        mean: Of each group, shape (B, groups).
+        scale: What each centred group was multiplied by, of that shape.
+
+    Returns:
+        The gradient of x, and those of gain and bias example by example, shape (B, channels).
+    """
+    size, channels = x.shape[:2]
+    weights = x.new_ones(size * channels) if weight is None else weight.repeat(size)
+    tensors = [part.reshape(1, part.shape[:2].numel(), *part.shape[2:]) for part in (d, x, mean, scale)]
+    sizes = (1, size * channels, x[0, 0].numel(), mean.numel())
+    back, gains, biases = torch.ops.aten.native_group_norm_backward(*tensors, weights, *sizes, [True, True, True])
+    return back.view(x.shape), gains.view(size, channels), biases.view(size, channels)
+
+
 def _gram(axis: Axis, stack: Tensor) -> Tensor:
     rows = axis.rows(stack, batch_dims=1)
     side = rows[0] if len(rows) == 1 else rows.transpose(0, 1).flatten(1)

@@ -7,7 +7,6 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor
-from torch.nn import grad
 
 from noetherflow.noise.buffers import EACH, OF_SUM, Buffer
 from noetherflow.noise.kernels.base import Window, accumulator
@@ -73,6 +72,11 @@ class Batched(ABC):
         # Token Grams know matrices only, not the dimensions of a kernel.
         plain = window.groups == 1 and not buffer.layout.grams
         by_tokens = plain and self.costs.prefer_tokens(places, n, m, buffer.layout.requested)
+        if x.is_cpu and not by_tokens:
+            # Patches are not copied, and products have the vectors of oneDNN. Elsewhere many groups are slow.
+            parts = chunks(len(x), n * m * x.element_size(), x)
+            products = (window.gradients(x[part], d[part], shape) for part in parts)
+            return self.add_stacks((stack.reshape(-1, n, m) for stack in products), buffer).view(shape)
         parts = chunks(len(x), max(n, window.groups * places) * m * x.element_size(), x)
 
         def factors(part: slice) -> tuple[Tensor, Tensor]:
@@ -84,8 +88,7 @@ class Batched(ABC):
             return self.add_stacks((stack.reshape(len(stack), n, m) for stack in products), buffer).view(shape)
         for left, right in map(factors, parts):
             square_by_tokens(right[:, 0], left[:, 0].mT, buffer, EACH)
-        weight_gradient = (grad.conv1d_weight, grad.conv2d_weight, grad.conv3d_weight)[len(window.kernel) - 1]
-        total = weight_gradient(x, shape, d, window.stride, window.padding, window.dilation, window.groups)  # type: ignore[no-untyped-call]
+        total = window.gradient(x, d, shape)
         self.accumulate(total.reshape(1, n, m), buffer, OF_SUM)
         return total
 
@@ -109,18 +112,6 @@ class Batched(ABC):
         """See `Kernels`."""
         x, d = (images.reshape(*x.shape[:2], -1) for images in (x, d))
         return (x * d).sum(2), d.sum(2)
-
-    def group_norm_back(
-        self, x: Tensor, d: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Kernels`."""
-        (size, channels), groups = x.shape[:2], mean.shape[1]
-        x, d = x.contiguous(), d.contiguous()
-        sizes = (size, channels, x[0, 0].numel(), groups)
-        back = torch.ops.aten.native_group_norm_backward(d, x, mean, scale, weight, *sizes, [True, False, False])[0]
-        products, sums = self.channel_sums(x, d)
-        m, r = (by_group.repeat_interleave(channels // groups, 1) for by_group in (mean, scale))
-        return back, (products - m * sums) * r, sums
 
     def _multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Write products of matrices (B, n, T) and (B, T, m)."""
