@@ -25,7 +25,7 @@ FLOORS = [
     {"_drift", "linear", "_explain"},
     {"equilibrium"},
     {"_rebalance", "simulation", "_analysis", "watching", "ledger"},
-    {"_analyze", "_kept"},
+    {"_analyze", "_kept", "integrations"},
     {"report"},
     {"paper"},
     {"_cli"},

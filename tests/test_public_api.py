@@ -1,5 +1,6 @@
 """What `import noetherflow` promises: documented names, and nothing loaded that is not needed."""
 
+import importlib
 import inspect
 import pkgutil
 import re
@@ -11,10 +12,13 @@ from types import ModuleType
 import pytest
 
 import noetherflow
+from noetherflow import integrations
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
 # Each is needed by some commands or figures, none by the theory.
 LAZY = {"numba", "sklearn", "transformers", "matplotlib", "pyarrow", "typer"}
+# Their files need an optional package each, so that no name of theirs is in noetherflow.
+ADAPTERS = [("transformers", "NoiseCallback")]
 
 
 def complaint(name: str, thing: object) -> str | None:
@@ -79,8 +83,22 @@ def test_all_is_sorted_and_is_what_the_package_binds() -> None:
 
 
 def test_the_reference_lists_each_public_name_once() -> None:
-    listed = re.findall(r"^::: noetherflow\.(?:\w+\.)*(\w+)$", REFERENCE.read_text("utf-8"), flags=re.MULTILINE)
-    assert sorted(listed) == [name for name in noetherflow.__all__ if not name.startswith("_")]
+    listed = re.findall(r"^::: noetherflow\.((?:\w+\.)*)(\w+)$", REFERENCE.read_text("utf-8"), flags=re.MULTILINE)
+    names = [name for folder, name in listed if not folder.startswith("integrations.")]
+    assert sorted(names) == [name for name in noetherflow.__all__ if not name.startswith("_")]
+    adapters = [f"{folder}{name}" for folder, name in listed if folder.startswith("integrations.")]
+    assert sorted(adapters) == [f"integrations.{module}.{name}" for module, name in ADAPTERS]
+
+
+@pytest.mark.parametrize(("module", "name"), ADAPTERS)
+def test_an_adapter_is_documented_with_an_example(module: str, name: str) -> None:
+    adapter = getattr(importlib.import_module(f"noetherflow.integrations.{module}"), name)
+    assert complaint(name, adapter) is None
+    assert signature(adapter) == "symmetries=None"
+
+
+def test_every_adapter_is_listed() -> None:
+    assert {module.name for module in pkgutil.iter_modules(integrations.__path__)} == {module for module, _ in ADAPTERS}
 
 
 # Other programs call these. One order everywhere: model, loss, data, symmetries, settings, then options by keyword.

@@ -1,0 +1,1 @@
+"""Adapters to trainers, a file for each: they measure nothing themselves and need the trainer to be installed."""
