@@ -19,7 +19,6 @@ COMPLETE = [
     "docs/under-adamw.md",
     "docs/which-batch-size.md",
 ]
-COMPLETE = ["README.md", "docs/first-ten-minutes.md", "docs/how-to-add-an-operation.md", "docs/under-adamw.md"]
 COMPLETE += ["docs/with-hugging-face.md"]
 # Programs on the model of the reader: each block runs with a model, a loss and data from tests/cases.py.
 SHORT = [
