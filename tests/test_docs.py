@@ -19,6 +19,7 @@ COMPLETE = [
     "docs/under-adamw.md",
     "docs/watching.md",
     "docs/which-batch-size.md",
+    "docs/with-hugging-face.md",
     "docs/with-lightning.md",
 ]
 # Programs on the model of the reader: each block runs with a model, a loss and data from tests/cases.py.

@@ -66,7 +66,8 @@ def state():
 
 # What these change when they are imported is their affair.
 for name in ("numba", "plotly.offline", "pyarrow.parquet", "rich.progress", "scipy.optimize", "scipy.linalg", "typer",
-             "safetensors.torch", "torch.fx", "matplotlib.figure", "concurrent.futures.process", "lightning.pytorch"):
+             "safetensors.torch", "torch.fx", "matplotlib.figure", "concurrent.futures.process", "lightning.pytorch",
+             "transformers.trainer"):
     importlib.import_module(name)
 changed = []
 for step in STEPS:
@@ -195,6 +196,7 @@ SENTENCES = {
     "report": "from noetherflow.report import figure\nfigure.draw(None)",
     "paper": "import noetherflow.paper.experiment",
     "lightning": "import noetherflow.integrations.lightning",
+    "transformers": "import noetherflow.integrations.transformers",
     "paper to write": "import torch, noetherflow as nf\n"
     "nf.Trajectory(torch.arange(2), torch.zeros(2, 1)).save('never.parquet')",
     "paper to read": "import noetherflow as nf\nnf.Trajectory.load('never.parquet')",

@@ -17,9 +17,8 @@ from noetherflow import integrations
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
 # Each is needed by some commands or figures, none by the theory.
 LAZY = {"numba", "sklearn", "transformers", "lightning", "matplotlib", "pyarrow", "typer"}
-
 # Their files need an optional package each, so that no name of theirs is in noetherflow.
-ADAPTERS = [("lightning", "NoiseCallback")]
+ADAPTERS = [("lightning", "NoiseCallback"), ("transformers", "NoiseCallback")]
 
 
 def complaint(name: str, thing: object) -> str | None:

@@ -151,11 +151,15 @@ def _nan(leaf: Tensor) -> Tensor:
 
 
 def _other(leaf: Tensor) -> Tensor:
-    """A new tensor whose every entry is as far from the other end of the range."""
+    """A new tensor whose every entry is as far from the other end of the range, or of the sorted whole numbers."""
     if leaf.dtype is torch.bool:
         return ~leaf
     if leaf.is_complex():
         return -leaf
+    if not leaf.is_floating_point():
+        # Numbers of rows stay numbers of rows, beside a mark that is none: -100 for a token without a label.
+        values, ranks = leaf.unique(return_inverse=True)
+        return values.flip(0)[ranks]
     return (leaf.max() + leaf.min() - leaf) if leaf.numel() else leaf.clone()
 
 
