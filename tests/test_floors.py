@@ -24,7 +24,7 @@ FLOORS = [
     {"_forces"},
     {"_drift", "linear", "_explain"},
     {"equilibrium"},
-    {"_rebalance", "simulation", "_analysis", "watching", "ledger"},
+    {"_rebalance", "simulation", "_analysis", "forecasting", "watching", "ledger"},
     {"_analyze", "_kept", "integrations"},
     {"report"},
     {"paper"},

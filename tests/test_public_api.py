@@ -111,6 +111,7 @@ CONTRACT = {
     "potential": "noise, settings, params, coordinates=None",
     "solve_equilibrium": "noise, settings, params",
     "equilibrate": "model, loss, loader, settings, symmetries=None",
+    "forecast": "model, loss, loader, settings, symmetries=None",
     "rebalance_": "model, equilibrium, loss, batch",
     "analyze": "model, loss, loader, settings, symmetries=None",
     "find_symmetries": "model, loss, batch",

@@ -49,6 +49,7 @@ from noetherflow.discover import (
     discover_rescalings,
 )
 from noetherflow.equilibrium import Equilibrium, Imbalance, Outcome, Status, equilibrate, potential, solve_equilibrium
+from noetherflow.forecasting import Forecast, forecast
 from noetherflow.ledger import ChargeLedger, ChargeParts
 from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments, StepNoise, estimate_noise, gradient_rule
 from noetherflow.optimizers import SGD, AdamW
@@ -89,6 +90,7 @@ __all__ = [
     "Explanation",
     "FileError",
     "Finding",
+    "Forecast",
     "FrozenParameterError",
     "FunctionChangedError",
     "GradientDescent",
@@ -143,6 +145,7 @@ __all__ = [
     "explain",
     "exponent_rule",
     "find_symmetries",
+    "forecast",
     "gradient_rule",
     "linear",
     "potential",

@@ -1,0 +1,65 @@
+"""What the numbers of a forecast stand on, in sentences."""
+
+from noetherflow.forecasting.metric import reference_lr
+from noetherflow.forecasting.sides import Sides
+from noetherflow.forecasting.traces import scales_entries
+from noetherflow.optimizers import SGD, AdamW, Optimizer
+
+# Share of the largest stable step from which fluctuations of the function count.
+_SMALL = 0.1
+
+
+def assumptions_of(settings: Optimizer, sides: Sides) -> tuple[str, ...]:
+    """The assumptions of a forecast.
+
+    Args:
+        settings: The settings of the optimizer.
+        sides: The numbers.
+
+    Returns:
+        A sentence for each.
+    """
+    carried = scales_entries(sides.equilibrium)
+    result = [
+        "The function of the network and the noise of its gradients on the orbit stay as they are now: only the "
+        "position on the orbit changes. Learning that still changes the function is not in the forecast",
+        "H is the Hessian of the mean loss of these examples, without weight decay",
+        (
+            "Traces are exact: the network is piecewise linear in every single parameter, which was compared with "
+            "second derivatives of entries of each block"
+            if sides.exact
+            else f"Traces are from random vectors, because {sides.why}"
+        ),
+        (
+            "Traces at the equilibrium are carried along the symmetries, which is exact"
+            if carried
+            else "Traces at the equilibrium are measured at the moved parameters; the error of the equilibrium is not "
+            "in their errors"
+        ),
+        "Each coordinate relaxes as if all others were at the equilibrium, at a constant learning rate; the error of "
+        "the half time is that of the traces alone",
+        "The stable step with noise is that of a step along the sharpest direction; the critical sharpness follows the "
+        "mean gradient, without weight decay",
+    ]
+    share = _share_of_limit(settings, sides)
+    if share > _SMALL:
+        result.append(
+            f"The learning rate is {share:.0%} of the largest stable step with noise, here or at the equilibrium: the "
+            "function fluctuates, which adds noise and sharpness. The motion is faster than forecast, and "
+            "the sharpness ends higher"
+        )
+    if isinstance(settings, SGD) and settings.momentum:
+        result.append("With momentum, the stable step with noise interpolates between the limits of no noise and noise")
+    if isinstance(settings, AdamW):
+        result.append(
+            "The metric of AdamW is from v as the gradients of these batches give it, scaled to the batch size, and is "
+            "held during a step; its averages lag behind by about 1 / (1 - beta2) steps, so that times are too short"
+        )
+    return tuple(result)
+
+
+def _share_of_limit(settings: Optimizer, sides: Sides) -> float:
+    """The learning rate over the largest stable step with noise, the larger of both sides; 0 where it is not known."""
+    lr = reference_lr(settings, sides.mean_loss.names)
+    limits = (sides.noisy_step.now, sides.noisy_step.then)
+    return max((lr / limit.value for limit in limits if limit.known), default=0.0)

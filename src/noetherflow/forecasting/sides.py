@@ -1,0 +1,248 @@
+"""All numbers of a forecast on both sides: where the model is, and at the equilibrium."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+
+from noetherflow._types import Params
+from noetherflow.equilibrium import Equilibrium, Status
+from noetherflow.forecasting.critical import critical_sharpness
+from noetherflow.forecasting.estimate import Change, Estimate, change_of, spread_of, unknown
+from noetherflow.forecasting.exact import Exact
+from noetherflow.forecasting.mean_loss import MeanLoss, NoDoubleBackwardError
+from noetherflow.forecasting.metric import Metric, metric_at, reference_lr
+from noetherflow.forecasting.path import Path, half_time, interpolated, path_of
+from noetherflow.forecasting.schedule import Warmup, warmup_of
+from noetherflow.forecasting.spectrum import largest, stable_steps
+from noetherflow.forecasting.traces import (
+    Traces,
+    carried,
+    equilibrium_errors,
+    measure,
+    moved,
+    scales_entries,
+    trace_at,
+    with_error,
+)
+from noetherflow.optimizers import Optimizer
+
+# Endings of the search after which there is no point to go to.
+_NOWHERE = (Status.NON_FINITE, Status.NOT_CONVERGED)
+# Points of the way at which the trace is measured where it cannot be carried, and random vectors at each.
+_POINTS, _VECTORS = 10, 8
+
+
+@final
+class _Side(NamedTuple):
+    """The numbers at a point."""
+
+    metric: Metric
+    largest: Estimate
+    critical: Estimate
+    stable_step: Estimate
+    noisy_step: Estimate
+
+
+@final
+@dataclass(frozen=True)
+class Sides:
+    """The numbers of a forecast.
+
+    Args:
+        mean_loss: The mean loss.
+        equilibrium: The equilibrium.
+        settings: The settings of the optimizer.
+        now: The numbers where the model is.
+        then: The numbers at the equilibrium; None if there is none.
+        traces: The traces; None if they cannot be told.
+        exactly: The exact diagonal of the Hessian; None for random vectors.
+        why: Why there are no traces, and why they are not exact.
+        seed: The seed of the random vectors.
+        path: The way to the equilibrium in time.
+    """
+
+    mean_loss: MeanLoss
+    equilibrium: Equilibrium
+    settings: Optimizer
+    now: _Side
+    then: _Side | None
+    traces: Traces | None
+    exactly: Exact | None
+    why: str
+    seed: int
+    path: Path | None
+
+    @classmethod
+    def measure(
+        cls, mean_loss: MeanLoss, equilibrium: Equilibrium, settings: Optimizer, vectors: int, seed: int
+    ) -> "Sides":
+        """Measure on both sides."""
+        exactly, why = Exact.if_valid(mean_loss)
+        nowhere = equilibrium.status in _NOWHERE
+        there = {} if nowhere else _moved(equilibrium, mean_loss)
+        traces = None
+        try:
+            traces = measure(mean_loss, exactly, equilibrium, there or mean_loss.params, vectors, seed)
+        except NoDoubleBackwardError as error:
+            why = f"an operation has no second derivative ({error})"
+        now = _side(mean_loss, mean_loss.params, settings, seed)
+        then = None if nowhere else _side(mean_loss, there, settings, seed)
+        path = None if then is None else path_of(equilibrium, settings, then.metric.multipliers)
+        return cls(mean_loss, equilibrium, settings, now, then, traces, exactly, why, seed, path)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the traces are exact."""
+        return self.traces is not None and self.traces.exact
+
+    @property
+    def largest(self) -> Change:
+        """The largest eigenvalue of H."""
+        return self._change("largest")
+
+    @property
+    def critical(self) -> Change:
+        """The critical sharpness."""
+        return self._change("critical")
+
+    @property
+    def stable_step(self) -> Change:
+        """The largest stable step without noise."""
+        return self._change("stable_step")
+
+    @property
+    def noisy_step(self) -> Change:
+        """The largest stable step with noise."""
+        return self._change("noisy_step")
+
+    def trace(self) -> Change:
+        """Tr H."""
+        if self.traces is None:
+            return Change(*(unknown(self.why) for _ in range(3)))
+        return self._with_errors({"": self.traces.total()}, self._equilibrium_errors()[0])[""]
+
+    def blocks(self) -> dict[str, Change]:
+        """Tr H by block."""
+        if self.traces is None:
+            return {name: Change(*(unknown(self.why) for _ in range(3))) for name in self.mean_loss.names}
+        return self._with_errors(self.traces.blocks(), self._equilibrium_errors()[1])
+
+    def half_steps(self) -> Estimate:
+        """The number of steps after which half of the change of the trace is made."""
+        after = self._trace_after()
+        if self.path is None or after is None:
+            return unknown(self._nowhere())
+        if not self.path.longest:
+            return unknown("no coordinate has both a distance from its equilibrium and a finite relaxation time")
+        far = 60 * self.path.longest
+        value = half_time(after, after(far), self.path.longest)
+        if math.isnan(value):
+            return unknown("Tr H does not change")
+        if not scales_entries(self.equilibrium):
+            return Estimate(value)
+        assert self.traces is not None
+        each = []
+        for diagonal in self.traces.diagonals:
+            carry = self._carried_after(diagonal)
+            each.append(half_time(carry, carry(far), self.path.longest))
+        return Estimate(value, spread_of(torch.tensor(each, dtype=torch.float64)))
+
+    def warmup(self) -> Warmup:
+        """Whether a warmup is needed."""
+        lr = reference_lr(self.settings, self.mean_loss.names)
+        limits = self.noisy_step if self.noisy_step.now.known else self.stable_step
+        after = self._trace_after()
+        longest = 0.0 if self.path is None else self.path.longest
+        made: Callable[[float], float] | None = None
+        if after is not None and longest:
+            start, end = after(0.0), after(60 * longest)
+            if start > 0 and end > 0 and start != end:
+
+                def made(steps: float) -> float:
+                    here = after(steps)
+                    return math.log(here / start) / math.log(end / start) if here > 0 else 0.0
+
+        return warmup_of(lr, limits.now, limits.then, made, longest)
+
+    def _trace_after(self) -> Callable[[float], float] | None:
+        """Tr H after a number of steps; None if it cannot be told."""
+        if self.traces is None or self.path is None:
+            return None
+        if scales_entries(self.equilibrium):
+            diagonals = self.traces.diagonals
+            mean = {n: torch.stack([part[n] for part in diagonals]).mean(0) for n in diagonals[0]}
+            return self._carried_after(mean)
+        if not self.path.longest:
+            return None
+        path, given = self.path, self.mean_loss
+
+        def measured(steps: float) -> float:
+            params = _moved(self.equilibrium, given, path.at(steps))
+            return trace_at(given, self.exactly, params, _VECTORS, self.seed)
+
+        return interpolated(measured, path.longest, _POINTS)
+
+    def _carried_after(self, diagonal: Params) -> Callable[[float], float]:
+        path = self.path
+        assert path is not None
+        full = self._full(diagonal)
+        return lambda steps: sum(float(part.sum()) for part in carried(self.equilibrium, path.at(steps), full).values())
+
+    def _full(self, diagonal: Params) -> dict[str, torch.Tensor]:
+        """A diagonal with zeros for parameters that are not trained, float64, on the CPU."""
+        every = self.mean_loss.function.params
+        return {
+            name: diagonal[name].double().cpu() if name in diagonal else torch.zeros(tensor.shape, dtype=torch.float64)
+            for name, tensor in every.items()
+        }
+
+    def _equilibrium_errors(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The errors of the trace and of its blocks from the errors of the coordinates."""
+        if self.traces is None or not scales_entries(self.equilibrium):
+            return {}, {}
+        diagonals = self.traces.diagonals
+        mean = {n: torch.stack([part[n] for part in diagonals]).mean(0) for n in diagonals[0]}
+        total, blocks = equilibrium_errors(self.equilibrium, self._full(mean))
+        return {"": total}, blocks
+
+    def _with_errors(self, changes: dict[str, Change], errors: dict[str, float]) -> dict[str, Change]:
+        if self.then is None:
+            none = unknown(self._nowhere())
+            return {name: Change(change.now, none, none) for name, change in changes.items()}
+        return {n: with_error(c, errors[n]) if errors.get(n) and c.now.value else c for n, c in changes.items()}
+
+    def _change(self, what: str) -> Change:
+        now: Estimate = getattr(self.now, what)
+        return change_of(now, unknown(self._nowhere()) if self.then is None else getattr(self.then, what))
+
+    def _nowhere(self) -> str:
+        if self.then is None:
+            return f"there is no equilibrium to go to: {self.equilibrium.status.value}"
+        return self.why
+
+
+def _side(mean_loss: MeanLoss, params: Params, settings: Optimizer, seed: int) -> _Side:
+    """The numbers at given parameters."""
+    metric = metric_at(mean_loss, params, settings)
+    critical = critical_sharpness(mean_loss, params, metric, reference_lr(settings, mean_loss.names))
+    try:
+        plain = top = largest(mean_loss, params, None, seed)
+        if not all(bool((part == 1).all()) for part in metric.multipliers.values()):
+            top = largest(mean_loss, params, metric, seed)
+        return _Side(metric, plain.value, critical, *stable_steps(mean_loss, params, metric, top, settings))
+    except NoDoubleBackwardError as error:
+        none = unknown(f"an operation has no second derivative ({error})")
+        return _Side(metric, none, critical, none, none)
+
+
+def _moved(
+    equilibrium: Equilibrium, mean_loss: MeanLoss, coordinates: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The trained parameters at a point of the orbit, by default at the equilibrium, moved in float64."""
+    wide = {name: tensor.double().cpu() for name, tensor in mean_loss.function.params.items()}
+    there = moved(equilibrium, equilibrium.coordinates if coordinates is None else coordinates, wide)
+    like = mean_loss.params
+    return {name: there[name].to(like[name].device, like[name].dtype) for name in mean_loss.names}
