@@ -149,15 +149,17 @@ def refusals(rank: int) -> dict[str, str]:
             done(size=3)
 
     def ignored() -> None:
-        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False)).double()
-        model[1].weight = nn.Parameter(distribute_tensor(model[1].weight.detach(), mesh, [Shard(1)]))
-        fully_shard(model, ignored_params=set(model[1].parameters()))
+        model = nn.Sequential(nn.Linear(3, 4), Distributed(), nn.Linear(4, 2, bias=False)).double()
+        model[2].weight = nn.Parameter(distribute_tensor(model[2].weight.detach(), mesh, [Shard(1)]))
+        fully_shard(model, ignored_params={model[2].weight})
         measuring = nf.MicrobatchMeter(model, {}, group=dist.group.WORLD)
         with measuring.step() as done:
-            hidden = model[0](batch[0])
-            value = model[1](DTensor.from_local(hidden, mesh, run_check=False)).square().mean()
-            value.backward()
+            model(batch[0]).square().mean().backward()
             done(size=3)
+
+    class Distributed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return DTensor.from_local(x, mesh, run_check=False)
 
     return {
         "tensor parallel": error_of(meter(in_parts)),

@@ -1,8 +1,12 @@
 """Several ranks measure what a single process measures that has all examples, and training does not notice."""
 
+import contextlib
 import pickle
 import re
+import signal
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ import noetherflow as nf
 import oracles
 import ranks
 import ranks_examples
+import ranks_killed
 import ranks_run
 import ranks_sharded
 
@@ -22,19 +27,26 @@ Batch = tuple[Tensor, ...]
 Seen = list[dict[str, dict[str, Any]]]
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """What two ranks have seen, each a process, by kind of meter and model."""
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = torch.multiprocessing.spawn(ranks_run.work, (folder,), nprocs=2, join=False)
-    deadline = time.monotonic() + 240
+@contextlib.contextmanager
+def started(work: Callable[[int, Path], None], folder: Path, size: int) -> Iterator[Any]:
+    """Processes, none of which outlives the block."""
+    processes = torch.multiprocessing.spawn(work, (folder,), nprocs=size, join=False)
     try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, "the ranks wait for each other"
+        yield processes
     finally:
         for process in processes.processes:
             process.kill()
             process.join()
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """What two ranks have seen, each a process, by kind of meter and model."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with started(ranks_run.work, folder, 2) as processes:
+        deadline = time.monotonic() + 240
+        while not processes.join(timeout=1):
+            assert time.monotonic() < deadline, "the ranks wait for each other"
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
 
 
@@ -325,9 +337,29 @@ def test_one_microbatch_more_is_noticed(seen: Seen) -> None:
         "examples, flat": r"FullyShardedDataParallel, which joins",
         "examples": r"parameters of the model are sharded.*Use MicrobatchMeter",
         "forward pass outside": r"were not seen .*\['1.weight', '1.bias'\].*inside",
-        "a parameter that is ignored": r"were not seen .*\['1.weight'\]",
+        "a parameter that is ignored": r"were not seen .*\['2.weight'\]",
     }.items(),
 )
 def test_what_cannot_be_measured_is_refused_on_every_rank(case: str, sentence: str, seen: Seen) -> None:
     for rank in seen:
         assert re.search(sentence, rank["sharded"]["refusals"][case]), rank["sharded"]["refusals"][case]
+
+
+def test_a_rank_that_is_late_or_killed_ends_the_step_of_all_and_is_named(tmp_path: Path) -> None:
+    """No survivor waits for longer than the timeout of the group; rank 0 of the group says who is missing."""
+    with started(ranks_killed.work, tmp_path, 3) as processes:
+        for process in processes.processes:
+            process.join(120)
+        codes = [process.exitcode for process in processes.processes]
+    assert codes == [0, -signal.SIGKILL, 0]
+    first, last = (pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in (0, 2))
+    for one in (first, last):
+        assert not one["all there"].error
+        assert one["killed"].seconds < ranks_killed.PATIENCE + 2
+    assert "Ranks 1 failed to pass" in first["killed"].error
+    assert "rank 0 of the 3 ranks" in first["killed"].error
+    assert "rank 2 of the 3 ranks" in last["killed"].error
+    assert "rank 0" in last["killed"].error
+    assert "Ranks 1 failed to pass" in first["late"].error  # the second of two
+    assert first["late"].seconds < ranks_killed.SHORT + 1
+    assert last["late"].error
