@@ -26,13 +26,13 @@ class Measured(NamedTuple):
     error: str
 
 
-def observed(meter: Any) -> list[dict[str, Tensor]]:
+def observed(meter: Any, *, entries: bool = True) -> list[dict[str, Tensor]]:
     """What a meter tells of each step, filled while it runs."""
     steps: list[dict[str, Tensor]] = []
 
     def note(step: Any) -> None:
         metric = {name: torch.full(tensor.shape, 2.0) for name, tensor in meter._params.items()}
-        weighted = {"weighted trace": step.trace(metric), "weighted norm": step.norm_sq(metric)}
+        weighted = {"weighted trace": step.trace(metric), "weighted norm": step.norm_sq(metric)} if entries else {}
         count = torch.tensor(float(step.examples))
         steps.append({"trace": step.trace(), "norm_sq": step.norm_sq(), "examples": count} | weighted)
 
@@ -47,17 +47,18 @@ def measured(
     found: dict[str, nf.Symmetry] | None = None,
     alone: bool = False,
     wrap: bool = True,
+    entries: bool = True,
 ) -> Measured:
-    """Steps with a meter, whose error is written down."""
+    """Steps with a meter, whose error is written down; without squares of entries, vectors are squared together."""
     model = build() if model is None else model
     meter = nf.NoiseMeter(
         model,
         symmetries() if found is None else found,
-        variances=True,
-        every_entry=True,
+        variances=entries,
+        every_entry=entries,
         group=None if alone else dist.group.WORLD,
     )
-    steps, error = observed(meter), ""
+    steps, error = observed(meter, entries=entries), ""
     try:
         train(meter, DistributedDataParallel(model) if wrap else model)
     except nf.NoetherflowError as caught:
@@ -145,9 +146,9 @@ def work(rank: int) -> dict[str, Measured]:
     seen["in single precision"] = measured(
         one_step((batch[0].float(), batch[1].float())), build().float(), found=symmetries()
     )
-    seen["each for itself"] = measured(one_step(batch), alone=True)
+    seen["each for itself"] = measured(one_step(batch), alone=True, entries=False)
     seen["accumulated"] = measured(accumulated(rank))
-    seen["clipped"] = measured(clipped(batch))
+    seen["clipped"] = measured(clipped(batch), entries=False)
     seen["overflow"] = measured(overflowing(batch, rank))
     seen["refused"] = measured(refused(batch, rank))
     seen["recurrent on one"] = measured(one_step(batch), Recurrent(on=bool(rank)), found={}, wrap=False)
