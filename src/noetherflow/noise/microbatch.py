@@ -48,10 +48,18 @@ class MicrobatchMeter:
     overflows on one rank is skipped on all. This takes an all-reduce as large as that of the gradients, in pieces of
     some 30 MB, and with `variances` one of their squares in float64: measure every tenth step if that is felt.
 
-    During a step it keeps two copies of the gradients, or one while there is one microbatch per rank.
+    A model that is sharded by `torch.distributed.fsdp.fully_shard` (FSDP2, also over a mesh of copies and shards) is
+    given as it is. The gradient of each rank is read where it is complete, before the reduce-scatter; the forward pass
+    has to run inside the block. Training does not notice, but the memory does: this meter keeps complete gradients.
+    Ranks that share an example (tensor parallelism) are refused.
+
+    With a group on gloo, a rank that does not come to the end of the block is named on rank 0, after the timeout of the
+    group at the latest; an NCCL group ends the process after its timeout and names the collective.
+
+    During a step it keeps two copies of the complete gradients, or one while there is one microbatch per rank.
 
     Args:
-        model: The model that is trained; on several ranks, what is inside DistributedDataParallel.
+        model: The model that is trained: what is inside DistributedDataParallel, or what `fully_shard` gave.
         symmetries: What to measure the noise for, by name; they act along axes.
         variances: Measure the variance of every entry of the parameters on which scalings and rescalings act.
         every_entry: Measure the squares of the entries of all parameters in every step, for `observers`.
@@ -63,7 +71,7 @@ class MicrobatchMeter:
         skipped: How many steps were left out, because a gradient overflowed.
 
     Raises:
-        SettingsError: If a symmetry is a `DenseSymmetry`.
+        SettingsError: If a symmetry is a `DenseSymmetry`, or parameters are sharded otherwise than by data parallelism.
         FrozenParameterError: If one acts on parameters that are not trained.
 
     Examples:
