@@ -113,6 +113,22 @@ def replicated(parts: list[Batch]) -> Sharded:
     return Sharded(meter.noise, steps, shards, shards)
 
 
+def watched(parts: list[Batch], *, in_shards: bool) -> dict[str, float]:
+    """What is logged of three steps of AdamW, whose second moments are sharded like the parameters."""
+    model = shard(Tied(), nested=True) if in_shards else Tied()
+    trained = DistributedDataParallel(model, find_unused_parameters=True) if not in_shards else model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    watch = nf.NoiseScale(model, {}, optimizer, every=1, between="microbatches", group=dist.group.WORLD)
+    (batch,) = parts
+    for _ in range(3):
+        optimizer.zero_grad()
+        with watch.step() as done:
+            loss(trained, batch).mean().backward()
+            done(size=len(batch[0]))
+        optimizer.step()
+    return watch.metrics()
+
+
 def error_of(call: Callable[[], Any]) -> str:
     try:
         call()
@@ -190,5 +206,7 @@ def work(rank: int) -> dict[str, Any]:
     seen["mixed precision"] = run(
         [(x.float(), y.float()) for x, y in parts], nested=True, dtype=torch.float32, mp_policy=policy
     )
+    for in_shards in (False, True):
+        seen[f"watched, {in_shards=}"] = watched(parts_of([[4], [4]])[rank], in_shards=in_shards)
     seen["refusals"] = refusals(rank)
     return seen

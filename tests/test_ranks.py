@@ -327,6 +327,16 @@ def test_one_microbatch_more_is_noticed(seen: Seen) -> None:
         assert_steps(seen[0]["sharded"]["replicated"].steps, wrong.steps, 1e-2)
 
 
+def test_the_noise_scale_of_a_sharded_model_under_adamw(seen: Seen) -> None:
+    """In the metric of an optimizer whose state is sharded; every rank logs the same numbers."""
+    for rank in seen:
+        replicated, sharded = (rank["sharded"][f"watched, {in_shards=}"] for in_shards in (False, True))
+        assert sharded == pytest.approx(replicated, rel=1e-9, nan_ok=True)
+        assert sharded == pytest.approx(seen[0]["sharded"]["watched, in_shards=True"], rel=0, abs=0, nan_ok=True)
+        assert "noise/scale_preconditioned" in sharded
+        assert sharded["noise/trace"] > 0
+
+
 @pytest.mark.parametrize(
     ("case", "sentence"),
     {

@@ -48,6 +48,11 @@ def _stand_in(parameter: "DTensor") -> Tensor:
     return torch.zeros((), dtype=parameter.dtype, device=parameter.device_mesh.device_type).expand(parameter.shape)
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor with all its entries, on every rank; if it is sharded, all ranks have to come here."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 def require_unsharded(model: nn.Module, params: Mapping[str, Tensor]) -> None:
     """Raise if the gradients of single examples cannot be seen, because parameters are sharded.
 
