@@ -115,8 +115,9 @@ def replicated(parts: list[Batch]) -> Sharded:
 
 def watched(parts: list[Batch], *, in_shards: bool) -> dict[str, float]:
     """What is logged of three steps of AdamW, whose second moments are sharded like the parameters."""
-    model = shard(Tied(), nested=True) if in_shards else Tied()
-    trained = DistributedDataParallel(model, find_unused_parameters=True) if not in_shards else model
+    model = Tied()
+    model.unused.requires_grad_(False)
+    trained = shard(model, nested=True) if in_shards else DistributedDataParallel(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     watch = nf.NoiseScale(model, {}, optimizer, every=1, between="microbatches", group=dist.group.WORLD)
     (batch,) = parts

@@ -1,9 +1,12 @@
 """Several ranks measure what a single process measures that has all examples, and training does not notice."""
 
 import contextlib
+import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -374,3 +377,36 @@ def test_a_rank_that_is_late_or_killed_ends_the_step_of_all_and_is_named(tmp_pat
     assert "Ranks 1 failed to pass" in first["late"].error  # the second of two
     assert first["late"].seconds < ranks_killed.SHORT + 1
     assert last["late"].error
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    script = Path(ranks_run.__file__).with_name("ranks_torchrun.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
+
+
+def test_torchrun_logs_the_numbers_of_a_single_process() -> None:
+    done = torchrun()
+    assert done.returncode == 0, done.stderr
+    traces = [float.fromhex(trace) for trace in re.findall(r"trace (\S+)", done.stdout)]
+    assert len(traces) == 2
+    assert traces[0] == traces[1]
+    model, batch = ranks.build(), together([[6], [6]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    watch = nf.NoiseScale(model, optimizer=optimizer, every=1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with watch.step(batch):
+            ranks.loss(model, batch).mean().backward()
+        optimizer.step()
+    assert traces[0] == pytest.approx(watch.metrics()["noise/trace"], rel=1e-12)
+
+
+def test_torchrun_ends_and_names_the_rank_that_was_killed() -> None:
+    done = torchrun("killed")
+    assert done.returncode != 0
+    assert re.search(r"Root Cause.*rank *: 1 .*SIGKILL", done.stderr, re.DOTALL), done.stderr

@@ -136,8 +136,10 @@ class Arrivals:
         self._at_parts: set[str] = set()
         self._canonical = aliases(model)
         self._look(model, "")
+        if not (sharded := sharded_modules(model)):
+            return
         prefixes = {module: f"{name}." if name else "" for name, module in model.named_modules()}
-        for module in sharded_modules(model):
+        for module in sharded:
             look = partial(self._before_forward, prefixes[module])
             self._handles.append(module.register_forward_pre_hook(look))
 
