@@ -45,17 +45,15 @@ def step(meter: Any, *, late: float = 0.0, killed: bool = False) -> Ended:
 
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    patience, short = (datetime.timedelta(seconds=seconds) for seconds in (PATIENCE, SHORT))
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=3, timeout=patience
-    )
-    pair = dist.new_group([0, 2], timeout=short)
+    patience, short, start = (datetime.timedelta(seconds=seconds) for seconds in (PATIENCE, SHORT, 120.0))
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=3, timeout=start)
+    pair, everyone = dist.new_group([0, 2], timeout=short), dist.new_group(timeout=patience)
     seen = {}
     dist.barrier()
     if rank != KILLED:
         seen["late"] = step(nf.MicrobatchMeter(build(), {}, group=pair), late=LATE if rank == 2 else 0.0)
     dist.barrier()
-    meter = nf.NoiseMeter(build(), {}, group=dist.group.WORLD)
+    meter = nf.NoiseMeter(build(), {}, group=everyone)
     seen["all there"] = step(meter)
     seen["killed"] = step(meter, killed=rank == KILLED)
     with open(folder / f"{rank}.pickle", "wb") as file:

@@ -18,7 +18,7 @@ from ranks import build, loss, parts_of
 
 def main(*, killed: bool) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=5))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     model = build()
     ddp = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -31,7 +31,9 @@ def main(*, killed: bool) -> None:
             if killed and step == 2 and dist.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
         optimizer.step()
-    print("rank", dist.get_rank(), "trace", watch.metrics()["noise/trace"].hex(), flush=True)
+    # In a single write, or the lines of two ranks are mixed.
+    sys.stdout.write(f"rank {dist.get_rank()} trace {watch.metrics()['noise/trace'].hex()}\n")
+    sys.stdout.flush()
     dist.destroy_process_group()
 
 

@@ -393,7 +393,7 @@ def test_torchrun_logs_the_numbers_of_a_single_process() -> None:
     done = torchrun()
     assert done.returncode == 0, done.stderr
     traces = [float.fromhex(trace) for trace in re.findall(r"trace (\S+)", done.stdout)]
-    assert len(traces) == 2
+    assert len(traces) == 2, done.stdout + done.stderr
     assert traces[0] == traces[1]
     model, batch = ranks.build(), together([[6], [6]])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
