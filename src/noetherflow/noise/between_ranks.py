@@ -102,8 +102,8 @@ class Ranks:
     def sum_each(self, buffers: Buffers, params: Mapping[str, Tensor]) -> None:
         """Sum row EACH of all statistics over ranks."""
         self._sum_([buffers.numbers[EACH]])
-        wanted = {name: params[name] for name in buffers.model_layout.with_entries}
-        for names in _buckets(wanted):
+        squared = {name: params[name] for name in buffers.model_layout.with_entries}
+        for names in _buckets(squared):
             # In one dtype: on a rank whose examples do not reach a parameter, it is that of zeros.
             entries = [buffers.buffer(name, torch.float64).entries for name in names]
             rows = [squares[EACH] for squares in entries if squares is not None]
