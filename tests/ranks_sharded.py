@@ -169,6 +169,7 @@ def refusals(rank: int) -> dict[str, str]:
         model = nn.Sequential(nn.Linear(3, 4), Distributed(), nn.Linear(4, 2, bias=False)).double()
         model[2].weight = nn.Parameter(distribute_tensor(model[2].weight.detach(), mesh, [Shard(1)]))
         fully_shard(model, ignored_params={model[2].weight})
+        model(batch[0]).square().mean().backward()  # .grad is there before the block
         measuring = nf.MicrobatchMeter(model, {}, group=dist.group.WORLD)
         with measuring.step() as done:
             model(batch[0]).square().mean().backward()

@@ -133,6 +133,7 @@ class Arrivals:
         self._nodes: list[Node] = []
         self._handles: list[RemovableHandle] = []
         self._parts: dict[str, Tensor] = {}
+        self._empty: set[str] = set()
         self._at_parts: set[str] = set()
         self._canonical = aliases(model)
         self._look(model, "")
@@ -146,7 +147,7 @@ class Arrivals:
     @property
     def missed(self) -> list[str]:
         """The sharded parameters that got a gradient which was not seen."""
-        hidden = [n for n, p in self._parts.items() if n not in self._known and p.grad is not None]
+        hidden = [n for n, p in self._parts.items() if n in self._empty - self._known.keys() and p.grad is not None]
         return [name for name in self._trained if name in self._at_parts or name in hidden]
 
     def remove(self) -> None:
@@ -168,9 +169,11 @@ class Arrivals:
                 if self._known.get(name) is not parameter:
                     self._known[name] = parameter
                     self._watch(parameter, partial(self._note, name))
-            elif name not in self._parts and parameter.grad is None:
+            elif name not in self._parts:
                 # FSDP2 writes .grad without the graph; what goes through the graph belongs to a DTensor that computes.
                 self._parts[name] = parameter
+                if parameter.grad is None:
+                    self._empty.add(name)
                 self._watch(parameter, partial(self._note_part, name))
 
     def _note_part(self, name: str, _: tuple[Tensor | None, ...]) -> None:
