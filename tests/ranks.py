@@ -1,10 +1,7 @@
 """What the ranks of DistributedDataParallel do in the tests of the noise between them, each a process."""
 
 import contextlib
-import datetime
-import pickle
-import warnings
-from pathlib import Path
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import noetherflow as nf
-from noetherflow.noise import microbatch
+from noetherflow.noise import between_ranks
 
 # For each rank the sizes of its microbatches.
 CASES = {
@@ -44,6 +41,7 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return (model(batch[0]) - batch[1]).square().sum(1)
 
 
+@functools.cache
 def symmetries() -> dict[str, nf.Symmetry]:
     return nf.find_symmetries(build(), loss, parts_of([[6]])[0][0])
 
@@ -63,29 +61,16 @@ def parts_of(sizes: list[list[int]]) -> list[list[Batch]]:
     ]
 
 
-def work(rank: int, folder: Path) -> None:
-    """Go through all cases, and leave a file with what was seen."""
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'meeting'}",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    try:
-        found = {name: step(parts_of(sizes)[rank], synced=name != "none on one") for name, sizes in CASES.items()}
-        found["one per rank"] = step(parts_of(CASES["accumulated"])[rank], once=True)
-        bucket, microbatch._BUCKET = microbatch._BUCKET, 7
-        found["in pieces"] = step(parts_of(CASES["more on one"])[rank])
-        microbatch._BUCKET = bucket
-        found["afterwards"] = afterwards(parts_of(CASES["equal"])[rank])
-        found["overflow"] = step(parts_of(CASES["equal"])[rank], scales=[1.0, float("inf") if rank else 1.0])
-        with open(folder / f"{rank}.pickle", "wb") as file:
-            pickle.dump(found, file)
-    finally:
-        dist.destroy_process_group()
+def work(rank: int) -> dict[str, Seen]:
+    """Go through all cases."""
+    found = {name: step(parts_of(sizes)[rank], synced=name != "none on one") for name, sizes in CASES.items()}
+    found["one per rank"] = step(parts_of(CASES["accumulated"])[rank], once=True)
+    bucket, between_ranks._BUCKET = between_ranks._BUCKET, 7
+    found["in pieces"] = step(parts_of(CASES["more on one"])[rank])
+    between_ranks._BUCKET = bucket
+    found["afterwards"] = afterwards(parts_of(CASES["equal"])[rank])
+    found["overflow"] = step(parts_of(CASES["equal"])[rank], scales=[1.0, float("inf") if rank else 1.0])
+    return found
 
 
 def step(parts: list[Batch], *, once: bool = False, synced: bool = True, scales: list[float] | None = None) -> Seen:

@@ -1,8 +1,6 @@
 """Noise between microbatches, those of gradient accumulation and those of ranks."""
 
 import gc
-import pickle
-import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn import functional
 
 import checks
 import noetherflow as nf
 import oracles
-import ranks
 from test_fast_noise import classify, examples, large
 
 Batch = tuple[Tensor, ...]
@@ -270,96 +266,3 @@ def test_ranks_that_are_coupled_are_refused(group: dist.ProcessGroup) -> None:
     model.eval()
     run_microbatches(meter, model, split(examples(12), [5, 7]))
     assert meter.noise.count == 12
-
-
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, ranks.Seen]]:
-    """What two ranks have seen, each a process of its own."""
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = torch.multiprocessing.spawn(ranks.work, (folder,), nprocs=2, join=False)
-    deadline = time.monotonic() + 120
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, "the ranks wait for each other"
-    finally:
-        for process in processes.processes:
-            process.kill()
-            process.join()
-    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
-
-
-def assert_is_noise_of(noise: nf.NoiseMoments, parts: list[Batch]) -> None:
-    """The statistics, against the definition: every microbatch's gradient, formed and kept."""
-    model, symmetries = ranks.build(), ranks.symmetries()
-    params = dict(model.named_parameters())
-    stack = {name: [] for name in params}
-    for part in parts:
-        gradients = torch.autograd.grad(ranks.loss(model, part).mean(), list(params.values()))
-        for kept, gradient in zip(stack.values(), gradients, strict=True):
-            kept.append(gradient)
-    sizes = torch.tensor([len(part[0]) for part in parts], dtype=torch.float64)
-    centred = {}
-    for name, gradients in stack.items():
-        stacked = torch.stack(gradients)
-        weights = sizes.reshape(-1, *(1,) * (stacked.ndim - 1))
-        gap = stacked - (weights * stacked).sum(0) / sizes.sum()
-        centred[name] = gap * (weights / (len(parts) - 1)).sqrt()
-    trace = torch.stack([one.square().sum() for one in centred.values()]).sum()
-    tolerance = {"rtol": 1e-8, "atol": 1e-8 * trace.item()}
-    assert noise.count == sizes.sum()
-    torch.testing.assert_close(noise.trace, trace, rtol=1e-8, atol=0)
-    assert symmetries
-    for name, symmetry in symmetries.items():
-        torch.testing.assert_close(noise.grams[name], symmetry.grams(centred, batched=True), **tolerance)
-    assert noise.variance
-    for name, variance in noise.variance.items():
-        torch.testing.assert_close(variance, centred[name].square().sum(0), **tolerance)
-
-
-@pytest.mark.parametrize("case", ranks.CASES)
-def test_ranks_are_microbatches_and_training_does_not_notice(case: str, seen: list[dict[str, ranks.Seen]]) -> None:
-    one, other = (rank[case] for rank in seen)
-    assert_is_noise_of(one.noise, [part for own in ranks.parts_of(ranks.CASES[case]) for part in own])
-    assert_same_on(one, other)
-    for rank in (one, other):
-        torch.testing.assert_close(rank.gradients, rank.plain, rtol=1e-12, atol=1e-14)
-    if case != "none on one":  # where they were not averaged
-        torch.testing.assert_close(one.gradients, other.gradients, rtol=0, atol=0)
-
-
-def assert_same_on(one: ranks.Seen, other: ranks.Seen) -> None:
-    assert (one.noise.count, one.skipped) == (other.noise.count, other.skipped)
-    for what in ("trace", "grams", "variance"):
-        torch.testing.assert_close(getattr(one.noise, what), getattr(other.noise, what), rtol=0, atol=0)
-
-
-def test_several_backward_passes_can_be_one_microbatch(seen: list[dict[str, ranks.Seen]]) -> None:
-    parts = ranks.parts_of(ranks.CASES["accumulated"])
-    whole = [tuple(torch.cat(one) for one in zip(*own, strict=True)) for own in parts]
-    noise = seen[0]["one per rank"].noise
-    assert_is_noise_of(noise, whole)
-    with pytest.raises(AssertionError):
-        assert_is_noise_of(noise, [part for own in parts for part in own])
-    torch.testing.assert_close(seen[0]["one per rank"].gradients, seen[0]["accumulated"].plain, rtol=1e-12, atol=1e-14)
-
-
-def test_what_is_sent_in_pieces_is_the_same(seen: list[dict[str, ranks.Seen]]) -> None:
-    assert_is_noise_of(
-        seen[0]["in pieces"].noise, [part for own in ranks.parts_of(ranks.CASES["more on one"]) for part in own]
-    )
-    assert_same_on(*(rank["in pieces"] for rank in seen))
-
-
-def test_gradients_taken_after_they_were_averaged_are_caught(seen: list[dict[str, ranks.Seen]]) -> None:
-    wrong = seen[0]["afterwards"]
-    torch.testing.assert_close(wrong.gradients, seen[0]["equal"].gradients, rtol=1e-12, atol=1e-14)
-    assert wrong.noise.trace < 1e-20 * seen[0]["equal"].noise.trace
-    with pytest.raises(AssertionError):
-        assert_is_noise_of(wrong.noise, [own[0] for own in ranks.parts_of(ranks.CASES["equal"])])
-
-
-def test_an_overflow_on_one_rank_is_skipped_on_all(seen: list[dict[str, ranks.Seen]]) -> None:
-    assert [rank["overflow"].skipped for rank in seen] == [1, 1]
-    assert [rank["equal"].skipped for rank in seen] == [0, 0]
-    assert_same_on(*(rank["overflow"] for rank in seen))
-    assert_is_noise_of(seen[1]["overflow"].noise, [own[0] for own in ranks.parts_of(ranks.CASES["equal"])])

@@ -45,6 +45,10 @@ class EmptyDataError(NoetherflowError, ValueError):
     """There was no example to measure."""
 
 
+class RankError(NoetherflowError, RuntimeError):
+    """A rank of a process group did not come to put together what each rank measured."""
+
+
 class EquilibriumError(NoetherflowError, ArithmeticError):
     """The noise equilibrium does not exist, or the solver did not reach it."""
 

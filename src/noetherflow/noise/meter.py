@@ -1,11 +1,12 @@
 """Noise measured inside a training step, or in a step that only measures."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import final
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from noetherflow._batch import is_per_example, tensors_of
@@ -13,7 +14,8 @@ from noetherflow._errors import CoupledExamplesError, EmptyDataError, SettingsEr
 from noetherflow._holder import eager
 from noetherflow._per_example import require_interval, require_uncoupled
 from noetherflow._types import Batch
-from noetherflow.noise.buffers import OF_SUM, ModelLayout
+from noetherflow.noise.between_ranks import Ranks, merge_examples
+from noetherflow.noise.buffers import OF_SUM, Buffers, ModelLayout
 from noetherflow.noise.capture.mode import Capture
 from noetherflow.noise.capture.placing import Places
 from noetherflow.noise.capture.sink import GradientSink
@@ -22,6 +24,7 @@ from noetherflow.noise.kernels import accumulator
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.ops import RULES
 from noetherflow.noise.pooling import Pool
+from noetherflow.noise.sharded import require_unsharded
 from noetherflow.noise.statistics import requested_of
 from noetherflow.noise.step import StepNoise
 from noetherflow.symmetry import Symmetry, along_axes
@@ -41,6 +44,20 @@ class NoiseMeter:
     `train=False` a step only measures: no parameter gets a gradient, and where the squares of a gradient cost less than
     the gradient it is not formed.
 
+    With a `group`, the examples of all ranks are measured as if a single process had them all, each counted once, also
+    if ranks have batches of unequal sizes; DistributedDataParallel itself follows the mean over ranks. The sums of
+    gradients are taken before any rank is averaged, so `no_sync()`, a communication hook and what was in `.grad` do
+    not matter. At the end of a step every rank waits for the others, and an all-reduce as large as that of the
+    gradients follows, in pieces of some 30 MB: measure every twentieth step. A step that overflows, or cannot be
+    measured, on one rank is left out on all. Give the meter what is inside DistributedDataParallel:
+
+    ```python
+    meter = nf.NoiseMeter(ddp.module, symmetries, group=dist.group.WORLD)
+    with meter.step(batch):  # on every rank
+        loss(ddp, batch).mean().backward()
+    optimizer.step()
+    ```
+
     Args:
         model: The model that is trained.
         symmetries: What to measure the noise for, by name; they act along axes.
@@ -49,6 +66,8 @@ class NoiseMeter:
         every_entry: Measure the squares of the entries of all parameters in every step, for `observers`.
         check_every: Where the examples are in the results of PyTorch's functions is found out in the first step, and
             again after so many steps. Between these steps the answers are kept.
+        group: The ranks that train copies of the model, as under DistributedDataParallel, each on examples of its own;
+            by default none, every process for itself.
 
     Attributes:
         unmeasured: The parameters whose gradients cannot be taken apart by example, each with the reason.
@@ -57,8 +76,8 @@ class NoiseMeter:
             that rounding hides it.
 
     Raises:
-        SettingsError: If a symmetry is a `DenseSymmetry`: it joins single entries of several tensors; or if
-            check_every is less than 1.
+        SettingsError: If a symmetry is a `DenseSymmetry`: it joins single entries of several tensors; if check_every
+            is less than 1; or if parameters are sharded: MicrobatchMeter measures these.
         FrozenParameterError: If one acts on parameters that are not trained.
 
     Examples:
@@ -87,12 +106,14 @@ class NoiseMeter:
         variances: bool = False,
         every_entry: bool = False,
         check_every: int = 1000,
+        group: "dist.ProcessGroup | None" = None,
     ) -> None:
         require_interval(check_every)
         resolved = resolve(model, symmetries)
+        require_unsharded(model, dict(model.named_parameters()))
         self._symmetries = along_axes(resolved)
         self._model, self._check_every = model, check_every
-        self._variances, self._every_entry = variances, every_entry
+        self._variances, self._every_entry, self._group = variances, every_entry, group
         self.observers: list[Callable[[StepNoise], None]] = []
         self.skipped = 0
         self.reset()
@@ -105,6 +126,8 @@ class NoiseMeter:
         )
         self._model_layout = ModelLayout.of(requested, self._params)
         self._pool = Pool(self._symmetries, self._params)
+        device = next(iter(self._params.values())).device
+        self._ranks = None if self._group is None else Ranks(self._group, self._model_layout, device)
         self._rounding = max((torch.finfo(accumulator(p)).eps for p in self._params.values()), default=0.0)
         self._places: dict[int, Places] = {}
         self._steps = 0
@@ -132,47 +155,73 @@ class NoiseMeter:
             CoupledExamplesError: If the loss is no sum over examples, such as after a normalisation over the batch, or
                 that cannot be seen.
             EmptyDataError: If the batch holds no example.
+            RankError: If a rank of the group did not come to the end of the block.
             SettingsError: If no backward pass ran, no tensor of the batch reaches the model, the loss takes derivatives
-                of the model, or no parameter can be measured. What arrived in `.grad` is right all the same.
+                of the model, or no parameter can be measured, also on another rank of the group. What arrived in
+                `.grad` is right all the same.
         """
         require_uncoupled(self._model)
         self._require_known()
+        if weight is not None and not abs(weight) > 0:
+            raise SettingsError(f"the weight of an example in the loss is a number other than 0, got {weight}")
         leaves = tensors_of(batch)
         size = next((len(leaf) for leaf in leaves if leaf.ndim), 0)
         if not size:
-            raise EmptyDataError("the batch holds no tensor with an entry per example")
+            with nullcontext() if self._ranks is None else self._ranks.told():
+                if self._ranks is not None:
+                    yield  # or the other ranks would wait in the backward pass
+                raise EmptyDataError("the batch holds no tensor with an entry per example")
         given = [leaf for leaf in leaves if is_per_example(leaf, size)]
         if self._steps % self._check_every == 0:
             self._places.clear()
         self._steps += 1
         places = self._places.setdefault(size, Places(size))
         sink = GradientSink.PASSED_ON if train else GradientSink.DROPPED
-        capture = Capture(self._params, self._model_layout, places, given, RULES, sink=sink)
+        keep_sums = self._ranks is not None
+        capture = Capture(self._params, self._model_layout, places, given, RULES, sink=sink, keep_sums=keep_sums)
         with eager(), capture:
             yield
+        coefficient = scale * (1 / size if weight is None else weight)
+        if self._ranks is not None:
+            with self._ranks.told():
+                self._require_measured(capture, weight)
+            size, coefficient = self._merge(self._ranks, capture, coefficient), 1.0
         if size < 2:
             return  # a single example is its own mean
-        self._require_measured(capture)
-        if weight is None and capture.summed:
-            raise SettingsError(
-                f"the loss adds up the losses of the {size} examples, and the default weight of an example is that of "
-                f"a mean, 1 / {size}, so that the noise would be {size}^2 times too large: step(batch, weight=1.0) for "
-                "a sum, or weight=1 / k with k-step accumulation"
-            )
-        self.unmeasured = capture.refused | self.unmeasured
-        each, of_sum = capture.buffers.trace.tolist()
-        scatter = capture.buffers.merge_rows(-1.0 / size)
+        if self._ranks is None:
+            self._require_measured(capture, weight)
+            self.unmeasured = capture.refused | self.unmeasured
+        self._take(capture.buffers, size, coefficient)
+
+    def _take(self, buffers: Buffers, size: int, weight: float) -> None:
+        """Take the squares of the gradients of a step, of examples and of their sum."""
+        each, of_sum = buffers.trace.tolist()
+        scatter = buffers.merge_rows(-1.0 / size)
         # A step that overflows is left out, as a gradient scaler skips it; and one that says nothing.
         drowned = each - of_sum / size <= _DROWNED * self._rounding * each and not self.unmeasured
-        weight = scale * (1 / size if weight is None else weight)
         if drowned or not self._pool.add(scatter, size, size - 1, weight):
             self.skipped += 1
             return
         if self.observers:
-            mean = capture.buffers.row(OF_SUM)
+            mean = buffers.row(OF_SUM)
             step = StepNoise(scatter, weight**-2 / (size - 1), mean, (weight * size) ** -2, size)
             for observer in self.observers:
                 observer(step)
+
+    def _merge(self, ranks: Ranks, capture: Capture, coefficient: float) -> int:
+        """Put together what all ranks measured, as if each example's gradient had the coefficient 1.
+
+        Returns:
+            The number of examples of all ranks.
+        """
+        _, size = ranks.meet(capture.size, capture.size)
+        names = list(self._params)
+        anywhere = zip(names, ranks.any_of([name in capture.refused for name in names]), strict=True)
+        elsewhere = "its gradients could not be taken apart by example on another rank"
+        unmeasured = {name: capture.refused.get(name, elsewhere) for name, refused in anywhere if refused}
+        self.unmeasured = unmeasured | self.unmeasured
+        merge_examples(ranks, capture.buffers, self._params, capture.sums or {}, coefficient)
+        return size
 
     @property
     def noise(self) -> NoiseMoments:
@@ -204,8 +253,8 @@ class NoiseMeter:
                 f"{' and more' if len(others) > 3 else ''}. Call reset(), or make another meter"
             )
 
-    def _require_measured(self, capture: Capture) -> None:
-        """Raise if a step cannot be measured at all; the gradients that it left are right."""
+    def _require_measured(self, capture: Capture, weight: float | None) -> None:
+        """Raise if a step cannot be measured, or its weight was left out; the gradients that it left are right."""
         if capture.joined:
             raise CoupledExamplesError(
                 "the loss is no sum over the examples of the batch, as far as can be seen: "
@@ -228,4 +277,11 @@ class NoiseMeter:
             raise SettingsError(
                 f"the gradients of these parameters cannot be taken apart by example in passing: {listing}. "
                 "Use estimate_noise, which forms them one by one"
+            )
+        if weight is None and capture.summed and capture.size > 1:
+            size = capture.size
+            raise SettingsError(
+                f"the loss adds up the losses of the {size} examples, and the default weight of an example is that of "
+                f"a mean, 1 / {size}, so that the noise would be {size}^2 times too large: step(batch, weight=1.0) for "
+                "a sum, or weight=1 / k with k-step accumulation"
             )

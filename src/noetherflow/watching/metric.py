@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from noetherflow._types import Params
+from noetherflow.noise.sharded import gathered
 from noetherflow.optimizers.by_parameter import number
 
 # Where optimizers of PyTorch keep second moments of gradients, and whether these are averages that start at zero.
@@ -42,7 +43,7 @@ def metric_of(optimizer: torch.optim.Optimizer, params: Params) -> dict[str, Ten
     for name, parameter in params.items():
         group = group_of.get(id(parameter))
         if group is None:
-            metric[name] = torch.zeros_like(parameter)  # it is not trained by this optimizer
+            metric[name] = gathered(torch.zeros_like(parameter))  # it is not trained by this optimizer
             continue
         if parameter not in optimizer.state or not optimizer.state[parameter]:
             return None
@@ -51,7 +52,7 @@ def metric_of(optimizer: torch.optim.Optimizer, params: Params) -> dict[str, Ten
             return None
         # During a warmup from 0 all rates are 0, and nothing tells the groups apart.
         share = float(number(group["lr"])) / largest if largest > 0 else 1.0
-        metric[name] = share / root
+        metric[name] = gathered(share / root)
     return metric
 
 

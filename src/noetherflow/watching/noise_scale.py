@@ -108,7 +108,9 @@ class NoiseScale:
         adaptive = has_metric(optimizer)
         self.meter: NoiseMeter | MicrobatchMeter
         if between == EXAMPLES:
-            self.meter = NoiseMeter(model, self._symmetries, every_entry=adaptive, check_every=_CHECK_EVERY)
+            self.meter = NoiseMeter(
+                model, self._symmetries, every_entry=adaptive, check_every=_CHECK_EVERY, group=group
+            )
         else:
             self.meter = MicrobatchMeter(model, self._symmetries, every_entry=adaptive, group=group)
         self.meter.observers.append(self._observe)

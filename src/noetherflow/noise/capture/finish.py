@@ -65,6 +65,9 @@ def arrived(capture: "Capture", source: Source, root: Tensor, zero: Tensor, inco
         return incoming if passes_on else None
     gradient = _accumulated(capture, source.name, root, uses)
     if gradient is not None:
+        if capture.sums is not None:
+            # A copy: what is passed on may become .grad.
+            capture.sums[source.name] = gradient.clone() if passes_on else gradient
         for record in records:
             if isinstance(record, Constant):
                 gradient = gradient + _embedded(record.views, record.gradient, root)
@@ -82,10 +85,13 @@ def _accumulated(capture: "Capture", name: str, root: Tensor, uses: Sequence[Use
     waits = layout.is_of_vector and _LARGE * size <= budget(root)
     if waits and all(isinstance(use, PerExample) for use in uses):
         stack = stacked(uses, root.shape, root if root.dtype is kind else root.to(kind)).reshape(capture.size, -1)
-        capture.vectors.append((name, stack, stack.sum(0)))
-        return capture.vectors[-1][2].view(root.shape)
+        total = stack.sum(0)
+        capture.vectors.append((name, stack, total))
+        # A copy: .grad may become what is returned, and be averaged or clipped before the block ends.
+        return total.view(root.shape).clone()
     buffer = capture.buffers.buffer(name, kind)
-    return collect(uses, buffer, root, needs_sum=capture.sink is not GradientSink.DROPPED)
+    needs_sum = capture.sums is not None or capture.sink is not GradientSink.DROPPED
+    return collect(uses, buffer, root, needs_sum=needs_sum)
 
 
 def _is_unseen(source: Source, incoming: Tensor, records: Sequence[Record], uses: Sequence[Use]) -> bool:

@@ -58,10 +58,12 @@ class Capture(TorchFunctionMode):
         rules: What to do about each function that meets a parameter and data.
         sink: Where the sums of the parameters' gradients go.
         without_dropout: Leave out dropout.
+        keep_sums: Keep the sum of the gradients of the examples of each parameter, wherever the gradient goes.
 
     Attributes:
         buffers: Where the backward pass accumulates the statistics of all parameters.
         gradients: The sum of the gradients of each parameter that was reached, if it is kept, or None.
+        sums: These sums, in the dtype in which they are formed, without what is no example's; None if not kept.
         refused: After the block: the parameters whose gradients cannot be taken apart by example, with the cause.
         joined: What joined the examples in front of the backward pass; empty if each has a loss of its own.
         summed: Whether a backward pass began at a bare sum over the examples, and not at their mean.
@@ -79,11 +81,13 @@ class Capture(TorchFunctionMode):
         *,
         sink: GradientSink,
         without_dropout: bool = False,
+        keep_sums: bool = False,
     ) -> None:
         super().__init__()
         self.size, self.places, self.sink = places.size, places, sink
         self.buffers = Buffers.blank(model_layout, next(iter(params.values())))
         self.gradients: dict[str, Tensor | None] = {}
+        self.sums: dict[str, Tensor] | None = {} if keep_sums else None
         self.refused: dict[str, str] = {}
         self.joined = ""
         self.met = self.summed = False
