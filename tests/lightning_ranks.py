@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
@@ -20,6 +21,12 @@ def batches() -> list[Pair]:
     return [*pairs()[:6], *pairs()[:2]]
 
 
+def of_all_ranks() -> list[Pair]:
+    """The examples of both ranks in a step, as batches of a single process."""
+    steps = zip(batches()[::2], batches()[1::2], strict=True)
+    return [(torch.cat([one[0], other[0]]), torch.cat([one[1], other[1]])) for one, other in steps]
+
+
 @final
 class Shared(Regression):
     """A regression whose ranks take turns at the batches."""
@@ -32,15 +39,17 @@ def main(folder: Path) -> None:
     warnings.simplefilter("error")
     for line in QUIET:
         warnings.filterwarnings("ignore", line.removeprefix("ignore:"))
-    for k in ACCUMULATED:
+    runs = {"examples": (1, NoiseCallback(every=1))}
+    runs |= {str(k): (k, NoiseCallback(every=1, between="microbatches")) for k in ACCUMULATED}
+    for name, (k, callback) in runs.items():
         fit(
             Shared(network()),
-            [NoiseCallback(every=1, between="microbatches")],
+            [callback],
             strategy="ddp_fork",  # forked before there are threads: nothing is imported twice
             devices=RANKS,
             use_distributed_sampler=False,
             accumulate_grad_batches=k,
-            logger=CSVLogger(folder, name=None, version=str(k)),
+            logger=CSVLogger(folder, name=None, version=name),
             own_loader=True,
         )
 

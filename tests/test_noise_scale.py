@@ -168,6 +168,18 @@ def test_the_metric_is_that_of_the_steps_that_torch_takes(name: str) -> None:
         torch.testing.assert_close(stepped, share / (math.sqrt(decay) * root + 1e-3), rtol=1e-5, atol=0)
 
 
+def test_a_parameter_without_a_step_does_not_count_in_the_metric() -> None:
+    moved, still = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    optimizer = torch.optim.AdamW([moved, still], lr=0.1)
+    assert metric_of(optimizer, {"moved": moved, "still": still}) is None
+    moved.grad = torch.ones_like(moved)
+    optimizer.step()
+    metric = metric_of(optimizer, {"moved": moved, "still": still})
+    assert metric is not None
+    torch.testing.assert_close(metric["moved"], torch.full_like(moved, 1 / (1 + 1e-8)))
+    assert not metric["still"].any()
+
+
 def test_microbatches_give_the_two_batch_formula() -> None:
     """McCandlish et al. (2018), appendix A.1: from the squared norms of gradients of a small and of a large batch."""
     model = build()

@@ -50,8 +50,8 @@ class NoiseCallback(Callback):
     Args:
         symmetries: Of which the charges are logged, by name, as `find_symmetries` names them for the `LightningModule`.
         every: Measure so many batches apart; accumulation windows apart between microbatches.
-        between: `"examples"`: one pass per batch; or `"microbatches"`: those of gradient accumulation or of the ranks
-            of DDP, or both, for losses that couple the examples of a batch.
+        between: `"examples"`: one pass per batch, of all ranks of DDP together; or `"microbatches"`: those of gradient
+            accumulation or of the ranks, or both, for losses that couple the examples of a batch.
         window: How many measured steps an average is worth at most; infinity averages over all.
         confidence: Of the intervals.
         layers: Whether to log the noise scale of every layer.
@@ -119,7 +119,7 @@ class NoiseCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the `NoiseScale`: from here on there is an optimizer."""
-        _require_supported(trainer, pl_module, self._between)
+        _require_supported(trainer, pl_module)
         self._start(trainer, pl_module)
         if self._saved and self.watch is not None:
             self.watch.load_state_dict(self._saved)
@@ -266,7 +266,7 @@ def _ranks(trainer: Trainer) -> "dist.ProcessGroup | None":
     return dist.group.WORLD if trainer.world_size > 1 else None
 
 
-def _require_supported(trainer: Trainer, pl_module: LightningModule, between: str) -> None:
+def _require_supported(trainer: Trainer, pl_module: LightningModule) -> None:
     if not pl_module.automatic_optimization:
         raise SettingsError(
             "NoiseCallback measures under automatic optimization, and this module optimizes by hand "
@@ -278,9 +278,4 @@ def _require_supported(trainer: Trainer, pl_module: LightningModule, between: st
         raise SettingsError(
             f"NoiseCallback works on a single device and under DDP, and the strategy is "
             f"{type(trainer.strategy).__name__}: use Trainer(strategy='ddp'), or train without the callback"
-        )
-    if between == _EXAMPLES and trainer.world_size > 1:
-        raise SettingsError(
-            f"the noise between examples is measured on a single device, and there are {trainer.world_size}: "
-            "NoiseCallback(between='microbatches') compares the devices"
         )

@@ -149,7 +149,7 @@ class NoiseCallback(TrainerCallback):
                 "instead of giving it in `callbacks`"
             )
         self._leave()
-        self._group = dist.group.WORLD if self._between == MICROBATCHES and args.world_size > 1 else None
+        self._group = dist.group.WORLD if args.world_size > 1 else None
         _require_supported(trainer, several=self._between != MICROBATCHES or args.world_size > 1)
         self._watch = NoiseScale(
             kwargs["model"],

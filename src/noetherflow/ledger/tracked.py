@@ -11,6 +11,7 @@ from noetherflow._errors import SettingsError
 from noetherflow._params import canonical_names, in_dtype, snapshot
 from noetherflow._types import Params
 from noetherflow.ledger.parts import require_quadratic
+from noetherflow.noise.sharded import gathered
 from noetherflow.symmetry import Symmetry
 
 
@@ -53,7 +54,7 @@ class Tracked:
 
     def theta(self) -> dict[str, Tensor]:
         """Copies of the parameters in float64; shards are gathered."""
-        return snapshot({name: _gathered(parameter) for name, parameter in self.params.items()})
+        return snapshot({name: gathered(parameter) for name, parameter in self.params.items()})
 
     def charges(self, theta: Params) -> dict[str, Tensor]:
         """The charges by symmetry, float64, on the CPU."""
@@ -78,10 +79,4 @@ class Tracked:
 
 def full(gradient: Tensor) -> Tensor:
     """A gradient as a dense tensor in float64, put together from its shards."""
-    return in_dtype(_gathered(gradient.detach()).to_dense(), torch.float64)
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    """A tensor that is sharded over ranks (DTensor), put together on each of them; any other tensor as it is."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+    return in_dtype(gathered(gradient.detach()).to_dense(), torch.float64)

@@ -35,32 +35,31 @@ def metric_of(optimizer: torch.optim.Optimizer, params: Params) -> dict[str, Ten
         params: The measured parameters.
 
     Returns:
-        Weights by name, with $\eta$ the largest learning rate of a group; or None before the first step of a parameter.
+        Weights by name, with $\eta$ the largest learning rate of a group, and 0 for a parameter that has not taken a
+        step; or None before the first step of all.
     """
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     largest = max(float(number(group["lr"])) for group in optimizer.param_groups)
-    metric = {}
+    metric, stepped = {}, False
     for name, parameter in params.items():
         group = group_of.get(id(parameter))
-        if group is None:
-            metric[name] = gathered(torch.zeros_like(parameter))  # it is not trained by this optimizer
+        root = None if group is None else _root(optimizer.state.get(parameter, {}), group)
+        if group is None or root is None:
+            # This optimizer has not moved it yet, or never does.
+            metric[name] = gathered(torch.zeros_like(parameter))
             continue
-        if parameter not in optimizer.state or not optimizer.state[parameter]:
-            return None
-        root = _root(optimizer.state[parameter], group)
-        if root is None:
-            return None
+        stepped = True
         # During a warmup from 0 all rates are 0, and nothing tells the groups apart.
         share = float(number(group["lr"])) / largest if largest > 0 else 1.0
         metric[name] = gathered(share / root)
-    return metric
+    return metric if stepped else None
 
 
 def _root(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor | None:
     """The denominator of the step of a parameter; None before the first step."""
-    key, decays = next(pair for pair in _SECOND_MOMENTS if pair[0] in state)
+    key, decays = next((pair for pair in _SECOND_MOMENTS if pair[0] in state), ("", False))
     steps = float(number(state["step"])) if "step" in state else 1.0
-    if not steps:
+    if not key or not steps:
         return None
     correction = -math.expm1(steps * math.log(number(group["betas"][1]))) if decays and group["betas"][1] else 1.0
     return (state[key].detach() / correction).sqrt_().add_(float(group["eps"]))

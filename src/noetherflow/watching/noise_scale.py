@@ -14,6 +14,7 @@ from noetherflow._table import html_of, text_of
 from noetherflow._types import Batch
 from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments
 from noetherflow.noise.exact import resolve
+from noetherflow.noise.sharded import gathered
 from noetherflow.noise.step import StepNoise
 from noetherflow.noise.table import total
 from noetherflow.optimizers.checks import require
@@ -183,10 +184,10 @@ class NoiseScale:
 
     @property
     def charges(self) -> dict[str, Tensor]:
-        """The charge of each symmetry at the present parameters, float64."""
+        """The charge of each symmetry at the present parameters, float64; all ranks together gather shards."""
         params = dict(self._model.named_parameters())
         return {
-            name: symmetry.charge(snapshot({tensor: params[tensor] for tensor in symmetry.names}))
+            name: symmetry.charge(snapshot({tensor: gathered(params[tensor]) for tensor in symmetry.names}))
             for name, symmetry in self._symmetries.items()
         }
 
