@@ -3,8 +3,8 @@
     python tests/wheel.py
     python tests/wheel.py --members  # builds wheel and sdist, and only looks at what is in them
 
-The wheel is built from the sdist, so that the sdist holds what a build needs. Nothing of this folder's source is seen by
-what runs in the bare environment: only the wheel, its dependencies, and the page's programs.
+The wheel is built from the sdist, so that the sdist holds what a build needs. What runs in the bare environment sees
+nothing of this folder's source: only the wheel, its dependencies, and the page's programs.
 """
 
 import re
@@ -60,8 +60,10 @@ def complaints(kind: str, members: dict[str, int], expected: set[str]) -> list[s
     wrong += [f"{kind} holds {name}, which nobody expects" for name in sorted(members.keys() - expected)]
     wrong += [f"{kind} holds {name} of {size} bytes" for name, size in members.items() if size > LARGEST]
     if kind == "wheel":
-        allowed = re.compile(r"noetherflow/(.+\.py|py\.typed)|noetherflow-.*\.dist-info/.+")
-        wrong += [f"wheel holds {name}: not code" for name in members if not allowed.fullmatch(name)]
+        allowed = re.compile(r"noetherflow/(.+\.(py|css|html|js)|py\.typed)|noetherflow-.*\.dist-info/.+")
+        wrong += [
+            f"wheel holds {name}: neither code nor a part of a page" for name in members if not allowed.fullmatch(name)
+        ]
     return wrong
 
 

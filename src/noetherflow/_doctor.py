@@ -150,7 +150,7 @@ def examine_device(device: torch.device, description: str) -> Device:
     """Try float64 on a device, and load the kernels for it."""
     try:
         tensor = torch.zeros(1, device=device)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the second where PyTorch is built without the device
         return Device(str(device), description, False, "", "", f"does not work: {_first_line(error)}")
     try:
         require_float64([device])
