@@ -1,4 +1,4 @@
-"""The wheel alone: built, installed without extras into a bare environment, and put through a page of the docs.
+"""The wheel alone: built, installed without extras into a bare environment, where README and a page of the docs run.
 
     python tests/wheel.py
     python tests/wheel.py --members  # builds wheel and sdist, and only looks at what is in them
@@ -19,11 +19,11 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "first-ten-minutes.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "first-ten-minutes.md")
 # What only extras bring, and what their work on a page or a figure would hide.
 ABSENT = ("numba", "llvmlite", "rich", "typer", "matplotlib", "plotly", "pyarrow", "sklearn", "transformers")
 CHECK = f"""
-import importlib.util, pathlib, sys
+import importlib.metadata, importlib.util, pathlib, sys
 there = [name for name in {ABSENT!r} if importlib.util.find_spec(name)]
 if there:
     sys.exit("not a bare environment, these are installed: " + ", ".join(there))
@@ -31,7 +31,10 @@ import noetherflow
 place = pathlib.Path(noetherflow.__file__).resolve()
 if pathlib.Path(sys.prefix).resolve() not in place.parents:
     sys.exit(f"noetherflow comes from {{place}}, not from the wheel")
-print("noetherflow from", place)
+metadata = importlib.metadata.version("noetherflow")
+if metadata != noetherflow.__version__:
+    sys.exit(f"the metadata says version {{metadata}}, the package {{noetherflow.__version__}}")
+print("noetherflow", metadata, "from", place)
 """
 PIP = ("-m", "pip", "--disable-pip-version-check")
 REFUSAL = 'run pip install "noetherflow[cli]"'
@@ -119,8 +122,9 @@ def run(*command: object, cwd: Path) -> None:
 
 def main() -> None:
     """Build, install, check that nothing else is there, run the page, and meet the command line's refusal."""
-    if not PAGE.is_file() or "```python\n" not in PAGE.read_text("utf-8"):
-        sys.exit(f"{PAGE} has no program to run")
+    for page in PAGES:
+        if not page.is_file() or "```python\n" not in page.read_text("utf-8"):
+            sys.exit(f"{page} has no program to run")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         sdist, wheel = build(folder)
@@ -131,12 +135,13 @@ def main() -> None:
         bare = folder / "bare" / "bin" / "python"
         run(bare, *PIP, "install", "-q", "-c", ROOT / "constraints.txt", wheel, cwd=folder)
         run(bare, "-c", CHECK, cwd=folder)
-        run(bare, ROOT / "tests" / "pages.py", PAGE, cwd=folder)
+        for page in PAGES:
+            run(bare, ROOT / "tests" / "pages.py", page, cwd=folder)
         script = folder / "bare" / "bin" / "noetherflow"
         done = subprocess.run([script, "--help"], cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode != 2 or done.stdout or REFUSAL not in done.stderr or done.stderr.count("\n") != 1:
             sys.exit(f"noetherflow without typer: {done}, expected exit code 2 and one sentence with {REFUSAL}")
-    print(f"the wheel runs {PAGE.name} with nothing but its dependencies")
+    print(f"the wheel runs {' and '.join(page.name for page in PAGES)} with nothing but its dependencies")
 
 
 if __name__ == "__main__":
