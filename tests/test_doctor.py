@@ -32,11 +32,17 @@ def packages_of(extra: str) -> set[str]:
     return names
 
 
-def oldest(name: str) -> tuple[int, ...] | None:
-    """The lower bound of a dependency in pyproject.toml."""
-    (requirement,) = (one for one in map(Requirement, PROJECT["dependencies"]) if one.name == name)
-    bounds = [part.version for part in requirement.specifier if part.operator == ">="]
-    return _doctor.release_of(bounds[0]) if bounds else None
+def oldest_versions() -> dict[str, tuple[int, ...]]:
+    """The lower bounds in pyproject.toml, of the dependencies and of the extras that are shown."""
+    shown = set(PROJECT["optional-dependencies"]) - NOT_SHOWN
+    texts = [*PROJECT["dependencies"], *(text for name in shown for text in PROJECT["optional-dependencies"][name])]
+    bounds = {
+        requirement.name: part.version
+        for requirement in map(Requirement, texts)
+        for part in requirement.specifier
+        if part.operator == ">="
+    }
+    return {name: _doctor.release_of(version) for name, version in bounds.items()}
 
 
 def run(*arguments: str) -> object:
@@ -48,12 +54,12 @@ def test_it_knows_the_extras_and_the_bounds_of_the_project() -> None:
     assert {name: set(packages) for name, packages in _doctor.EXTRAS.items()} == {
         name: packages_of(name) for name in shown
     }
-    assert packages_of("all") == set().union(*_doctor.EXTRAS.values())
+    assert packages_of("all") < set().union(*_doctor.EXTRAS.values())
     assert {Requirement(one).name for one in PROJECT["dependencies"]} == set(_doctor.CORE)
-    assert {name: oldest(name) for name in _doctor.CORE} == _doctor.CORE
-    # The comparison above must be able to fail.
+    assert oldest_versions() == _doctor.OLDEST
+    # The comparisons above must be able to fail.
     assert packages_of("cpu") != packages_of("cli")
-    assert oldest("torch") is not None
+    assert set(oldest_versions()) == {"torch", "transformers"}
 
 
 def test_a_complete_installation_is_shown_and_ends_in_exit_code_0() -> None:
@@ -90,6 +96,15 @@ def test_a_missing_extra_is_named_with_its_command_and_is_not_broken(monkeypatch
     extras = {extra["name"]: extra for extra in json.loads(run("--json").output)["extras"]}
     assert extras["report"]["versions"]["plotly"] is None
     assert extras["cli"]["command"] == ""
+
+
+def test_a_package_of_an_extra_that_is_too_old_is_shown_and_is_not_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not json.loads(run("--json").output)["extras"][-1]["command"]
+    installed(monkeypatch, transformers="5.2.0")
+    done = run()
+    assert done.exit_code == 0, done.output
+    assert "transformers 5.2.0 (too old)" in done.output
+    assert 'pip install "noetherflow[transformers]"' in done.output
 
 
 @pytest.mark.parametrize(

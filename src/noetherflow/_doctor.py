@@ -15,14 +15,18 @@ from noetherflow._extras import has
 from noetherflow._table import Column, Table, text_of
 from noetherflow.noise.kernels.choose import kernels_for, name_for, reason_for
 
-# The oldest version with which each dependency works; None where none is known not to. As in pyproject.toml.
-CORE: dict[str, tuple[int, ...] | None] = {"torch": (2, 6), "numpy": None, "scipy": None, "safetensors": None}
-# What each extra installs, in addition to the extras that it contains. As in pyproject.toml.
+# The dependencies. As in pyproject.toml, like the rest of this list.
+CORE = ("torch", "numpy", "scipy", "safetensors")
+# The oldest version that works, where an older version is known not to.
+OLDEST: dict[str, tuple[int, ...]] = {"torch": (2, 6), "transformers": (5, 19)}
+# What each extra installs, with the extras that it contains.
 EXTRAS = {
     "cpu": ("numba",),
     "cli": ("typer", "rich"),
     "report": ("matplotlib", "plotly"),
     "paper": ("typer", "rich", "matplotlib", "plotly", "pyarrow"),
+    "lightning": ("lightning",),
+    "transformers": ("transformers", "accelerate"),
 }
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -64,8 +68,8 @@ class Extra:
 
     @property
     def command(self) -> str:
-        """The command that installs what is missing; empty if nothing is."""
-        complete = all(version is not None for version in self.versions.values())
+        """The command that installs what is missing or too old; empty if nothing is."""
+        complete = all(version and not too_old(name, version) for name, version in self.versions.items())
         return "" if complete else f'pip install "noetherflow[{self.name}]"'
 
 
@@ -113,16 +117,22 @@ def examine() -> Installation:
 def problems_of(versions: dict[str, str | None]) -> list[str]:
     """A sentence for each dependency that is missing or too old."""
     sentences = []
-    for name, least in CORE.items():
+    for name in CORE:
         version = versions[name]
         if version is None:
             sentences.append(f"{name} is not installed: run pip install {name}")
-        elif least is not None and release_of(version) < least:
-            oldest = ".".join(map(str, least))
+        elif too_old(name, version):
+            oldest = ".".join(map(str, OLDEST[name]))
             sentences.append(
                 f'{name} {version} is too old, noetherflow needs {oldest} or newer: run pip install "{name}>={oldest}"'
             )
     return sentences
+
+
+def too_old(name: str, version: str) -> bool:
+    """Whether a version of a package is older than the oldest that works; not if it has no numbers."""
+    numbers = release_of(version)
+    return bool(numbers) and numbers < OLDEST.get(name, ())
 
 
 def release_of(version: str) -> tuple[int, ...]:
@@ -196,6 +206,12 @@ def _threads() -> dict[str, str]:
     return counts | {name: os.environ.get(name, "not set") for name in _THREADS}
 
 
+def _package(name: str, version: str | None) -> str:
+    if version is None:
+        return f"{name} missing"
+    return f"{name} {version}" + (" (too old)" if too_old(name, version) else "")
+
+
 def _tables(installation: Installation) -> list[Table]:
     plain = (Column(""), Column("", folds=True))
     versions = tuple((name, version or "not installed") for name, version in installation.versions.items())
@@ -206,7 +222,7 @@ def _tables(installation: Installation) -> list[Table]:
     extras = tuple(
         (
             extra.name,
-            ", ".join(f"{name} {version or 'missing'}" for name, version in extra.versions.items()),
+            ", ".join(_package(name, version) for name, version in extra.versions.items()),
             extra.command or "complete",
         )
         for extra in installation.extras
