@@ -88,7 +88,7 @@ def test_translations_in_front_of_softmax_are_not_found() -> None:
     torch.testing.assert_close(cross_entropy(moved, batch), cross_entropy(model, batch))
 
 
-def test_gradients_of_single_examples_and_curvature_are_not_offered() -> None:
+def test_gradients_of_single_examples_and_curvature_matrices_are_not_offered() -> None:
     offered = {name.lower() for name in nf.__all__} | {
         name for name in dir(nf.NoiseMoments) if not name.startswith("_")
     }
