@@ -46,7 +46,7 @@ mutants: $(STAMP)  ## Plant the faults of tests/mutations.toml, one at a time: a
 mutants-changed: $(STAMP)  ## The same for the faults in files that a change touches; see BASE
 	$(BIN)/python tests/mutants.py --changed $(BASE)
 
-wheel: $(STAMP)  ## Build the wheel, install it without extras into a bare environment, and run a page of the docs there
+wheel: $(STAMP)  ## Build the wheel, install it without extras into a bare environment, and run README and a page of the docs there
 	$(BIN)/python tests/wheel.py
 
 matrix: $(STAMP)  ## Run the tests of the numbers on the oldest and newest PyTorch of each Python (gigabytes); see PYTHONS

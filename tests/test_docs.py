@@ -17,6 +17,7 @@ COMPLETE = [
     "docs/first-ten-minutes.md",
     "docs/how-to-add-an-operation.md",
     "docs/under-adamw.md",
+    "docs/for-theorists.md",
     "docs/watching.md",
     "docs/which-batch-size.md",
     "docs/with-hugging-face.md",

@@ -25,7 +25,7 @@ FLOORS = [
     {"_drift", "linear", "_explain"},
     {"equilibrium"},
     {"_rebalance", "simulation", "_analysis", "forecasting", "watching", "ledger"},
-    {"_analyze", "_kept", "integrations"},
+    {"_analyze", "_kept", "integrations", "_doctor"},
     {"report"},
     {"paper"},
     {"_cli"},

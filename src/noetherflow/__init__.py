@@ -30,6 +30,7 @@ from noetherflow._second_moments import SecondMoments, second_moments
 from noetherflow._types import Batch, Loss, Params
 from noetherflow._undo import Rebalanced
 from noetherflow._verify import Residual, verify_symmetry
+from noetherflow._versions import __version__
 from noetherflow.detect import (
     AxisNote,
     Explanation,
@@ -135,6 +136,7 @@ __all__ = [
     "TraceError",
     "Trajectory",
     "UserFileError",
+    "__version__",
     "analyze",
     "check_completeness",
     "discover_blocks",

@@ -1,4 +1,4 @@
-"""The command line: `noetherflow symmetries FILE.py`, `analyze FILE.py`, `watch RUN_DIR` and `reproduce [FIGURES]`."""
+"""The command line: `noetherflow symmetries FILE.py`, `analyze FILE.py`, `watch RUN_DIR`, `reproduce` and `doctor`."""
 
 import contextlib
 import itertools
@@ -18,15 +18,17 @@ from noetherflow._analysis import Analysis
 from noetherflow._analyze import analyze as run_analysis
 from noetherflow._analyze import rebalanced_copy
 from noetherflow._batch import hold_out, peek
+from noetherflow._doctor import examine
 from noetherflow._errors import FileError, MissingExtraError, NoetherflowError, SettingsError
 from noetherflow._explain import explain
 from noetherflow._progress import track
 from noetherflow._user_file import Built, load_build, sources
+from noetherflow._versions import __version__
 
 if TYPE_CHECKING:
     from noetherflow.paper.runner import Ending
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Parameter symmetry and gradient noise.")
+app = typer.Typer(no_args_is_help=True, help="Parameter symmetry and gradient noise.")
 _console = Console()
 _errors = Console(stderr=True)
 
@@ -39,8 +41,18 @@ class Dtype(StrEnum):
     FLOAT64 = "float64"
 
 
+def _show_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"noetherflow {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
     """Parameter symmetry and gradient noise."""
 
 
@@ -190,6 +202,16 @@ def reproduce(
         _errors.print(f"[red]did not finish: {', '.join(unfinished)}[/red]")
     if failed or unfinished:
         raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Print versions, devices, kernels, threads and extras; the exit code is 1 if something is broken."""
+    installation = examine()
+    typer.echo(json.dumps(installation.to_json(), indent=2) if as_json else str(installation))
+    raise typer.Exit(int(bool(installation.problems)))
 
 
 def check_options(rebalance: bool, save: Path | None, options: Mapping[str, Any]) -> None:

@@ -27,8 +27,21 @@ def kernels_for(tensor: Tensor) -> Kernels:
         SettingsError: If NOETHERFLOW_KERNELS names no set.
         MissingExtraError: If it names a set whose package is not installed.
     """
-    name = os.environ.get(_VARIABLE) or ("cpu" if tensor.is_cpu and has_numba() else "reference")
-    return kernels_of(name)
+    return kernels_of(name_for(tensor))
+
+
+def name_for(tensor: Tensor) -> str:
+    """The name of the set for tensors like this; see `kernels_for`."""
+    return os.environ.get(_VARIABLE) or ("cpu" if tensor.is_cpu and has_numba() else "reference")
+
+
+def reason_for(tensor: Tensor) -> str:
+    """Why `name_for` names that set, for a reader."""
+    if value := os.environ.get(_VARIABLE):
+        return f"{_VARIABLE}={value}"
+    if not tensor.is_cpu:
+        return "compiled loops run on the CPU only"
+    return "numba is installed" if has_numba() else "numba is not installed"
 
 
 @cache
