@@ -1,12 +1,11 @@
-"""The command line: `noetherflow symmetries FILE.py`, `analyze FILE.py`, `watch RUN_DIR`, `reproduce` and `doctor`."""
+"""The command line: `noetherflow symmetries`, `analyze`, `forecast`, `watch`, `reproduce` and `doctor`."""
 
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Mapping
-from enum import StrEnum
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -18,12 +17,14 @@ from noetherflow._analysis import Analysis
 from noetherflow._analyze import analyze as run_analysis
 from noetherflow._analyze import rebalanced_copy
 from noetherflow._batch import hold_out, peek
+from noetherflow._cli_options import Dtype, check_options
 from noetherflow._doctor import examine
-from noetherflow._errors import FileError, MissingExtraError, NoetherflowError, SettingsError
+from noetherflow._errors import FileError, MissingExtraError, NoetherflowError
 from noetherflow._explain import explain
 from noetherflow._progress import track
 from noetherflow._user_file import Built, load_build, sources
 from noetherflow._versions import __version__
+from noetherflow.forecasting import forecast as run_forecast
 
 if TYPE_CHECKING:
     from noetherflow.paper.runner import Ending
@@ -31,14 +32,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Parameter symmetry and gradient noise.")
 _console = Console()
 _errors = Console(stderr=True)
-
-
-@final
-class Dtype(StrEnum):
-    """The choices of --dtype."""
-
-    FLOAT32 = "float32"
-    FLOAT64 = "float64"
 
 
 def _show_version(requested: bool) -> None:
@@ -104,6 +97,29 @@ def analyze(
     except NoetherflowError as error:
         _fail(error)
     _console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True)
+
+
+@app.command()
+def forecast(
+    file: Annotated[Path, typer.Argument(help="A Python file with build(), as for analyze.")],
+    save: Annotated[Path | None, typer.Option(help="Write the forecast to this .safetensors file.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="The dtype of losses and gradients.")] = None,
+    microbatches: Annotated[
+        bool, typer.Option("--microbatches", help="Measure noise between batches, for models with BatchNorm.")
+    ] = False,
+) -> None:
+    """Predict the sharpness at the noise equilibrium, the largest stable steps, and whether warmup is needed."""
+    try:
+        model, loss, loader, settings, declared = load_build(file)
+        wanted = None if dtype is None else getattr(torch, dtype)
+        result = run_forecast(model, loss, loader, settings, declared, dtype=wanted, microbatches=microbatches)
+        typer.echo(str(result))
+        if save is not None:
+            result.save(save)
+    except NoetherflowError as error:
+        _fail(error)
+    if save is not None:
+        _console.print(f"Written: {save}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()
@@ -212,19 +228,6 @@ def doctor(
     installation = examine()
     typer.echo(json.dumps(installation.to_json(), indent=2) if as_json else str(installation))
     raise typer.Exit(int(bool(installation.problems)))
-
-
-def check_options(rebalance: bool, save: Path | None, options: Mapping[str, Any]) -> None:
-    """Raise `SettingsError` for options that contradict each other or lie out of range, before `build()` runs."""
-    for name in ("holdout", "tolerance"):
-        if not 0 < options.get(name, 0.5) < 1:
-            raise SettingsError(f"--{name} must lie between 0 and 1, got {options[name]}")
-    if rebalance and save is None:
-        raise SettingsError("--rebalance needs a file for the weights: add --save FILE.safetensors")
-    if save is not None and not rebalance:
-        raise SettingsError(f"--save {save} writes rebalanced weights: add --rebalance")
-    if save is not None and save.suffix != ".safetensors":
-        raise SettingsError(f"--save writes safetensors, so the file must end in .safetensors, got {save}")
 
 
 def _analysis(

@@ -28,7 +28,16 @@ from noetherflow.optimizers import Optimizer
 from noetherflow.symmetry import Symmetry
 
 # Files and folders of this package that enter no number of an analysis.
-_DISPLAY = {"_cli.py", "__main__.py", "_progress.py", "_user_file.py", "paper", "report", "simulation"}
+_DISPLAY = {
+    "_cli.py",
+    "_cli_options.py",
+    "__main__.py",
+    "_progress.py",
+    "_user_file.py",
+    "paper",
+    "report",
+    "simulation",
+}
 
 
 def key_of(

@@ -18,6 +18,7 @@ from noetherflow.paper.claim import Claim
 # The settings of a figure, which `experiment.py` parses, are a part of `key_of`.
 DISPLAY_FILES = {
     "_cli.py",
+    "_cli_options.py",
     "__main__.py",
     "_kept.py",
     "_progress.py",

@@ -1,0 +1,1 @@
+"""The problems on which a forecast is compared with training."""
