@@ -39,40 +39,43 @@ def measure() -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Predicted and measured beside each other, and the processor."""
-    lines = [
-        "| problem | Tr H at the start | at the end: predicted | measured | predicted / measured | sign right "
-        "| half after: predicted | measured | predicted / measured |",
-        "| --- |" + " ---: |" * 8,
-    ]
-    for result in results["cases"]:
-        said = summary(result)
-        right, sure = said["sign"]
-        half = said["half predicted"][0] / said["half measured"][0]
+    said = [summary(result) for result in results["cases"]]
+    heads = ("Tr H changes by: predicted", "measured", "sign right", "Tr H at the end: predicted", "measured")
+    lines = ["| problem | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
+    for row in said:
+        right, sure = row["sign"]
         cells = [
-            said["case"],
-            f"{said['now'][0]:.4g}",
-            _number(said["predicted"]),
-            _number(said["measured"]),
-            _number(said["ratio"]),
+            row["case"],
+            *(f"× {_number(row[key], 3)}" for key in ("change predicted", "change measured")),
             f"{right} of {sure}" if sure else "not sure",
-            _steps(said["half predicted"]),
-            _steps(said["half measured"]),
-            f"{half:.2f}",
+            *(_number(row[key], 1) for key in ("end predicted", "end measured")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"{results['seconds']:,.0f} seconds of a core of {results['processor']}."]
+    heads = (
+        "end, predicted / measured",
+        "half of the change after: predicted",
+        "measured",
+        "predicted / measured",
+        "lr / noisy limit",
+    )
+    lines += ["", "| problem | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
+    for row in said:
+        cells = [
+            row["case"],
+            _number(row["end ratio"], 2),
+            *(f"{_number(row[key], 0)} steps" for key in ("half predicted", "half measured")),
+            f"{row['half predicted'][0] / row['half measured'][0]:.2f}",
+            f"{row['share']:.0%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"These runs took {results['seconds']:,.0f} seconds on a core of {results['processor']}."]
     return "\n".join(lines) + "\n"
 
 
-def _number(value: tuple[float, float]) -> str:
-    """A number with its error, to the second digit of the error or the third after the point."""
+def _number(value: tuple[float, float], digits: int) -> str:
+    """A mean over seeds with its standard error."""
     mean, error = value
-    digits = 3 if abs(mean) < 10 else 1
-    return f"{mean:.{digits}f} ± {error:.{digits}f}"
-
-
-def _steps(value: tuple[float, float]) -> str:
-    return f"{value[0]:,.0f} ± {value[1]:,.0f}"
+    return f"{mean:,.{digits}f} ± {error:,.{digits}f}"
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 import noetherflow as nf
 
 SEEDS = 8
+# Intervals of the curve that is kept.
+_SHOWN = 60
 
 
 def half_time(steps: Tensor, curves: Tensor, ends: Tensor) -> float:
@@ -38,7 +40,14 @@ def jackknife(statistic: Callable[[list[int]], float], count: int) -> float:
 
 
 def case(
-    name: str, steps: Tensor, curves: Tensor, ends: Tensor, forecasts: list[nf.Forecast], unit: float = 1.0
+    name: str,
+    steps: Tensor,
+    curves: Tensor,
+    ends: Tensor,
+    forecasts: list[nf.Forecast],
+    *,
+    lr: float,
+    unit: float = 1.0,
 ) -> dict[str, Any]:
     """What was predicted and measured for a problem; `unit` is the factor of the loss that the forecast saw."""
     rows = [
@@ -57,10 +66,16 @@ def case(
     def half(seeds: list[int]) -> float:
         return half_time(steps, curves[:, seeds], ends[seeds])
 
-    limits = [f.noisy_step for f in forecasts]
-    share = max(forecasts[0].settings.lr / min(limit.now.value, limit.then.value) for limit in limits)
-    every = [*range(SEEDS)]
-    result = {"case": name, "half": half(every), "half_error": jackknife(half, SEEDS), "share": share, "rows": rows}
+    limits = [min(f.noisy_step.now.value, f.noisy_step.then.value) for f in forecasts]
+    shown = sorted({round(k * (len(steps) - 1) / _SHOWN) for k in range(_SHOWN + 1)})
+    result = {
+        "case": name,
+        "half": half([*range(len(forecasts))]),
+        "half_error": jackknife(half, len(forecasts)),
+        "share": lr / (sum(limits) / len(limits)),
+        "curve": [[int(steps[k]), float(curves[k].mean())] for k in shown],
+        "rows": rows,
+    }
     print(json.dumps(summary(result)), flush=True)
     return result
 
@@ -78,11 +93,13 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     right = [row for row in sure if (row["ratio"] > 1) == (row["measured"] > row["now"])]
     return {
         "case": result["case"],
-        "now": mean_and_error(row["now"] for row in rows),
-        "predicted": mean_and_error(row["predicted"] for row in rows),
-        "measured": mean_and_error(row["measured"] for row in rows),
-        "ratio": mean_and_error(row["predicted"] / row["measured"] for row in rows),
+        "change predicted": mean_and_error(row["ratio"] for row in rows),
+        "change measured": mean_and_error(row["measured"] / row["now"] for row in rows),
+        "end predicted": mean_and_error(row["predicted"] for row in rows),
+        "end measured": mean_and_error(row["measured"] for row in rows),
+        "end ratio": mean_and_error(row["predicted"] / row["measured"] for row in rows),
         "half predicted": mean_and_error(row["half"] for row in rows),
         "half measured": (result["half"], result["half_error"]),
         "sign": (len(right), len(sure)),
+        "share": result["share"],
     }

@@ -1,5 +1,6 @@
 """A ReLU network that learnt digits, and Tr H of a ReLU network from a formula of its own."""
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,7 +27,7 @@ def digits() -> tuple[Tensor, Tensor]:
 def relu_network(sizes: Iterable[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
     widths = list(sizes)
-    for first, second in zip(widths, widths[1:], strict=False):
+    for first, second in itertools.pairwise(widths):
         layers += [nn.Linear(first, second), nn.ReLU()]
     return nn.Sequential(*layers[:-1]).double()
 
@@ -73,19 +74,22 @@ def train(model: nn.Sequential, images: Tensor, labels: Tensor, steps: int, seed
 
 
 def of_digits() -> list[dict[str, Any]]:
-    """A ReLU network that learnt digits, moved along the orbit of its first neurons, and trained on."""
+    """A ReLU network that learnt digits and is trained on, as it is and moved along the orbit of its first neurons."""
     images, labels = digits()
     batches = list(zip(images.split(256), labels.split(256), strict=True))
-    curves, forecasts = [], []
-    for seed in range(SEEDS):
-        torch.manual_seed(seed)
-        model = relu_network((64, 24, 16, 10))
-        train(model, images, labels, LEARN, seed)
-        with torch.no_grad():
-            for tensor, factor in ((model[0].weight, 2.0), (model[0].bias, 2.0), (model[2].weight, 0.5)):
-                tensor.mul_(factor)
-        forecasts.append(nf.forecast(model, losses, batches, SETTINGS, progress=False))
-        curves.append(train(model, images, labels, TRAIN, seed + 100, EVERY))
-    stacked = torch.tensor(curves, dtype=torch.float64).T
-    ends = stacked[-len(stacked) * 3 // 10 :].mean(0)
-    return [case("digits MLP", EVERY * torch.arange(len(stacked)), stacked, ends, forecasts)]
+    results = []
+    for name, factor in (("digits MLP", 1.0), ("digits MLP, moved", 2.0)):
+        curves, forecasts = [], []
+        for seed in range(SEEDS):
+            torch.manual_seed(seed)
+            model = relu_network((64, 24, 16, 10))
+            train(model, images, labels, LEARN, seed)
+            with torch.no_grad():
+                for tensor, power in ((model[0].weight, 1), (model[0].bias, 1), (model[2].weight, -1)):
+                    tensor.mul_(factor**power)
+            forecasts.append(nf.forecast(model, losses, batches, SETTINGS, progress=False))
+            curves.append(train(model, images, labels, TRAIN, seed + 100, EVERY))
+        stacked = torch.tensor(curves, dtype=torch.float64).T
+        ends = stacked[-len(stacked) * 3 // 10 :].mean(0)
+        results.append(case(name, EVERY * torch.arange(len(stacked)), stacked, ends, forecasts, lr=SETTINGS.lr))
+    return results

@@ -19,6 +19,8 @@ from noetherflow.simulation import GradientDescent, simulate
 LABEL_NOISE, PHIS = 6.0, (0.2, 1.0, 5.0)
 # F4's problem: the learning rate, the steps, and the distance along the orbit from which a run starts.
 F4_LR, F4_STEPS, F4_DISTANCE = 5e-4, 220_000, 0.9
+# Gradient descent before SGD: a step of F4's warmup, which leaves much to learn, and a step that ends at a minimum.
+DESCENTS = {"unfinished": (1e-3, 20_000), "finished": (1e-2, 100_000)}
 # Steps at which F3 is recorded: evenly in the logarithm.
 RECORDED = sorted({round(10 * 1.15**k) for k in range(60)})
 Batches = list[tuple[Tensor, Tensor]]
@@ -76,7 +78,7 @@ def of_f3() -> list[dict[str, Any]]:
         replicas = range(index * SEEDS, (index + 1) * SEEDS)
         forecasts = [linear_forecast(at, replica, settings, replica % SEEDS) for replica in replicas]
         curves, unit = calm[:, index], float(at["rate"][index * SEEDS])
-        result = case(f"F3, phi = {phi:g}", trained.steps, curves, curves[-1], forecasts, unit)
+        result = case(f"F3, phi = {phi:g}", trained.steps, curves, curves[-1], forecasts, lr=settings.lr, unit=unit)
         results.append(result | {"fluctuating": plain[-12:, index].mean(0).tolist()})
     assert count == len(at["rate"])
     return results
@@ -91,12 +93,14 @@ def of_f4() -> list[dict[str, Any]]:
     factor = math.exp(F4_DISTANCE)
     moved = linear_pair.replicated([(world, TwoLayer(rest.u * factor, rest.w / factor))] * SEEDS)
     population = linear_pair.population(config.inputs, config.outputs)
-    descent = GradientDescent(config.warmup_lr)
     kaiming = f4._starts(config, f4._kaiming, torch.Generator().manual_seed(config.seed))
-    learnt = simulate(data=population, dynamics=descent, steps=config.warmup_steps, start=kaiming, **common).params
+    starts = {f"F4's problem, x = {F4_DISTANCE:g}": moved}
+    for name, (lr, steps) in DESCENTS.items():
+        learnt = simulate(data=population, dynamics=GradientDescent(lr), steps=steps, start=kaiming, **common)
+        starts[f"F4 from Kaiming, {name} GD"] = learnt.params
     settings = nf.SGD(F4_LR, 1)
     results = []
-    for name, start in ((f"F4's problem from x = {F4_DISTANCE:g}", moved), ("F4 from Kaiming, after GD", learnt)):
+    for name, start in starts.items():
         trained = simulate(
             data=linear_pair.standard_normal(config.inputs, config.outputs),
             dynamics=settings,
@@ -110,5 +114,5 @@ def of_f4() -> list[dict[str, Any]]:
         curves = trained.observables["s"]
         ends = curves[-len(curves) // 3 :].mean(0)
         forecasts = [linear_forecast(start, seed, settings, seed) for seed in range(SEEDS)]
-        results.append(case(name, trained.steps, curves, ends, forecasts))
+        results.append(case(name, trained.steps, curves, ends, forecasts, lr=settings.lr))
     return results
