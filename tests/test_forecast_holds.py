@@ -37,6 +37,49 @@ def test_the_tables_of_the_page_are_those_of_the_measurements() -> None:
     assert shown() != study.table(changed)
 
 
+GENTLE = ["F3, phi = 0.2", "F3, phi = 1", "F3, phi = 5", "F4's problem, x = 0.9"]
+FINISHED, UNFINISHED = "F4 from Kaiming, finished GD", "F4 from Kaiming, unfinished GD"
+
+
+def slowness(name: str) -> float:
+    """The time that is forecast over the time that is measured."""
+    return float(SAID[name]["half predicted"][0] / SAID[name]["half measured"][0])
+
+
+def test_the_sentences_on_small_steps_at_a_minimum_hold() -> None:
+    assert max(SAID[name]["share"] for name in GENTLE) == pytest.approx(0.11, abs=0.005)
+    assert all(abs(SAID[name]["end ratio"][0] - 1) < 0.04 for name in GENTLE)
+    assert all(SAID[name]["sign"] == (8, 8) for name in GENTLE)
+    assert all(abs(slowness(name) - 1) < 0.125 for name in GENTLE[1:])
+    assert slowness(GENTLE[0]) == pytest.approx(0.69, abs=0.005)
+    curve = [value for _, value in BY_NAME[GENTLE[0]]["curve"]]
+    assert (min(curve), curve[-1]) == (pytest.approx(32.8, abs=0.05), pytest.approx(36.6, abs=0.05))
+
+
+def test_the_sentences_on_large_steps_and_learning_hold() -> None:
+    assert SAID[FINISHED]["share"] == pytest.approx(0.61, abs=0.005)
+    assert round(SAID[FINISHED]["half measured"][0]) == 17_234
+    assert slowness(FINISHED) == pytest.approx(1.9, abs=0.05)
+    assert 1 / SAID[FINISHED]["end ratio"][0] == pytest.approx(1.04, abs=0.005)
+    assert SAID[UNFINISHED]["end ratio"][0] == pytest.approx(0.41, abs=0.005)
+    assert all(SAID[name]["change measured"][0] < 0.1 for name in (FINISHED, UNFINISHED))
+    assert all(SAID[name]["sign"] == (8, 8) for name in (FINISHED, UNFINISHED))
+
+
+def test_the_sentences_on_digits_hold() -> None:
+    plain, moved = SAID["digits MLP"], SAID["digits MLP, moved"]
+    assert plain["sign"] == (0, 8)
+    assert plain["change predicted"][0] == pytest.approx(0.93, abs=0.005)
+    assert plain["change measured"][0] == pytest.approx(1.16, abs=0.005)
+    assert all(row["error"] < 0.01 for row in BY_NAME["digits MLP"]["rows"])
+    assert moved["sign"] == (7, 8)
+    assert round(moved["half measured"][0]) == 47
+    curve = [value for _, value in BY_NAME["digits MLP, moved"]["curve"]]
+    assert (curve[0], min(curve)) == (pytest.approx(43.8, abs=0.05), pytest.approx(31.8, abs=0.05))
+    assert min(curve) < moved["end predicted"][0] < moved["end measured"][0]
+    assert moved["end measured"][0] == pytest.approx(38.7, abs=0.05)
+
+
 @pytest.mark.parametrize("sizes", [(5, 4, 3), (5, 6, 4, 3)])
 def test_the_trace_of_the_digits_is_that_of_the_full_hessian(sizes: tuple[int, ...]) -> None:
     torch.manual_seed(0)
