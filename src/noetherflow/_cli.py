@@ -111,8 +111,8 @@ def forecast(
     """Predict the sharpness at the noise equilibrium, the largest stable steps, and whether warmup is needed."""
     try:
         model, loss, loader, settings, declared = load_build(file)
-        wanted = None if dtype is None else getattr(torch, dtype)
-        result = run_forecast(model, loss, loader, settings, declared, dtype=wanted, microbatches=microbatches)
+        precision = None if dtype is None else getattr(torch, dtype)
+        result = run_forecast(model, loss, loader, settings, declared, dtype=precision, microbatches=microbatches)
         typer.echo(str(result))
         if save is not None:
             result.save(save)
