@@ -42,7 +42,8 @@ class NoiseScale:
     $|G|^2$ cannot be told from zero. Gradients stay what they are, and are seen before they are clipped.
 
     With an adaptive optimizer the noise scale is also measured in its metric,
-    $\mathrm{Tr}[P\Sigma] / G^T P G$ with $P = 1/(\sqrt{\hat v} + \epsilon)$: that is what its steps follow.
+    $\mathrm{Tr}[P\Sigma] / G^T P G$ with $P = 1/(\sqrt{\hat v} + \epsilon)$: that is what its steps follow. Entries
+    that had no gradient before, such as the rows of tokens that did not occur, are left out: v of them is not known.
 
     Args:
         model: The model that is trained; on several ranks, what is inside DistributedDataParallel.
