@@ -1,6 +1,8 @@
 """The noise scale where a model, an optimizer or a state is not what the first examples show."""
 
+import gc
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -48,3 +50,75 @@ def test_entries_without_an_earlier_gradient_have_no_part_in_the_metric() -> Non
     assert fresh > 20
     assert estimate.trace == pytest.approx(sum(each for each, _ in pairs[1:]) / 4, rel=1e-9)
     assert estimate.norm_sq == pytest.approx(sum(each for _, each in pairs[1:]) / 4, rel=1e-9)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+
+
+def measure(watch: nf.NoiseScale, model: nn.Module, count: int = 1) -> None:
+    for _ in range(count):
+        x = torch.randn(8, 4, dtype=torch.float64)
+        with watch.step(x):
+            model(x).square().mean().backward()
+
+
+@pytest.mark.parametrize("between", ["examples", "microbatches"])
+def test_parameters_that_are_trained_later_are_a_sentence(between: str) -> None:
+    model = net()
+    model[0].requires_grad_(False)
+    watch = nf.NoiseScale(model, between=between, every=1)
+    model[0].requires_grad_(True)
+    with pytest.raises(nf.SettingsError, match=r"0\.weight.*another NoiseScale"), watch.step(torch.ones(8, 4)):
+        pass
+
+
+def test_the_optimizer_in_a_wrapper_is_the_optimizer() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+            self.param_groups = optimizer.param_groups
+
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    watch = nf.NoiseScale(model, optimizer=Wrapper(optimizer), every=1)
+    measure(watch, model)
+    optimizer.step()
+    measure(watch, model)
+    assert watch.preconditioned is not None
+
+
+@pytest.mark.parametrize("state", [{}, None, {"0.weight": torch.ones(1)}, {"steps": 1, "skipped": 0, "averages": {}}])
+def test_another_state_is_a_sentence(state: Any) -> None:
+    with pytest.raises(nf.SettingsError, match="state"):
+        nf.NoiseScale(net()).load_state_dict(state)
+
+
+def test_several_optimizers_are_a_sentence() -> None:
+    model = net()
+    with pytest.raises(nf.SettingsError, match="adaptive"):
+        nf.NoiseScale(model, optimizer=[torch.optim.SGD(model.parameters())])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("between", ["examples", "microbatches"])
+def test_nothing_as_large_as_the_model_is_kept_between_steps(between: str) -> None:
+    model = nn.Linear(256, 300).double()
+    optimizer = torch.optim.AdamW(model.parameters())
+    watch = nf.NoiseScale(model, optimizer=optimizer, between=between, every=1)
+    gc.collect()
+    for _ in range(2):
+        x = torch.randn(4, 256, dtype=torch.float64)
+        with watch.step(x) as done:  # a loop keeps `done` until the next step
+            for part in x.split(2):
+                (model(part).square().mean() / 2).backward() if between == "microbatches" else None
+                done(size=2, weight=0.5)
+            model(x).square().mean().backward() if between == "examples" else None
+        optimizer.step()
+    optimizer.zero_grad()
+    del x, part
+    gc.collect()
+    moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    known = {id(tensor) for tensor in (*model.parameters(), *moments)}
+    tensors = [each for each in gc.get_objects() if type(each) is Tensor and each.numel() >= 256 * 300]
+    assert not [tuple(each.shape) for each in tensors if id(each) not in known]

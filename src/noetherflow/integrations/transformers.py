@@ -21,7 +21,7 @@ from noetherflow._extras import require
 from noetherflow._types import Batch
 from noetherflow.symmetry import Symmetry
 from noetherflow.watching import NoiseScale
-from noetherflow.watching.noise_scale import EXAMPLES, MICROBATCHES
+from noetherflow.watching.checks import EXAMPLES, MICROBATCHES
 
 require("transformers", "transformers", "accelerate", purpose="NoiseCallback of the Trainer")
 
@@ -154,8 +154,7 @@ class NoiseCallback(TrainerCallback):
         self._watch = NoiseScale(
             kwargs["model"],
             self._symmetries,
-            # Accelerate puts an object of its class around the optimizer, which tells nothing of the kind of optimizer.
-            getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]),
+            kwargs["optimizer"],
             between=self._between,
             group=self._group,
             scaler=trainer.accelerator.scaler,

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from noetherflow._errors import SettingsError
 from noetherflow._params import require_finite
-from noetherflow.ledger.decay import DecayKind, decay_notes, decay_rates, innermost
+from noetherflow.ledger.decay import DecayKind, decay_notes, decay_rates
 from noetherflow.ledger.kick import NoiseKicks
 from noetherflow.ledger.parts import ChargeParts, split
 from noetherflow.ledger.tracked import Tracked, full
 from noetherflow.noise.step import StepNoise
+from noetherflow.optimizers.by_parameter import innermost
 
 
 @final
