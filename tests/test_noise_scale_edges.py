@@ -122,3 +122,20 @@ def test_nothing_as_large_as_the_model_is_kept_between_steps(between: str) -> No
     known = {id(tensor) for tensor in (*model.parameters(), *moments)}
     tensors = [each for each in gc.get_objects() if type(each) is Tensor and each.numel() >= 256 * 300]
     assert not [tuple(each.shape) for each in tensors if id(each) not in known]
+
+
+def test_parameter_groups_and_layers_have_names_of_their_number() -> None:
+    """Two groups of a name, and a layer that is called like a group."""
+    model = net()
+    model.add_module("group x", nn.Linear(1, 1).double())
+    named = dict(model.named_parameters())
+    members = [[named["0.weight"]], [named["0.bias"], named["2.weight"]], [named["2.bias"], *model[3].parameters()]]
+    optimizer = torch.optim.SGD([{"params": each, "name": "x"} for each in members], lr=0.1)
+    watch = nf.NoiseScale(model, optimizer=optimizer, every=1)
+    measure(watch, model)
+    assert list(watch.groups) == ["group x (0)", "group x (1)", "group x (2)"]
+    assert watch.layers.keys() == {"0", "2", "group x"}
+    for parts in (watch.groups, watch.layers):
+        assert sum(each.trace for each in parts.values()) == pytest.approx(watch.estimate.trace)
+    metrics = watch.metrics()
+    assert sum(name.startswith("noise/scale/") for name in metrics) == 6
