@@ -139,3 +139,14 @@ def test_parameter_groups_and_layers_have_names_of_their_number() -> None:
         assert sum(each.trace for each in parts.values()) == pytest.approx(watch.estimate.trace)
     metrics = watch.metrics()
     assert sum(name.startswith("noise/scale/") for name in metrics) == 6
+
+
+def test_a_compiled_run_is_resumed_without_compiling() -> None:
+    model = net()
+    compiled: Any = torch.compile(model, backend="eager")
+    watch = nf.NoiseScale(compiled, every=1)
+    measure(watch, compiled, 2)
+    plain = nf.NoiseScale(model, every=1)
+    plain.load_state_dict(watch.state_dict())
+    assert plain.layers.keys() == {"0", "2"}
+    assert plain.metrics() == watch.metrics()

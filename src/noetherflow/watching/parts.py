@@ -10,6 +10,8 @@ from noetherflow._errors import SettingsError
 
 # Parameters of the model itself, and not of a module in it.
 _TOP = "(model)"
+# What torch.compile puts in front of the names of the parameters of a module.
+_COMPILED = "_orig_mod."
 
 
 @final
@@ -25,7 +27,8 @@ class Parts:
     def __init__(self, names: Sequence[str], model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         layers: dict[str, list[int]] = {}
         for index, name in enumerate(names):
-            layers.setdefault(name.rpartition(".")[0] or _TOP, []).append(index)
+            # A run may be resumed without torch.compile, and curves keep their names.
+            layers.setdefault(name.replace(_COMPILED, "").rpartition(".")[0] or _TOP, []).append(index)
         groups = {} if optimizer is None else _groups(names, model, optimizer, layers)
         self.groups = list(groups)
         self.layers = list(layers)
