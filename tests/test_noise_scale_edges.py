@@ -35,7 +35,9 @@ def test_entries_without_an_earlier_gradient_have_no_part_in_the_metric() -> Non
         for index, parameter in enumerate(named.values()):
             each = torch.stack([row[index] for row in rows])
             state = optimizer.state.get(parameter)
-            root = (state["exp_avg_sq"] / (1 - 0.999 ** float(state["step"]))).sqrt() if state else torch.zeros_like(parameter)
+            root = torch.zeros_like(parameter)
+            if state:
+                root = (state["exp_avg_sq"] / (1 - 0.999 ** float(state["step"]))).sqrt()
             metric = torch.where(root > 0, 1 / (root + 1e-8), 0.0)
             fresh += int(((root == 0) & each.any(0)).sum()) if state else 0
             scatter = float((metric * (each - each.mean(0)).square()).sum()) / 15
