@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from noetherflow._batch import tensors_of
+from noetherflow._batch import length_of
 from noetherflow._errors import SettingsError
 from noetherflow._extras import require
 from noetherflow._types import Batch
@@ -238,8 +238,7 @@ def _states(state: TrainerState) -> dict[str, Any]:
 
 def _examples(batch: Batch) -> int:
     """How many examples a microbatch has: the length of its first tensor, or of a list without tensors."""
-    texts = len(batch) if isinstance(batch, list) else 0
-    return next((len(tensor) for tensor in tensors_of(batch) if tensor.ndim), texts)
+    return length_of(batch) or (len(batch) if isinstance(batch, list) else 0)
 
 
 def _is_mean_of_step(trainer: Trainer, items: Any) -> bool:
