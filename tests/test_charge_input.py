@@ -1,6 +1,8 @@
 """Models and optimizers that `ChargeLedger` accepts, and what it refuses."""
 
 import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -149,8 +151,13 @@ def test_optimizers_and_settings_that_are_refused() -> None:
     assert "Lion" in str(make(Lion(model.parameters(), lr=0.01, weight_decay=0.1), decay="coupled"))
     with pytest.raises(nf.SettingsError, match='decay must be "decoupled", "coupled" or None, got'):
         make(sgd(model), decay="adamw")
-    with pytest.raises(nf.SettingsError, match="every is 0"):
-        make(sgd(model), every=0)
+    for every in (0, 1.5, "5"):
+        with pytest.raises(nf.SettingsError, match="every must be a whole number"):
+            make(sgd(model), every=every)
+    with pytest.raises(nf.SettingsError, match=r"watch\.meter"):
+        make(sgd(model), meter=nf.NoiseScale(model))
+    with pytest.raises(nf.SettingsError, match="none given"):
+        make(None)
     with pytest.raises(nf.SettingsError, match=r"SGD\) holds none of the 4 parameters"):
         make(sgd(network()))
     with pytest.raises(nf.SettingsError, match="at least one symmetry"):
@@ -215,3 +222,22 @@ def test_a_meter_of_another_model_is_refused_and_the_account_stays_as_it_was() -
     with pytest.raises(nf.ParameterNameError, match=r"the meter names \['0\.bias'\]"), account.step():
         optimizer.step()
     torch.testing.assert_close(account.state_dict(), before, rtol=0, atol=0)
+
+
+def test_measurements_that_are_not_used_are_not_kept() -> None:
+    """Under accumulation in several blocks each has the squares of all entries."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    watch = nf.NoiseScale(model, optimizer=optimizer, every=1)
+    seen: list[weakref.ref[Any]] = []
+    account = nf.ChargeLedger(model, symmetries(), optimizer, meter=watch.meter)
+    watch.meter.observers.append(lambda step: seen.append(weakref.ref(step)))
+    x = torch.randn(8, model[0].in_features, dtype=torch.float64)
+    for count in (1, 0, 0):
+        with watch.step(x):
+            model(x).square().mean().backward()
+        gc.collect()
+        assert sum(reference() is not None for reference in seen) == count
+    with account.step():
+        optimizer.step()
+    assert account.measured_steps == 0

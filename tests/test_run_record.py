@@ -220,3 +220,21 @@ def test_appending_reads_the_file_at_the_start_only(tmp_path: Path, monkeypatch:
     record.append(3, metrics(3))
     with pytest.raises(AssertionError, match="was read"):  # The twin: a new recorder has to look.
         nf.RunRecord(tmp_path).append(4, metrics(4))
+
+
+def test_metrics_of_a_step_may_come_one_after_another(tmp_path: Path) -> None:
+    """Such as those of a NoiseScale, and those of a ChargeLedger; a number that comes again is replaced."""
+    record = nf.RunRecord(tmp_path)
+    for step in (0, 10):
+        record.append(step, {"noise/scale": 3.0 + step, "loss": 1.0})
+        record.append(step, {"charge/a": 5.0 + step})
+        record.append(step, {"loss": 2.0})
+    steps, columns = record.read()
+    assert steps.tolist() == [0, 10]
+    assert {name: column.tolist() for name, column in columns.items()} == {
+        "noise/scale": [3.0, 13.0],
+        "charge/a": [5.0, 15.0],
+        "loss": [2.0, 2.0],
+    }
+    nf.RunRecord(tmp_path).append(10, {"loss": 4.0})  # resumed: nothing of the step that was given up is left
+    assert nf.RunRecord(tmp_path).read()[1]["charge/a"].tolist()[1:] != [15.0]

@@ -34,7 +34,7 @@ def test_the_tables_of_the_page_are_those_of_the_measurements() -> None:
 def test_the_sentences_of_the_page_hold() -> None:
     fits = RESULTS["fits"]
     assert fits["SGD"]["critical"] / scale("SGD", "scale") == pytest.approx(1.7, abs=0.05)
-    assert fits["AdamW"]["critical"] / scale("AdamW", "adapted") == pytest.approx(1.6, abs=0.06)
+    assert fits["AdamW"]["critical"] / scale("AdamW", "adapted") == pytest.approx(1.9, abs=0.06)
     assert fits["AdamW"]["critical"] / scale("AdamW", "scale") == pytest.approx(3, abs=0.2)
     assert fits["AdamW"]["critical"] / fits["SGD"]["critical"] == pytest.approx(5, abs=0.2)
     rates = {row["batch"]: row["lr"] for row in RESULTS["rows"] if row["optimizer"] == "SGD"}

@@ -48,6 +48,11 @@ def tensors_of(batch: Batch) -> list[Tensor]:
     return tensors
 
 
+def length_of(batch: Batch) -> int:
+    """How many examples a batch has: the leading dimension of its first tensor that has one, or 0."""
+    return next((len(tensor) for tensor in tensors_of(batch) if tensor.ndim), 0)
+
+
 def leaves_of(batch: Batch) -> Iterator[Any]:
     """The tensors of a batch and every value that `map_tensors` leaves as it is, such as text, in order."""
     if isinstance(batch, Mapping):

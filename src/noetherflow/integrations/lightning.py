@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch.distributed as dist
 
-from noetherflow._batch import tensors_of
+from noetherflow._batch import length_of
 from noetherflow._errors import (
     CoupledExamplesError,
     FrozenParameterError,
@@ -19,6 +19,7 @@ from noetherflow._types import Batch
 from noetherflow.integrations._block import Block
 from noetherflow.symmetry import Symmetry
 from noetherflow.watching import NoiseScale
+from noetherflow.watching.checks import EXAMPLES
 
 if TYPE_CHECKING or has("lightning") or not has("pytorch_lightning"):
     require("lightning", "lightning", purpose="NoiseCallback")
@@ -26,7 +27,6 @@ if TYPE_CHECKING or has("lightning") or not has("pytorch_lightning"):
 else:
     from pytorch_lightning import Callback, LightningModule, Trainer
 
-_EXAMPLES = "examples"
 _MEAN, _SUM = "mean", "sum"
 # By name: lightning.pytorch and pytorch_lightning have a class each, and a user may import either.
 _SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy"}
@@ -83,7 +83,7 @@ class NoiseCallback(Callback):
         symmetries: Mapping[str, Symmetry] | None = None,
         *,
         every: int = 20,
-        between: str = _EXAMPLES,
+        between: str = EXAMPLES,
         window: float = 100,
         confidence: float = 0.95,
         layers: bool = False,
@@ -127,16 +127,16 @@ class NoiseCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Enter the block of a step, unless an accumulation window goes on."""
-        if self._between == _EXAMPLES:
+        if self._between == EXAMPLES:
             self._abandon()
         if self._block is None and batch_idx == 0 and self._trained != _trained(pl_module):
             self._start(trainer, pl_module)
         given = batch if self._inputs is None else self._inputs(batch)
-        self._size = next((len(tensor) for tensor in tensors_of(given) if tensor.ndim), 0)
+        self._size = length_of(given)
         if self._block is None and self.watch is not None:
             due = self.watch.steps % self._every == 0
             with self._advice():
-                if self._between == _EXAMPLES:
+                if self._between == EXAMPLES:
                     weight = self._weight(trainer) / max(1, self._size)
                     self._block = Block(self.watch.step(given, weight=weight), due=due)
                 else:
@@ -146,7 +146,7 @@ class NoiseCallback(Callback):
         """Leave the block of a batch, or take what came from a microbatch."""
         if self._block is None:
             return
-        if self._between == _EXAMPLES:
+        if self._between == EXAMPLES:
             self._close(trainer, pl_module)
             return
         with self._advice():
@@ -159,7 +159,7 @@ class NoiseCallback(Callback):
             return
         # The last window of an epoch may hold a single microbatch, and training_step may have returned None.
         several = self._block.microbatches > 1 or _ranks(trainer) is not None
-        if self._between != _EXAMPLES and (several or trainer.accumulate_grad_batches == 1 == self._block.microbatches):
+        if self._between != EXAMPLES and (several or trainer.accumulate_grad_batches == 1 == self._block.microbatches):
             self._close(trainer, pl_module)
         else:
             self._abandon()
@@ -168,7 +168,7 @@ class NoiseCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Forget a batch without a backward pass."""
-        if self._between == _EXAMPLES:
+        if self._between == EXAMPLES:
             self._abandon()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,7 +238,7 @@ class NoiseCallback(Callback):
         try:
             yield
         except NoetherflowError as error:
-            if self._between != _EXAMPLES:
+            if self._between != EXAMPLES:
                 note = (
                     "Trainer(accumulate_grad_batches=k) with k of 2 or more makes microbatches, and so do several "
                     "devices; within a batch, NoiseCallback(between='examples') compares examples"

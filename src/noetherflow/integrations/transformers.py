@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from noetherflow._batch import tensors_of
+from noetherflow._batch import length_of
 from noetherflow._errors import SettingsError
 from noetherflow._extras import require
 from noetherflow._types import Batch
 from noetherflow.symmetry import Symmetry
 from noetherflow.watching import NoiseScale
-from noetherflow.watching.noise_scale import EXAMPLES, MICROBATCHES
+from noetherflow.watching.checks import EXAMPLES, MICROBATCHES
 
 require("transformers", "transformers", "accelerate", purpose="NoiseCallback of the Trainer")
 
@@ -154,8 +154,7 @@ class NoiseCallback(TrainerCallback):
         self._watch = NoiseScale(
             kwargs["model"],
             self._symmetries,
-            # Accelerate puts an object of its class around the optimizer, which tells nothing of the kind of optimizer.
-            getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]),
+            kwargs["optimizer"],
             between=self._between,
             group=self._group,
             scaler=trainer.accelerator.scaler,
@@ -239,8 +238,7 @@ def _states(state: TrainerState) -> dict[str, Any]:
 
 def _examples(batch: Batch) -> int:
     """How many examples a microbatch has: the length of its first tensor, or of a list without tensors."""
-    texts = len(batch) if isinstance(batch, list) else 0
-    return next((len(tensor) for tensor in tensors_of(batch) if tensor.ndim), texts)
+    return length_of(batch) or (len(batch) if isinstance(batch, list) else 0)
 
 
 def _is_mean_of_step(trainer: Trainer, items: Any) -> bool:

@@ -24,13 +24,6 @@ _COUPLED = (
 )
 
 
-def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside wrappers that keep it as `.optimizer`, such as those of Accelerate and Lightning."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return optimizer
-
-
 def decay_rates(
     optimizers: Sequence[torch.optim.Optimizer], params: Mapping[str, nn.Parameter], kind: DecayKind | None
 ) -> dict[str, float]:

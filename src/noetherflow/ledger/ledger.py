@@ -19,6 +19,7 @@ from noetherflow.ledger.tracked import Tracked
 from noetherflow.noise import MicrobatchMeter, NoiseMeter, NoiseMoments
 from noetherflow.noise.step import StepNoise
 from noetherflow.optimizers import SGD
+from noetherflow.optimizers.checks import require
 from noetherflow.symmetry import Symmetry
 
 
@@ -115,13 +116,14 @@ class ChargeLedger:
         meter: NoiseMeter | MicrobatchMeter | None = None,
         decay: DecayKind | None = None,
     ) -> None:
-        if every < 1:
-            raise SettingsError(f"every is {every}, expected a number of steps, 1 or more")
-        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        require(every, "every", "a whole number of steps, 1 or more", lambda n: n == int(n) and n >= 1)
+        require(meter, "meter", "a NoiseMeter, a MicrobatchMeter such as watch.meter, or None", _is_meter)
+        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
         self._model, self._every, self._meter = model, every, meter
         self._tracked = Tracked(model, symmetries)
         self._splitter = Splitter(model, self._tracked, optimizers, decay)
-        self._arrived: list[StepNoise] = []
+        self._arrived: StepNoise | None = None
+        self._arrivals = 0
         if meter is not None:
             meter.observers.append(self._arrive)
         self.reset()
@@ -164,7 +166,7 @@ class ChargeLedger:
             self.steps += 1
         finally:
             # Gradients that were measured belong to this step, and to no later step.
-            self._arrived.clear()
+            self._arrived, self._arrivals = None, 0
 
     @property
     def charges(self) -> dict[str, Tensor]:
@@ -252,7 +254,9 @@ class ChargeLedger:
 
     def _arrive(self, noise: StepNoise) -> None:
         if self.due:
-            self._arrived.append(noise)
+            self._arrivals += 1
+            # Of several nothing is used, and each may be as large as the model.
+            self._arrived = noise if self._arrivals == 1 else None
 
     def _totals_at(self, charges: Mapping[str, Tensor]) -> dict[str, ChargeParts]:
         return {name: parts.plus(_outside(charges[name] - self._at[name])) for name, parts in self._totals.items()}
@@ -267,6 +271,10 @@ class ChargeLedger:
         self.split_steps += 1
         self.skipped += not step.moved
         self.measured_steps += step.measured
+
+
+def _is_meter(meter: object) -> bool:
+    return meter is None or isinstance(meter, NoiseMeter | MicrobatchMeter)
 
 
 def _outside(change: Tensor) -> ChargeParts:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from noetherflow._errors import SettingsError
 from noetherflow._params import require_finite
-from noetherflow.ledger.decay import DecayKind, decay_notes, decay_rates, innermost
+from noetherflow.ledger.decay import DecayKind, decay_notes, decay_rates
 from noetherflow.ledger.kick import NoiseKicks
 from noetherflow.ledger.parts import ChargeParts, split
 from noetherflow.ledger.tracked import Tracked, full
 from noetherflow.noise.step import StepNoise
+from noetherflow.optimizers.by_parameter import innermost
 
 
 @final
@@ -91,13 +92,13 @@ class Splitter:
         rates = decay_rates(self._optimizers, self._tracked.params, self._kind)
         return Before(self._tracked.theta(), rates, self._tracked.gradients())
 
-    def after(self, before: Before, measured: Sequence[StepNoise], unmeasured: Mapping[str, str]) -> Split:
+    def after(self, before: Before, measured: StepNoise | None, unmeasured: Mapping[str, str]) -> Split:
         """To be called after the step.
 
         Args:
             before: From before the step.
-            measured: What a meter said of the gradients of the step; more than a single measurement is not used,
-                since it is not known what the gradient of each counts in the sum.
+            measured: What a meter said of the gradients of the step; None if it said nothing, or several times, when
+                it is not known what the gradient of each measurement counts in the sum.
             unmeasured: Parameters that the meter left out.
 
         Returns:
@@ -117,10 +118,10 @@ class Splitter:
         shrinkage = {n: t * (0.0 if n in still else -before.rates[n]) for n, t in before.theta.items()}
         rest = {name: displacement - shrinkage[name] for name, displacement in step.items()}
         noise: dict[str, Tensor] = {}
-        if len(measured) == 1:
+        if measured is not None:
             # A closure forms gradients in the block, and zero_grad() may remove them there.
             gradients = {name: full(g) for name, g in (before.gradients | self._tracked.gradients()).items()}
-            noise = self._kicks.of(measured[0], rest, gradients, unmeasured)
+            noise = self._kicks.of(measured, rest, gradients, unmeasured)
         pieces = split(self._tracked.symmetries, before.theta, shrinkage, rest)
         parts = {name: _parts(end[name] - start[name], *piece, noise.get(name)) for name, piece in pieces.items()}
         return Split(start, end, parts, moved=True, measured=bool(noise))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from noetherflow._batch import is_per_example, tensors_of
+from noetherflow._batch import is_per_example, length_of, tensors_of
 from noetherflow._errors import CoupledExamplesError, EmptyDataError, SettingsError
 from noetherflow._holder import eager
 from noetherflow._per_example import require_interval, require_uncoupled
@@ -165,7 +165,7 @@ class NoiseMeter:
         if weight is not None and not abs(weight) > 0:
             raise SettingsError(f"the weight of an example in the loss is a number other than 0, got {weight}")
         leaves = tensors_of(batch)
-        size = next((len(leaf) for leaf in leaves if leaf.ndim), 0)
+        size = length_of(leaves)
         if not size:
             with nullcontext() if self._ranks is None else self._ranks.told():
                 if self._ranks is not None:

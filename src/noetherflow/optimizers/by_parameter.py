@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, Never, TypeVar, final
 
+import torch
 from torch import Tensor, nn
 
 from noetherflow._errors import SettingsError
@@ -216,3 +217,10 @@ def number(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(map(number, value))
     return value.item() if isinstance(value, Tensor) else value
+
+
+def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside wrappers that keep it as `.optimizer`, such as those of Accelerate and Lightning."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer

@@ -52,6 +52,7 @@ class RunRecord:
         # Size and inode of the file after the last append, and its last step: what was not written here is read again.
         self._known: tuple[int, int] | None = None
         self._last: int | None = None
+        self._metrics: dict[str, float] = {}
 
     @property
     def path(self) -> Path:
@@ -62,13 +63,17 @@ class RunRecord:
         """Write the metrics of a step, all in a single call, and flush them.
 
         Args:
-            step: The step of training, 0 or larger. If the file has it already, lines from this step on are replaced.
+            step: The step of training, 0 or larger. If the file has it already, lines from this step on are replaced;
+                metrics of the step that was appended last by this object are kept beside the new metrics. So count
+                steps alike for all metrics: a smaller number, such as that of an epoch, takes a run back.
             metrics: Metrics by name: floats, or what `float` converts. NaN and infinities are allowed.
 
         Raises:
             SettingsError: If the step is no integer of at least 0, or if a metric is no number or is named `step`.
             FileError: If the file cannot be written, or if an earlier line of it is damaged.
         """
+        further = self._known is not None and step == self._last
+        metrics = (self._metrics if further else {}) | dict(metrics)
         line = _line(step, metrics)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +85,7 @@ class RunRecord:
             else:
                 with self._path.open("ab", buffering=0) as file:
                     file.write(line)
-            self._known, self._last = _identity(self._path), int(step)
+            self._known, self._last, self._metrics = _identity(self._path), int(step), metrics
         except OSError as error:
             raise FileError(
                 f"{self._path} cannot be written: {error}; check the path, its permissions and the free space"

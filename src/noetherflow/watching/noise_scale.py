@@ -17,15 +17,22 @@ from noetherflow.noise.exact import resolve
 from noetherflow.noise.sharded import gathered
 from noetherflow.noise.step import StepNoise
 from noetherflow.noise.table import total
-from noetherflow.optimizers.checks import require
+from noetherflow.optimizers.by_parameter import innermost
 from noetherflow.symmetry import Symmetry
+from noetherflow.watching.checks import (
+    EXAMPLES,
+    MICROBATCHES,
+    require_known,
+    require_optimizer,
+    require_settings,
+    require_state,
+)
 from noetherflow.watching.estimate import ScaleEstimate
 from noetherflow.watching.metric import has_metric, metric_of
 from noetherflow.watching.parts import Parts
 from noetherflow.watching.scale_averages import ScaleAverages, metrics_of
 from noetherflow.watching.table import tables_of
 
-EXAMPLES, MICROBATCHES = "examples", "microbatches"
 # Measured steps after which the meter finds out again where the examples are.
 _CHECK_EVERY = 50
 
@@ -42,12 +49,13 @@ class NoiseScale:
     $|G|^2$ cannot be told from zero. Gradients stay what they are, and are seen before they are clipped.
 
     With an adaptive optimizer the noise scale is also measured in its metric,
-    $\mathrm{Tr}[P\Sigma] / G^T P G$ with $P = 1/(\sqrt{\hat v} + \epsilon)$: that is what its steps follow.
+    $\mathrm{Tr}[P\Sigma] / G^T P G$ with $P = 1/(\sqrt{\hat v} + \epsilon)$: that is what its steps follow. Entries
+    that had no gradient before, such as the rows of tokens that did not occur, are left out: v of them is not known.
 
     Args:
         model: The model that is trained; on several ranks, what is inside DistributedDataParallel.
         symmetries: Of which `charges` and `noise` are wanted, by name; none by default.
-        optimizer: The optimizer, for its parameter groups and its metric.
+        optimizer: The optimizer, for its parameter groups and its metric; of several, the adaptive optimizer.
         every: Measure one step in so many.
         between: `"examples"`, by default: one pass per batch; or `"microbatches"`: those of gradient accumulation, or
             of ranks, for losses that couple the examples of a batch.
@@ -102,7 +110,9 @@ class NoiseScale:
         group: "dist.ProcessGroup | None" = None,
         scaler: "torch.amp.GradScaler | None" = None,
     ) -> None:
-        _require_settings(every, between, window, confidence)
+        require_settings(every, between, window, confidence)
+        require_optimizer(optimizer)
+        optimizer = None if optimizer is None else innermost(optimizer)
         self._symmetries = resolve(model, symmetries or {})
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._every = every
@@ -136,7 +146,8 @@ class NoiseScale:
 
         Raises:
             CoupledExamplesError: If the loss is no sum over examples.
-            SettingsError: If a step cannot be measured, such as with a single microbatch. What arrived in `.grad` is
+            SettingsError: If a step cannot be measured, such as with a single microbatch, or if the model trains
+                parameters that it did not train when this object was made. What arrived in `.grad` is
                 right all the same.
         """
         due = self.steps % self._every == 0
@@ -144,6 +155,7 @@ class NoiseScale:
         if not due:
             yield _nothing
             return
+        require_known(self._model, self._params)
         factor = 1.0 if self._scaler is None else self._scaler.get_scale()
         if isinstance(self.meter, MicrobatchMeter):
             with self.meter.step() as done:
@@ -242,8 +254,9 @@ class NoiseScale:
             state: From a watch of the same model and optimizer.
 
         Raises:
-            SettingsError: If it belongs to another model or another kind of optimizer.
+            SettingsError: If it belongs to another model or another kind of optimizer, or is no such state.
         """
+        require_state(state)
         self._averages.load_state_dict(state["averages"])
         self.steps, self._skipped_before = state["steps"], state["skipped"] - self.meter.skipped
 
@@ -277,11 +290,3 @@ class NoiseScale:
 
 def _nothing(**_: float) -> None:
     """What a step gives in which no microbatch is looked at."""
-
-
-def _require_settings(every: int, between: str, window: float, confidence: float) -> None:
-    if between not in (EXAMPLES, MICROBATCHES):
-        raise SettingsError(f"between must be {EXAMPLES!r} or {MICROBATCHES!r}, got {between!r}")
-    require(every, "every", "a whole number, 1 or more", lambda n: n == int(n) and n >= 1)
-    require(window, "window", "at least 2 measured steps, or infinity", lambda n: n >= 2)
-    require(confidence, "confidence", "between 0 and 1", lambda p: 0 < p < 1)

@@ -1,6 +1,6 @@
 """The parts of a model of which the noise scale is told: all of it, parameter groups, layers."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import final
 
 import torch
@@ -10,6 +10,8 @@ from noetherflow._errors import SettingsError
 
 # Parameters of the model itself, and not of a module in it.
 _TOP = "(model)"
+# What torch.compile puts in front of the names of the parameters of a module.
+_COMPILED = "_orig_mod."
 
 
 @final
@@ -23,13 +25,14 @@ class Parts:
     """
 
     def __init__(self, names: Sequence[str], model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        groups = [] if optimizer is None else _groups(names, model, optimizer)
-        self.groups = [name for name, _ in groups]
         layers: dict[str, list[int]] = {}
         for index, name in enumerate(names):
-            layers.setdefault(name.rpartition(".")[0] or _TOP, []).append(index)
+            # A run may be resumed without torch.compile, and curves keep their names.
+            layers.setdefault(name.replace(_COMPILED, "").rpartition(".")[0] or _TOP, []).append(index)
+        groups = {} if optimizer is None else _groups(names, model, optimizer, layers)
+        self.groups = list(groups)
         self.layers = list(layers)
-        members = [list(range(len(names))), *(indices for _, indices in groups), *layers.values()]
+        members = [list(range(len(names))), *groups.values(), *layers.values()]
         self._sums = torch.zeros(len(members), len(names), dtype=torch.float64)
         for row, indices in zip(self._sums, members, strict=True):
             row[indices] = 1.0
@@ -47,16 +50,23 @@ class Parts:
         return self._sums @ by_parameter
 
 
-def _groups(names: Sequence[str], model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, list[int]]]:
-    position = {id(parameter): names.index(name) for name, parameter in model.named_parameters() if name in names}
-    groups = []
+def _groups(
+    names: Sequence[str], model: nn.Module, optimizer: torch.optim.Optimizer, taken: Collection[str]
+) -> dict[str, list[int]]:
+    """The parameters of each parameter group, if there are several, under names that are not taken."""
+    places = {name: index for index, name in enumerate(names)}
+    position = {id(parameter): places[name] for name, parameter in model.named_parameters() if name in places}
+    groups: dict[str, list[int]] = {}
     for number, group in enumerate(optimizer.param_groups):
         indices = [position[id(parameter)] for parameter in group["params"] if id(parameter) in position]
+        name = f"group {group.get('name', number)}"
+        while name in taken or name in groups:
+            name += f" ({number})"
         if indices:
-            groups.append((f"group {group.get('name', number)}", indices))
+            groups[name] = indices
     if not groups:
         raise SettingsError(
             f"the {type(optimizer).__name__} holds none of the model's trained parameters: give the optimizer that "
             "trains this model, made from model.parameters()"
         )
-    return groups if len(groups) > 1 else []
+    return groups if len(groups) > 1 else {}

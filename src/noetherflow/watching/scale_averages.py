@@ -51,7 +51,7 @@ class ScaleAverages:
         self._steps[adapted] += 1
 
     def estimates(self, *, adapted: bool = False) -> dict[str, ScaleEstimate]:
-        """The noise scale of every part; of none before the first step."""
+        """The noise scale of every part of which a gradient was measured; of none before the first step."""
         average = self._averages.get(adapted)
         if average is None or not self._steps[adapted]:
             return {}
@@ -59,6 +59,7 @@ class ScaleAverages:
         return {
             name: ScaleEstimate(float(trace), float(norm_sq), low, high, self._steps[adapted])
             for name, (trace, norm_sq), (low, high) in zip(self.parts.keys, average.mean, intervals, strict=True)
+            if not name or trace or norm_sq
         }
 
     def state_dict(self) -> dict[str, Any]:
