@@ -64,7 +64,11 @@ class Window:
     def gradients(self, x: Tensor, d: Tensor, shape: Sequence[int]) -> Tensor:
         """The gradient of every example, shape (B, *shape): each example has groups of channels of its own."""
         window = replace(self, groups=self.groups * len(x))
-        images, gradients = (stack.reshape(1, -1, *stack.shape[2:]) for stack in (x, d))
+        # By way of a vector: where a dimension has length 1, its stride may be any number, and PyTorch's convolution in
+        # float64 fails if that stride is by chance that of a tensor whose channels come last.
+        images, gradients = (
+            stack.contiguous().view(-1).view(1, len(stack) * stack.shape[1], *stack.shape[2:]) for stack in (x, d)
+        )
         return window.gradient(images, gradients, (len(x) * shape[0], *shape[1:])).view(len(x), *shape)
 
 
