@@ -149,6 +149,13 @@ def convolution(
     return [Convolution((), x, d, stride, padding, dilation, groups, weight.shape[2:])], tuple(weight.shape)
 
 
+def single_place() -> tuple[list[Use], tuple[int, ...]]:
+    """A convolution in one place, whose images have the strides of channels that come last."""
+    ((use,), shape) = convolution(6, 1, 1, (1,), (1,), (1,), n=6, channels=6, space=(1,))
+    x, d = (tensor.as_strided(tensor.shape, (6, 1, 6)) for tensor in (use.inputs, use.outputs))
+    return [replace(use, inputs=x, outputs=d)], shape
+
+
 def table(size: int, tokens: int, n: int, m: int) -> tuple[list[Use], tuple[int, int]]:
     """Rows are read by several tokens of an example; the first row is padding, whose gradients are zeros."""
     ids = torch.randint(n, (size, tokens), generator=torch.Generator().manual_seed(tokens))
@@ -193,6 +200,7 @@ CASES: dict[str, Callable[[], tuple[Sequence[Use], Any]]] = {
     "convolution and linear": lambda: uses_of(
         convolution(5, 2, 1, *PLAIN), viewed(linear(5, 3, 4, 24), (4, 4, 3, 2), lambda w: w.flatten(1))
     ),
+    "convolution, a single place, channels last": single_place,
     "convolution, wide patches": lambda: convolution(
         3, 2, 1, (2, 1), (1, 2), (1, 1), n=6, channels=17
     ),

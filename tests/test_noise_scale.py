@@ -104,6 +104,27 @@ def test_parts_are_averages_of_what_single_examples_say(window: float) -> None:
 
 
 @pytest.mark.parametrize("between", ["examples", "microbatches"])
+def test_the_metric_of_a_model_in_single_precision(between: str) -> None:
+    estimates = []
+    for kind in (torch.float32, torch.float64):
+        model = build().to(kind)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        watch = nf.NoiseScale(model, optimizer=optimizer, every=1, between=between)
+        for batch in batches(3):
+            x, y = (part.to(kind) for part in batch)
+            optimizer.zero_grad()
+            with watch.step((x, y)) as done:
+                for part in [slice(0, 6)] if between == "examples" else [slice(0, 3), slice(3, 6)]:
+                    (loss(model, (x[part], y[part])).sum() / 6).backward()
+                    done(size=3, weight=1 / 2)
+            optimizer.step()
+        assert watch.preconditioned is not None
+        estimates.append(watch.preconditioned)
+    assert estimates[0].trace == pytest.approx(estimates[1].trace, rel=1e-4)
+    assert estimates[0].norm_sq == pytest.approx(estimates[1].norm_sq, rel=1e-3)
+
+
+@pytest.mark.parametrize("between", ["examples", "microbatches"])
 def test_the_metric_of_the_optimizer(between: str) -> None:
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)

@@ -70,7 +70,12 @@ class StepNoise:
 
     def norm_sq(self, metric: Params | None = None) -> Tensor:
         """The unbiased squared norm of the mean gradient of every parameter, shape (P,): it may be negative."""
-        return self.of_mean * _totals(self.mean, metric) - self.trace(metric) / self.examples
+        return self.pairs(metric)[:, 1]
+
+    def pairs(self, metric: Params | None = None) -> Tensor:
+        """Trace and unbiased squared norm of every parameter, shape (P, 2): each sum over entries is taken once."""
+        trace = self.trace(metric)
+        return torch.stack([trace, self.of_mean * _totals(self.mean, metric) - trace / self.examples], -1)
 
     def grams(
         self, symmetries: Mapping[str, AxisSymmetry], like: Params, factors: Mapping[str, float]
@@ -96,5 +101,10 @@ class StepNoise:
 def _totals(squares: Buffers, metric: Params | None) -> Tensor:
     if metric is None:
         return squares.numbers[[part.start for part in squares.model_layout.parts.values()]].cpu()
-    weighted = (torch.vdot(w.double().flatten(), squares.entries[n].double().flatten()) for n, w in metric.items())
-    return torch.stack(joined(weighted)).cpu()
+    # Rows are summed in the dtype of the entries, which are squares that have been rounded to it; their sum in float64.
+    sums = (_dot(w.to(squares.entries[n].dtype), squares.entries[n]) for n, w in metric.items())
+    return torch.stack(joined(sums)).cpu()
+
+
+def _dot(weights: Tensor, squares: Tensor) -> Tensor:
+    return torch.linalg.vecdot(torch.atleast_1d(weights), torch.atleast_1d(squares)).sum(dtype=torch.float64)

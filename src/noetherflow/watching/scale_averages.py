@@ -44,7 +44,7 @@ class ScaleAverages:
             metric: The metric of the optimizer; None for the plain noise scale.
             left_out: Parameters without a measurement.
         """
-        pairs = torch.stack([step.trace(metric), step.norm_sq(metric)], -1)
+        pairs = step.pairs(metric)
         kept = torch.tensor([name not in left_out for name in step.names])
         adapted = metric is not None
         self._averages[adapted].add(self.parts.sums(torch.where(kept[:, None], pairs, 0.0)))
