@@ -10,23 +10,19 @@ The time to half is where the mean over seeds of Tr H / Tr H(0) has made half of
 out a seed at a time.
 """
 
-import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
+import study
 import torch
 from holds.case import summary
 from holds.digits import of_digits
 from holds.linear import of_f3, of_f4
 from machine import environment
 
-from noetherflow import _files
-
 OUT = Path(__file__).parent / "results" / "forecast_holds.json"
 PAGE = Path(__file__).parents[1] / "docs" / "does-the-forecast-hold.md"
-MARKS = "<!-- table -->\n\n", "\n<!-- end -->"
 
 
 def measure() -> dict[str, Any]:
@@ -78,17 +74,5 @@ def _number(value: tuple[float, float], digits: int) -> str:
     return f"{mean:,.{digits}f} ± {error:,.{digits}f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--show", action="store_true", help="print the table, and write it into the page")
-    if not parser.parse_args().show:
-        _files.write_json(OUT, _files.finite(measure()))
-    shown = table(json.loads(OUT.read_text("utf-8")))
-    page = PAGE.read_text("utf-8")
-    before, _, rest = page.partition(MARKS[0])
-    PAGE.write_text(before + MARKS[0] + shown + MARKS[1] + rest.partition(MARKS[1])[2], "utf-8")
-    print(shown)
-
-
 if __name__ == "__main__":
-    main()
+    study.run(__doc__, OUT, PAGE, measure, table)

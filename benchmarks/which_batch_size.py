@@ -9,7 +9,6 @@ S = S_min (1 + B_crit / B), the model of McCandlish et al. (2018), least squares
 the runs at the batch size 32, every step measured, averaged over the run from its start to the loss.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import study
 import torch
 from machine import environment
 from scipy.optimize import least_squares
@@ -26,11 +26,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import noetherflow as nf
-from noetherflow import _files
 
 OUT = Path(__file__).parent / "results" / "which_batch_size.json"
 PAGE = Path(__file__).parents[1] / "docs" / "which-batch-size.md"
-MARKS = "<!-- table -->\n\n", "\n<!-- end -->"
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": torch.optim.SGD,
@@ -161,17 +159,5 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--show", action="store_true", help="print the table, and write it into the page")
-    if not parser.parse_args().show:
-        _files.write_json(OUT, _files.finite(measure()))
-    shown = table(json.loads(OUT.read_text("utf-8")))
-    page = PAGE.read_text("utf-8")
-    before, _, rest = page.partition(MARKS[0])
-    PAGE.write_text(before + MARKS[0] + shown + MARKS[1] + rest.partition(MARKS[1])[2], "utf-8")
-    print(shown)
-
-
 if __name__ == "__main__":
-    main()
+    study.run(__doc__, OUT, PAGE, measure, table)

@@ -16,6 +16,7 @@ import noetherflow as nf
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import forecast_holds as study
+import study as page_of_study
 from holds.case import case, half_time, jackknife, summary
 from holds.digits import losses, relu_network, relu_trace
 
@@ -27,7 +28,7 @@ SAID = {name: summary(result) for name, result in BY_NAME.items()}
 
 
 def shown() -> str:
-    return study.PAGE.read_text("utf-8").partition(study.MARKS[0])[2].partition(study.MARKS[1])[0]
+    return page_of_study.shown(study.PAGE)
 
 
 def test_the_tables_of_the_page_are_those_of_the_measurements() -> None:

@@ -11,13 +11,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import study as page_of_study
 import which_batch_size as study
 
 RESULTS: dict[str, Any] = json.loads(study.OUT.read_text("utf-8"))
 
 
 def shown() -> str:
-    return study.PAGE.read_text("utf-8").partition(study.MARKS[0])[2].partition(study.MARKS[1])[0]
+    return page_of_study.shown(study.PAGE)
 
 
 def scale(kind: str, key: str) -> float:
