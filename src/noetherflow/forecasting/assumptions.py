@@ -1,5 +1,6 @@
 """What the numbers of a forecast stand on, in sentences."""
 
+from noetherflow.forecasting.learning import Learning
 from noetherflow.forecasting.metric import reference_lr
 from noetherflow.forecasting.sides import Sides
 from noetherflow.forecasting.traces import scales_entries
@@ -9,12 +10,13 @@ from noetherflow.optimizers import SGD, AdamW, Optimizer
 _SMALL = 0.1
 
 
-def assumptions_of(settings: Optimizer, sides: Sides) -> tuple[str, ...]:
+def assumptions_of(settings: Optimizer, sides: Sides, learning: Learning) -> tuple[str, ...]:
     """The assumptions of a forecast.
 
     Args:
         settings: The settings of the optimizer.
         sides: The numbers.
+        learning: How far the model still learns.
 
     Returns:
         A sentence for each.
@@ -22,7 +24,7 @@ def assumptions_of(settings: Optimizer, sides: Sides) -> tuple[str, ...]:
     carried = scales_entries(sides.equilibrium)
     result = [
         "The function of the network and the noise of its gradients on the orbit stay as they are now: only the "
-        "position on the orbit changes. Learning that still changes the function is not in the forecast",
+        f"position on the orbit changes. {_learnt(learning)}",
         "H is the Hessian of the mean loss of these examples, without weight decay",
         (
             "Traces are exact: the network is piecewise linear in every single parameter, which was compared with "
@@ -56,6 +58,18 @@ def assumptions_of(settings: Optimizer, sides: Sides) -> tuple[str, ...]:
             "held during a step; its averages lag behind by about 1 / (1 - beta2) steps, so that times are too short"
         )
     return tuple(result)
+
+
+def _learnt(learning: Learning) -> str:
+    """What is known of the first assumption."""
+    said = f"{learning}"[0].upper() + f"{learning}"[1:]
+    if not learning.trace.known:
+        return said
+    if not learning.falls:
+        return f"{said}: the loss does not fall by more than two errors"
+    return f"{said}: the loss still falls" + (
+        ", so that this assumption does not hold" if learning.dominates else ", and adds to the forecast"
+    )
 
 
 def _share_of_limit(settings: Optimizer, sides: Sides) -> float:

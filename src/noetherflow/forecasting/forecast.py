@@ -16,6 +16,7 @@ from noetherflow._progress import track
 from noetherflow._types import Batch, Loss
 from noetherflow.equilibrium import Equilibrium, equilibrate
 from noetherflow.forecasting.assumptions import assumptions_of
+from noetherflow.forecasting.estimate import unknown
 from noetherflow.forecasting.mean_loss import MeanLoss
 from noetherflow.forecasting.norms import norms_of
 from noetherflow.forecasting.result import Forecast
@@ -104,22 +105,28 @@ def forecast(
     equilibrium = _of_model(equilibrium, model, mean_loss)
     for _ in track(range(1), "sharpness", total=1, shown=progress):
         sides = Sides.measure(mean_loss, equilibrium, given, vectors, seed)
-    blocks = sides.blocks()
+        half = sides.half_steps()
+        learning = sides.learning(half)
+    trace = sides.trace()
+    if learning.dominates:
+        none = unknown(f"the loss still falls: {learning}")
+        trace, half = trace._replace(ratio=none), none
     return Forecast(
-        trace=sides.trace(),
-        blocks=blocks,
+        trace=trace,
+        blocks=sides.blocks(),
         largest=sides.largest,
         critical=sides.critical,
         stable_step=sides.stable_step,
         noisy_step=sides.noisy_step,
-        half_steps=sides.half_steps(),
+        half_steps=half,
+        learning=learning,
         warmup=sides.warmup(),
         norms=norms_of(equilibrium, given, mean_loss.function.params),
         exact=sides.exact,
         status=equilibrium.status,
         settings=given,
         examples=mean_loss.examples,
-        assumptions=assumptions_of(given, sides),
+        assumptions=assumptions_of(given, sides, learning),
         notes=tuple(filter(None, (working.note, *equilibrium.notes, equilibrium.message))),
     )
 

@@ -87,12 +87,15 @@ class MeanLoss:
         self.evaluations += 1
         return sum(float(self._losses(params, k).double().sum()) for k in range(len(self.batches))) / self.examples
 
-    def gradients(self, params: Params) -> list[tuple[float, dict[str, Tensor]]]:
-        """Of every batch, the mean loss and its gradient."""
+    def gradients(
+        self, params: Params, numbers: Sequence[int] | None = None
+    ) -> list[tuple[float, dict[str, Tensor]]]:
+        """Of every batch, or of the batches of given numbers, the mean loss and its gradient."""
         result = []
-        for batch, size in zip(self.batches, self.sizes.tolist(), strict=True):
+        for k in range(len(self.batches)) if numbers is None else numbers:
             with own_randomness(self.device, seed=0):
-                losses, gradient = self.function.gradient(params, batch, self.names)
+                losses, gradient = self.function.gradient(params, self.batches[k], self.names)
+            size = float(self.sizes[k])
             result.append((float(losses.double().mean()), {name: g / size for name, g in gradient.items()}))
         return result
 

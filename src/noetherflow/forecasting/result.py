@@ -11,6 +11,7 @@ from noetherflow import _store
 from noetherflow._table import Column, Table, html_of, steps, text_of
 from noetherflow.equilibrium.result import Status
 from noetherflow.forecasting.estimate import Change, Estimate
+from noetherflow.forecasting.learning import Learning
 from noetherflow.forecasting.norms import Norm
 from noetherflow.forecasting.schedule import Warmup
 from noetherflow.optimizers import Optimizer
@@ -39,6 +40,9 @@ class Forecast:
         noisy_step: The largest learning rate at which the mean square of a displacement along the sharpest direction
             shrinks in a step.
         half_steps: The number of steps after which half of the change of Tr H is made.
+        learning: How far the model still learns in that time. Where learning may change Tr H as much as the motion along
+            the orbit, the ratio of `trace` and `half_steps` cannot be told; `trace.then` is then the trace of H of the
+            present function at its equilibrium.
         warmup: Whether a warmup is needed, and its schedule.
         norms: Norms of scale-invariant weights, by symmetry.
         exact: Whether the traces are exact on the data, not estimates from random vectors.
@@ -67,6 +71,7 @@ class Forecast:
     stable_step: Change
     noisy_step: Change
     half_steps: Estimate
+    learning: Learning
     warmup: Warmup
     norms: dict[str, Norm] = field(repr=False)
     exact: bool

@@ -7,11 +7,13 @@ from typing import NamedTuple, final
 
 import torch
 
+from noetherflow._forces import has_charge
 from noetherflow._types import Params
 from noetherflow.equilibrium import Equilibrium, Status
 from noetherflow.forecasting.critical import critical_sharpness
 from noetherflow.forecasting.estimate import Change, Estimate, change_of, spread_of, unknown
 from noetherflow.forecasting.exact import Exact
+from noetherflow.forecasting.learning import Learner, Learning, no_learning
 from noetherflow.forecasting.mean_loss import MeanLoss, NoDoubleBackwardError
 from noetherflow.forecasting.metric import Metric, metric_at, reference_lr
 from noetherflow.forecasting.path import Path, half_time, interpolated, path_of
@@ -37,9 +39,10 @@ _POINTS, _VECTORS = 10, 8
 
 @final
 class _Side(NamedTuple):
-    """The numbers at a point."""
+    """The numbers at a point; `steepest` is the largest eigenvalue in the metric of the optimizer."""
 
     metric: Metric
+    steepest: Estimate
     largest: Estimate
     critical: Estimate
     stable_step: Estimate
@@ -150,6 +153,20 @@ class Sides:
             each.append(half_time(carry, carry(far), self.path.longest))
         return Estimate(value, spread_of(torch.tensor(each, dtype=torch.float64)))
 
+    def learning(self, half: Estimate) -> Learning:
+        """How far the model still learns within a half time."""
+        after, steepest = self._trace_after(), self.now.steepest
+        if after is None or not half.known:
+            return no_learning(half.why or self._nowhere())
+        if not steepest.known:
+            return no_learning(steepest.why)
+        charged = {n: s for n, s in self.equilibrium.symmetries.items() if has_charge(s, self.settings)}
+        learner = Learner(
+            self.mean_loss, self.exactly, self.settings, self.now.metric, charged, steepest.value, self.seed
+        )
+        steps = learner.horizon(half.value)
+        return learner.after(steps, after(steps) - after(0.0))
+
     def warmup(self) -> Warmup:
         """Whether a warmup is needed."""
         lr = reference_lr(self.settings, self.mean_loss.names)
@@ -232,10 +249,10 @@ def _side(mean_loss: MeanLoss, params: Params, settings: Optimizer, seed: int) -
         plain = top = largest(mean_loss, params, None, seed)
         if not all(bool((part == 1).all()) for part in metric.multipliers.values()):
             top = largest(mean_loss, params, metric, seed)
-        return _Side(metric, plain.value, critical, *stable_steps(mean_loss, params, metric, top, settings))
+        return _Side(metric, top.value, plain.value, critical, *stable_steps(mean_loss, params, metric, top, settings))
     except NoDoubleBackwardError as error:
         none = unknown(f"an operation has no second derivative ({error})")
-        return _Side(metric, none, critical, none, none)
+        return _Side(metric, none, none, critical, none, none)
 
 
 def _moved(

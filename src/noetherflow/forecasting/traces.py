@@ -126,10 +126,15 @@ def measure(
 
 def trace_at(mean_loss: MeanLoss, exact: Exact | None, params: Params, vectors: int, seed: int) -> float:
     """The trace of H at given parameters."""
-    total = 0.0
-    for batch, _, entries in _entries(mean_loss, exact, params, vectors, seed):
-        total += float(mean_loss.weights[batch]) * sum(float(entry.double().sum()) for entry in entries.values())
-    return total / (1 if exact else vectors)
+    return float((mean_loss.weights @ by_batch(mean_loss, exact, params, vectors, seed)).mean())
+
+
+def by_batch(mean_loss: MeanLoss, exact: Exact | None, params: Params, vectors: int, seed: int) -> Tensor:
+    """The trace of H of every batch at given parameters, shape (batches, vectors), or (batches, 1) if it is exact."""
+    result = torch.zeros(len(mean_loss.batches), 1 if exact else vectors, dtype=torch.float64)
+    for batch, number, entries in _entries(mean_loss, exact, params, vectors, seed):
+        result[batch, number] = sum(float(entry.double().sum()) for entry in entries.values())
+    return result
 
 
 def equilibrium_errors(equilibrium: Equilibrium, diagonal: Params) -> tuple[float, dict[str, float]]:
