@@ -1,5 +1,7 @@
 """What the numbers of a forecast stand on, in sentences."""
 
+import math
+
 from noetherflow.forecasting.learning import Learning
 from noetherflow.forecasting.metric import reference_lr
 from noetherflow.forecasting.sides import Sides
@@ -38,11 +40,11 @@ def assumptions_of(settings: Optimizer, sides: Sides, learning: Learning) -> tup
             else "Traces at the equilibrium are measured at the moved parameters; the error of the equilibrium is not "
             "in their errors"
         ),
-        "Each coordinate relaxes as if all others were at the equilibrium, at a constant learning rate; the error of "
-        "the half time is that of the traces alone",
+        f"{_way(sides)}, at a constant learning rate; the error of the half time is that of the traces alone",
         "The stable step with noise is that of a step along the sharpest direction; the critical sharpness follows the "
         "mean gradient, without weight decay",
     ]
+    result += _turns(sides)
     share = _share_of_limit(settings, sides)
     if share > _SMALL:
         result.append(
@@ -54,10 +56,42 @@ def assumptions_of(settings: Optimizer, sides: Sides, learning: Learning) -> tup
         result.append("With momentum, the stable step with noise interpolates between the limits of no noise and noise")
     if isinstance(settings, AdamW):
         result.append(
-            "The metric of AdamW is from v as the gradients of these batches give it, scaled to the batch size, and is "
-            "held during a step; its averages lag behind by about 1 / (1 - beta2) steps, so that times are too short"
+            f"The metric of AdamW is from v as {_source(sides)}, and is held during a step; its averages lag behind by "
+            "about 1 / (1 - beta2) steps, so that times are too short"
         )
     return tuple(result)
+
+
+def _turns(sides: Sides) -> list[str]:
+    """A sentence if Tr H passes the value that it has at the equilibrium by more than two errors."""
+    if sides.in_time is None:
+        return []
+    steps, farthest = sides.in_time.turn()
+    now, then, _ = sides.trace()
+    error = 0.0 if math.isnan(then.total) else then.total
+    if not abs(farthest - now.value) - abs(then.value - now.value) > 2 * error:
+        return []
+    return [
+        f"Tr H passes its end: after {steps:,.0f} steps it is {farthest:.4g}, and then comes back to {then.value:.4g}. "
+        "The half time is that of the first half of the change, and depends on where the end is"
+    ]
+
+
+def _way(sides: Sides) -> str:
+    """How the coordinates get to the equilibrium."""
+    joint = "The way to the equilibrium is that of the drift along the orbit, with the noise of now carried exactly"
+    apart = () if sides.in_time is None else sides.in_time.path.apart
+    if not apart:
+        return joint
+    named = ", ".join(apart[:3]) + (f" and {len(apart) - 3} more" if apart[3:] else "")
+    return f"Each coordinate of {named} relaxes as if all others were at the equilibrium"
+
+
+def _source(sides: Sides) -> str:
+    """Where v of AdamW comes from."""
+    if sides.measured_moments:
+        return "the gradients of these batches give it, scaled to the batch size"
+    return "the optimizer keeps it, carried along the orbit to the equilibrium"
 
 
 def _learnt(learning: Learning) -> str:

@@ -13,8 +13,11 @@ from noetherflow._given import require_loader
 from noetherflow._params import aliases, canonical_names
 from noetherflow._per_example import own_randomness
 from noetherflow._progress import track
+from noetherflow._second_moments import SecondMoments
+from noetherflow._second_moments import second_moments as second_moments_of
 from noetherflow._types import Batch, Loss
-from noetherflow.equilibrium import Equilibrium, equilibrate
+from noetherflow.detect import find_symmetries
+from noetherflow.equilibrium import Equilibrium, equilibrate, solve_equilibrium
 from noetherflow.forecasting.assumptions import assumptions_of
 from noetherflow.forecasting.estimate import unknown
 from noetherflow.forecasting.mean_loss import MeanLoss
@@ -22,7 +25,8 @@ from noetherflow.forecasting.norms import norms_of
 from noetherflow.forecasting.result import Forecast
 from noetherflow.forecasting.sides import Sides
 from noetherflow.forecasting.traces import moved
-from noetherflow.optimizers import require_settings
+from noetherflow.optimizers import AdamW, Optimizer, require_settings
+from noetherflow.optimizers.state import Source
 from noetherflow.symmetry import Symmetry
 
 # Largest difference between the moved parameters and the equilibrium, relative to the largest entry of a tensor.
@@ -39,6 +43,7 @@ def forecast(
     symmetries: Mapping[str, Symmetry] | None = None,
     *,
     equilibrium: Equilibrium | None = None,
+    second_moments: SecondMoments | Source | None = None,
     vectors: int = 32,
     microbatches: bool = False,
     dtype: torch.dtype | None = None,
@@ -60,6 +65,9 @@ def forecast(
         settings: The settings of the optimizer, `SGD` or `AdamW`.
         symmetries: As for `equilibrate`; not beside `equilibrium`.
         equilibrium: The equilibrium of the model as it is now; None searches it with `equilibrate`.
+        second_moments: For AdamW: the optimizer in training, its state dict, a file of it, or the result of
+            `second_moments`. The step sizes then are those of the run, not those that the gradients of the batches
+            would give, and the equilibrium is that of `solve_equilibrium` from these second moments.
         vectors: The number of random vectors for the traces, where they are not exact. The error falls with the square
             root.
         microbatches: As for `equilibrate`.
@@ -71,7 +79,8 @@ def forecast(
         The forecast; `print` shows it as a table. A number that cannot be told is NaN with a reason.
 
     Raises:
-        SettingsError: If `vectors` is below 4, or if symmetries are given beside an equilibrium.
+        SettingsError: If `vectors` is below 4, if symmetries are given beside an equilibrium, or if second moments are
+            given beside settings of SGD.
         EquilibriumError: If the equilibrium is not that of the model as it is now.
         NoetherflowError: For bad input, as `equilibrate` raises it.
 
@@ -96,6 +105,9 @@ def forecast(
     with own_randomness(next(model.parameters()).device):
         batches = read(loader, "loader")
     require_loader(model, loss, loader, batches[0])
+    moments = None if second_moments is None else _moments(second_moments, model, given)
+    if equilibrium is None and moments is not None:
+        equilibrium = _equilibrium_of(moments, model, loss, batches[0], given, symmetries)
     if equilibrium is None:
         equilibrium = equilibrate(
             model, loss, batches, given, symmetries, microbatches=microbatches, dtype=dtype, progress=progress
@@ -104,13 +116,16 @@ def forecast(
     mean_loss = MeanLoss(model, loss, batches, given, working.dtype)
     equilibrium = _of_model(equilibrium, model, mean_loss)
     for _ in track(range(1), "sharpness", total=1, shown=progress):
-        sides = Sides.measure(mean_loss, equilibrium, given, vectors, seed)
+        sides = Sides.measure(mean_loss, equilibrium, given, vectors, seed, microbatches=microbatches, moments=moments)
         half = sides.half_steps()
         learning = sides.learning(half)
-    trace = sides.trace()
+    trace, warmup = sides.trace(), sides.warmup()
     if learning.dominates:
-        none = unknown(f"the loss still falls: {learning}")
-        trace, half = trace._replace(ratio=none), none
+        trace = trace._replace(ratio=unknown(f"the loss still falls: {learning}"))
+        half = unknown("the loss still falls")
+        warmup = warmup._replace(
+            why=f"{warmup.why}; the loss still falls: both limits are those of the present function"
+        )
     return Forecast(
         trace=trace,
         blocks=sides.blocks(),
@@ -120,7 +135,7 @@ def forecast(
         noisy_step=sides.noisy_step,
         half_steps=half,
         learning=learning,
-        warmup=sides.warmup(),
+        warmup=warmup,
         norms=norms_of(equilibrium, given, mean_loss.function.params),
         exact=sides.exact,
         status=equilibrium.status,
@@ -129,6 +144,31 @@ def forecast(
         assumptions=assumptions_of(given, sides, learning),
         notes=tuple(filter(None, (working.note, *equilibrium.notes, equilibrium.message))),
     )
+
+
+def _moments(given: SecondMoments | Source, model: nn.Module, settings: Optimizer) -> SecondMoments:
+    """The second moments that Adam keeps."""
+    if not isinstance(settings, AdamW):
+        raise SettingsError(
+            f"second_moments are those of Adam, got them beside nf.{type(settings).__name__}: leave them out, or give "
+            "nf.AdamW"
+        )
+    return given if isinstance(given, SecondMoments) else second_moments_of(given, model)
+
+
+def _equilibrium_of(
+    moments: SecondMoments,
+    model: nn.Module,
+    loss: Loss,
+    batch: Batch,
+    settings: Optimizer,
+    symmetries: Mapping[str, Symmetry] | None,
+) -> Equilibrium:
+    """The equilibrium from second moments, for the symmetries of which these are known."""
+    if symmetries is None:
+        every = find_symmetries(model, loss, batch)
+        symmetries = {name: s for name, s in every.items() if moments.values.keys() >= set(s.names)}
+    return solve_equilibrium(moments.for_symmetries(symmetries, model), settings, model)
 
 
 def _of_model(equilibrium: Equilibrium, model: nn.Module, mean_loss: MeanLoss) -> Equilibrium:

@@ -41,7 +41,7 @@ class Metric:
         return {name: self.multipliers[name].sqrt() * part for name, part in vector.items()}
 
 
-def metric_at(mean_loss: MeanLoss, params: Params, settings: Optimizer) -> Metric:
+def metric_at(mean_loss: MeanLoss, params: Params, settings: Optimizer, kept: Params | None = None) -> Metric:
     r"""The metric of an optimizer at given parameters.
 
     For AdamW, v is the second moment of the gradient of a minibatch, $E\,g_S^2 = g^2 + \mathrm{Var}\,g_S$. The variance
@@ -51,6 +51,8 @@ def metric_at(mean_loss: MeanLoss, params: Params, settings: Optimizer) -> Metri
         mean_loss: The mean loss.
         params: The parameters.
         settings: The settings of the optimizer.
+        kept: v of a run, by parameter, in place of v from the gradients of the batches; a parameter without a name in
+            it has the latter.
 
     Returns:
         The metric.
@@ -75,7 +77,10 @@ def metric_at(mean_loss: MeanLoss, params: Params, settings: Optimizer) -> Metri
     for name in mean_loss.names:
         relative = lr_of(settings, name) / largest
         if isinstance(settings, AdamW):
-            root = (mean[name].square() + variance[name]).sqrt() + settings.eps
+            v = mean[name].square() + variance[name]
+            if kept is not None and name in kept:
+                v = kept[name].to(v.device, v.dtype)
+            root = v.sqrt() + settings.eps
             # An entry that never has a gradient does not move.
             multipliers[name] = torch.where(root > 0, relative / root, 0.0)
         else:

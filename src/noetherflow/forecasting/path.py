@@ -7,7 +7,9 @@ $\tau$ of relaxation at the equilibrium
 $$\frac{dy}{dn} = -\frac{\sinh(k y)}{k\,\tau}\,\frac{p + m}{p\,e^{-ky} + m\,e^{ky}} , \qquad
 \frac{n}{\tau} = \ln\frac{\sinh k y_0}{\sinh k y} + k\,\frac{m - p}{p + m}\,(y_0 - y) .$$
 
-Coordinates are taken by themselves, with all others at the equilibrium: k = 2 for SGD, k = 1 for AdamW.
+k = 2 for SGD, k = 1 for AdamW. That is exact for a coordinate that shares no entry with others. Coordinates that move
+each other have a joint way from `courses`; without such a way they are taken by themselves, with all others at the
+equilibrium.
 """
 
 import math
@@ -21,13 +23,17 @@ from torch import Tensor
 
 from noetherflow._types import Params
 from noetherflow.equilibrium import Equilibrium
+from noetherflow.forecasting.coupled import Course
+from noetherflow.forecasting.courses import Courses
 from noetherflow.optimizers import Optimizer
 from noetherflow.symmetry import Action, Grams
 
 # Bisections of a fraction, which determine the fraction to rounding.
 _BISECTIONS = 60
 # Steps between which a time is sought, in units of the longest relaxation time.
-_SHORTEST, _LONGEST = 1e-6, 60.0
+_SHORTEST, LONGEST = 1e-6, 60.0
+# Times at which a crossing is sought, everywhere and within a factor of an expected time.
+_GRID, _FINE, _NEAR = 61, 11, 20.0
 
 
 @final
@@ -41,6 +47,8 @@ class Path:
         times: The relaxation time of every coordinate.
         lean: (m - p) / (p + m) at the equilibrium, of every coordinate.
         exponent: k.
+        courses: The joint ways of symmetries that move each other, by symmetry.
+        apart: Symmetries that move each other without a joint way: each of their coordinates is taken by itself.
     """
 
     ends: dict[str, Tensor]
@@ -48,11 +56,16 @@ class Path:
     times: dict[str, Tensor]
     lean: dict[str, Tensor]
     exponent: int
+    courses: dict[str, Course]
+    apart: tuple[str, ...]
 
     def at(self, steps: float) -> dict[str, Tensor]:
         """The coordinates after a number of steps, in the form that the symmetries take."""
         result = {}
         for name, end in self.ends.items():
+            if name in self.courses:
+                result[name] = self.courses[name].at(steps)[name]
+                continue
             x = end * (1 - self._left(name, steps))
             frame = self.frames.get(name)
             result[name] = x if frame is None else (frame * x) @ frame.mT
@@ -85,13 +98,14 @@ class Path:
         return _log_sinh(k * start) - _log_sinh(k * start * left) + k * lean * start * (1 - left)
 
 
-def path_of(equilibrium: Equilibrium, settings: Optimizer, multipliers: Params) -> Path:
+def path_of(equilibrium: Equilibrium, settings: Optimizer, multipliers: Params, courses: Courses | None = None) -> Path:
     """The way to an equilibrium.
 
     Args:
         equilibrium: The equilibrium.
         settings: The settings of the optimizer.
         multipliers: The metric of the optimizer at the equilibrium; a charge counts squares over these.
+        courses: The joint ways of symmetries that move each other.
 
     Returns:
         The path.
@@ -118,16 +132,18 @@ def path_of(equilibrium: Equilibrium, settings: Optimizer, multipliers: Params) 
         lean[name] = torch.where(total > 0, (minus - plus) / total, 0.0).expand_as(ends[name])
         slow = equilibrium.relaxation_steps[name].double()
         times[name] = slow.expand_as(ends[name]) if slow.ndim < 2 else slow.max().expand_as(ends[name])
-    return Path(ends, frames, times, lean, settings.exponents.noise)
+    courses = courses or Courses({}, ())
+    return Path(ends, frames, times, lean, settings.exponents.noise, courses.by_name, courses.apart)
 
 
-def half_time(trace: Callable[[float], float], then: float, longest: float) -> float:
-    """The steps after which half of the change of the trace is made.
+def half_time(trace: Callable[[float], float], then: float, longest: float, *, near: float | None = None) -> float:
+    """The steps after which half of the change of the trace is made, for the first time.
 
     Args:
         trace: Tr H after a number of steps.
         then: Tr H at the equilibrium.
         longest: The longest relaxation time.
+        near: A number of steps near which the result is sought; None seeks everywhere.
 
     Returns:
         The steps; NaN if nothing changes.
@@ -136,11 +152,18 @@ def half_time(trace: Callable[[float], float], then: float, longest: float) -> f
     if not longest or now == then:
         return math.nan
     sign = 1.0 if then > now else -1.0
-    low, high = math.log(_SHORTEST * longest), math.log(_LONGEST * longest)
-    for _ in range(30):
+
+    def made(place: float) -> bool:
+        return sign * (trace(math.exp(place)) - (now + then) / 2) >= 0
+
+    shortest, last = (_SHORTEST * longest, LONGEST * longest) if near is None else (near / _NEAR, near * _NEAR)
+    # The change may pass its end and come back: the first of all crossings is sought.
+    grid = numpy.linspace(math.log(shortest), math.log(last), _GRID if near is None else _FINE).tolist()
+    first = next((k for k, place in enumerate(grid) if made(place)), len(grid) - 1)
+    low, high = grid[max(first - 1, 0)], grid[first]
+    for _ in range(20):
         middle = (low + high) / 2
-        reached = sign * (trace(math.exp(middle)) - (now + then) / 2) >= 0
-        low, high = (low, middle) if reached else (middle, high)
+        low, high = (low, middle) if made(middle) else (middle, high)
     return math.exp((low + high) / 2)
 
 

@@ -40,9 +40,9 @@ class Forecast:
         noisy_step: The largest learning rate at which the mean square of a displacement along the sharpest direction
             shrinks in a step.
         half_steps: The number of steps after which half of the change of Tr H is made.
-        learning: How far the model still learns in that time. Where learning may change Tr H as much as the motion along
-            the orbit, the ratio of `trace` and `half_steps` cannot be told; `trace.then` is then the trace of H of the
-            present function at its equilibrium.
+        learning: How far the model still learns in that time. Where learning may change Tr H as much as the motion
+            along the orbit, the ratio of `trace` and `half_steps` cannot be told, and `trace.then` is the trace of H of
+            the present function at its equilibrium.
         warmup: Whether a warmup is needed, and its schedule.
         norms: Norms of scale-invariant weights, by symmetry.
         exact: Whether the traces are exact on the data, not estimates from random vectors.
@@ -151,7 +151,7 @@ def _tables(forecast: Forecast) -> tuple[Table, ...]:
     half = forecast.half_steps
     lines = (
         ("sharpness", forecast.sentence),
-        ("half time", f"{half} steps" + (f": {half.why}" if half.why else "")),
+        ("half time", f"{half} steps" if half.known else f"{half}: {half.why}"),
         ("warmup", str(forecast.warmup)),
         ("equilibrium", forecast.status.value),
         *(("assumes" if k == 0 else "", text) for k, text in enumerate(forecast.assumptions)),

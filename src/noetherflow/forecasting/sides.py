@@ -8,33 +8,35 @@ from typing import NamedTuple, final
 import torch
 
 from noetherflow._forces import has_charge
+from noetherflow._second_moments import SecondMoments
 from noetherflow._types import Params
 from noetherflow.equilibrium import Equilibrium, Status
+from noetherflow.forecasting.courses import Groups, courses_of
 from noetherflow.forecasting.critical import critical_sharpness
-from noetherflow.forecasting.estimate import Change, Estimate, change_of, spread_of, unknown
+from noetherflow.forecasting.estimate import Change, Estimate, change_of, unknown
 from noetherflow.forecasting.exact import Exact
-from noetherflow.forecasting.learning import Learner, Learning, no_learning
+from noetherflow.forecasting.in_time import InTime, full_diagonal, moved_params
+from noetherflow.forecasting.learner import Learner
+from noetherflow.forecasting.learning import Learning, no_learning
 from noetherflow.forecasting.mean_loss import MeanLoss, NoDoubleBackwardError
 from noetherflow.forecasting.metric import Metric, metric_at, reference_lr
-from noetherflow.forecasting.path import Path, half_time, interpolated, path_of
+from noetherflow.forecasting.path import path_of
 from noetherflow.forecasting.schedule import Warmup, warmup_of
 from noetherflow.forecasting.spectrum import largest, stable_steps
 from noetherflow.forecasting.traces import (
     Traces,
     carried,
+    curvature_grams,
     equilibrium_errors,
     measure,
-    moved,
     scales_entries,
-    trace_at,
     with_error,
 )
 from noetherflow.optimizers import Optimizer
+from noetherflow.symmetry import Action, Grams
 
 # Endings of the search after which there is no point to go to.
 _NOWHERE = (Status.NON_FINITE, Status.NOT_CONVERGED)
-# Points of the way at which the trace is measured where it cannot be carried, and random vectors at each.
-_POINTS, _VECTORS = 10, 8
 
 
 @final
@@ -64,7 +66,8 @@ class Sides:
         exactly: The exact diagonal of the Hessian; None for random vectors.
         why: Why there are no traces, and why they are not exact.
         seed: The seed of the random vectors.
-        path: The way to the equilibrium in time.
+        measured_moments: Whether v of AdamW is from the gradients of the batches.
+        in_time: Tr H on the way to the equilibrium; None if there is no way.
     """
 
     mean_loss: MeanLoss
@@ -76,25 +79,40 @@ class Sides:
     exactly: Exact | None
     why: str
     seed: int
-    path: Path | None
+    measured_moments: bool
+    in_time: InTime | None
 
     @classmethod
     def measure(
-        cls, mean_loss: MeanLoss, equilibrium: Equilibrium, settings: Optimizer, vectors: int, seed: int
+        cls,
+        mean_loss: MeanLoss,
+        equilibrium: Equilibrium,
+        settings: Optimizer,
+        vectors: int,
+        seed: int,
+        *,
+        microbatches: bool = False,
+        moments: SecondMoments | None = None,
     ) -> "Sides":
         """Measure on both sides."""
         exactly, why = Exact.if_valid(mean_loss)
         nowhere = equilibrium.status in _NOWHERE
-        there = {} if nowhere else _moved(equilibrium, mean_loss)
+        there = {} if nowhere else moved_params(equilibrium, mean_loss)
         traces = None
         try:
             traces = measure(mean_loss, exactly, equilibrium, there or mean_loss.params, vectors, seed)
         except NoDoubleBackwardError as error:
             why = f"an operation has no second derivative ({error})"
-        now = _side(mean_loss, mean_loss.params, settings, seed)
-        then = None if nowhere else _side(mean_loss, there, settings, seed)
-        path = None if then is None else path_of(equilibrium, settings, then.metric.multipliers)
-        return cls(mean_loss, equilibrium, settings, now, then, traces, exactly, why, seed, path)
+        kept = None if moments is None else moments.values
+        now = _side(mean_loss, mean_loss.params, settings, seed, kept)
+        then = None if nowhere else _side(mean_loss, there, settings, seed, _carried_moments(equilibrium, kept))
+        in_time = None
+        if then is not None and traces is not None:
+            courses = courses_of(mean_loss, equilibrium, settings, microbatches=microbatches, moments=moments)
+            path = path_of(equilibrium, settings, then.metric.multipliers, courses)
+            grams = _grams(mean_loss, equilibrium, settings, vectors, seed)
+            in_time = InTime(mean_loss, equilibrium, path, traces, grams, exactly, seed)
+        return cls(mean_loss, equilibrium, settings, now, then, traces, exactly, why, seed, moments is None, in_time)
 
     @property
     def exact(self) -> bool:
@@ -135,23 +153,7 @@ class Sides:
 
     def half_steps(self) -> Estimate:
         """The number of steps after which half of the change of the trace is made."""
-        after = self._trace_after()
-        if self.path is None or after is None:
-            return unknown(self._nowhere())
-        if not self.path.longest:
-            return unknown("no coordinate has both a distance from its equilibrium and a finite relaxation time")
-        far = 60 * self.path.longest
-        value = half_time(after, after(far), self.path.longest)
-        if math.isnan(value):
-            return unknown("Tr H does not change")
-        if not scales_entries(self.equilibrium):
-            return Estimate(value)
-        assert self.traces is not None
-        each = []
-        for diagonal in self.traces.diagonals:
-            carry = self._carried_after(diagonal)
-            each.append(half_time(carry, carry(far), self.path.longest))
-        return Estimate(value, spread_of(torch.tensor(each, dtype=torch.float64)))
+        return unknown(self._nowhere()) if self.in_time is None else self.in_time.half()
 
     def learning(self, half: Estimate) -> Learning:
         """How far the model still learns within a half time."""
@@ -172,7 +174,7 @@ class Sides:
         lr = reference_lr(self.settings, self.mean_loss.names)
         limits = self.noisy_step if self.noisy_step.now.known else self.stable_step
         after = self._trace_after()
-        longest = 0.0 if self.path is None else self.path.longest
+        longest = 0.0 if self.in_time is None else self.in_time.path.longest
         made: Callable[[float], float] | None = None
         if after is not None and longest:
             start, end = after(0.0), after(60 * longest)
@@ -186,35 +188,7 @@ class Sides:
 
     def _trace_after(self) -> Callable[[float], float] | None:
         """Tr H after a number of steps; None if it cannot be told."""
-        if self.traces is None or self.path is None:
-            return None
-        if scales_entries(self.equilibrium):
-            diagonals = self.traces.diagonals
-            mean = {n: torch.stack([part[n] for part in diagonals]).mean(0) for n in diagonals[0]}
-            return self._carried_after(mean)
-        if not self.path.longest:
-            return None
-        path, given = self.path, self.mean_loss
-
-        def measured(steps: float) -> float:
-            params = _moved(self.equilibrium, given, path.at(steps))
-            return trace_at(given, self.exactly, params, _VECTORS, self.seed)
-
-        return interpolated(measured, path.longest, _POINTS)
-
-    def _carried_after(self, diagonal: Params) -> Callable[[float], float]:
-        path = self.path
-        assert path is not None
-        full = self._full(diagonal)
-        return lambda steps: sum(float(part.sum()) for part in carried(self.equilibrium, path.at(steps), full).values())
-
-    def _full(self, diagonal: Params) -> dict[str, torch.Tensor]:
-        """A diagonal with zeros for parameters that are not trained, float64, on the CPU."""
-        every = self.mean_loss.function.params
-        return {
-            name: diagonal[name].double().cpu() if name in diagonal else torch.zeros(tensor.shape, dtype=torch.float64)
-            for name, tensor in every.items()
-        }
+        return None if self.in_time is None else self.in_time.after()
 
     def _equilibrium_errors(self) -> tuple[dict[str, float], dict[str, float]]:
         """The errors of the trace and of its blocks from the errors of the coordinates."""
@@ -222,7 +196,7 @@ class Sides:
             return {}, {}
         diagonals = self.traces.diagonals
         mean = {n: torch.stack([part[n] for part in diagonals]).mean(0) for n in diagonals[0]}
-        total, blocks = equilibrium_errors(self.equilibrium, self._full(mean))
+        total, blocks = equilibrium_errors(self.equilibrium, full_diagonal(self.mean_loss, mean))
         return {"": total}, blocks
 
     def _with_errors(self, changes: dict[str, Change], errors: dict[str, float]) -> dict[str, Change]:
@@ -241,9 +215,31 @@ class Sides:
         return self.why
 
 
-def _side(mean_loss: MeanLoss, params: Params, settings: Optimizer, seed: int) -> _Side:
+def _grams(
+    mean_loss: MeanLoss, equilibrium: Equilibrium, settings: Optimizer, vectors: int, seed: int
+) -> list[dict[str, Grams]] | None:
+    """Grams of H for the double rotations, empty if there is none; None if Tr H cannot be carried along the orbit."""
+    moving = {n: s for n, s in equilibrium.symmetries.items() if bool(equilibrium.coordinates[n].any())}
+    groups = Groups.of(equilibrium, settings)
+    if groups.mixed or any(symmetry.action is Action.SCALES_EIGENSPACES for symmetry in moving.values()):
+        return None
+    if not groups.rotating:
+        return []
+    return curvature_grams(mean_loss, {name: moving[name] for name in groups.rotating}, vectors, seed)
+
+
+def _carried_moments(equilibrium: Equilibrium, kept: Params | None) -> Params | None:
+    """The second moments that Adam keeps, at the equilibrium: squares of gradients fall as the curvature does."""
+    if kept is None:
+        return None
+    missing = {n: torch.zeros_like(t) for n, t in equilibrium.params.items() if n not in kept}
+    there = carried(equilibrium, equilibrium.coordinates, {**missing, **kept})
+    return {name: there[name] for name in kept}
+
+
+def _side(mean_loss: MeanLoss, params: Params, settings: Optimizer, seed: int, kept: Params | None = None) -> _Side:
     """The numbers at given parameters."""
-    metric = metric_at(mean_loss, params, settings)
+    metric = metric_at(mean_loss, params, settings, kept)
     critical = critical_sharpness(mean_loss, params, metric, reference_lr(settings, mean_loss.names))
     try:
         plain = top = largest(mean_loss, params, None, seed)
@@ -253,13 +249,3 @@ def _side(mean_loss: MeanLoss, params: Params, settings: Optimizer, seed: int) -
     except NoDoubleBackwardError as error:
         none = unknown(f"an operation has no second derivative ({error})")
         return _Side(metric, none, none, critical, none, none)
-
-
-def _moved(
-    equilibrium: Equilibrium, mean_loss: MeanLoss, coordinates: dict[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
-    """The trained parameters at a point of the orbit, by default at the equilibrium, moved in float64."""
-    wide = {name: tensor.double().cpu() for name, tensor in mean_loss.function.params.items()}
-    there = moved(equilibrium, equilibrium.coordinates if coordinates is None else coordinates, wide)
-    like = mean_loss.params
-    return {name: there[name].to(like[name].device, like[name].dtype) for name in mean_loss.names}

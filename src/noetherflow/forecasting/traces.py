@@ -17,7 +17,7 @@ from noetherflow.equilibrium import Equilibrium
 from noetherflow.forecasting.estimate import Change, Estimate, ratio_of
 from noetherflow.forecasting.exact import Exact
 from noetherflow.forecasting.mean_loss import MeanLoss
-from noetherflow.symmetry import Action
+from noetherflow.symmetry import Action, Grams, Symmetry
 
 # Diagonals that are kept, each from a part of the random vectors: what is not linear in H gets its error from these.
 GROUPS = 4
@@ -61,9 +61,9 @@ def scales_entries(equilibrium: Equilibrium) -> bool:
 def carried(equilibrium: Equilibrium, coordinates: Mapping[str, Tensor], v: Params) -> dict[str, Tensor]:
     r"""The diagonal $e^{-2 s_p} H_{pp}$ at a point of an orbit that scales entries, from the diagonal at its start."""
     result = dict(v)
-    for name, symmetry in equilibrium.symmetries.items():
-        if bool(coordinates[name].any()):
-            result = symmetry.act(-2 * coordinates[name], result)
+    for name, x in coordinates.items():
+        if bool(x.any()):
+            result = equilibrium.symmetries[name].act(-2 * x, result)
     return result
 
 
@@ -135,6 +135,42 @@ def by_batch(mean_loss: MeanLoss, exact: Exact | None, params: Params, vectors: 
     for batch, number, entries in _entries(mean_loss, exact, params, vectors, seed):
         result[batch, number] = sum(float(entry.double().sum()) for entry in entries.values())
     return result
+
+
+def curvature_grams(
+    mean_loss: MeanLoss, symmetries: Mapping[str, Symmetry], vectors: int, seed: int
+) -> list[dict[str, Grams]]:
+    r"""Estimates of the Grams of H, $K_{ij} = \sum_m H_{(i,m),(j,m)}$ over rows i, j of both sides of each symmetry.
+
+    With a random vector z of signs, the Gram of z and H z has the mean K. Grams at two arguments are differences of
+    Grams at a single argument, $\tfrac14(G(z + Hz) - G(z - Hz))$.
+
+    Args:
+        mean_loss: The mean loss.
+        symmetries: Symmetries that mix rows.
+        vectors: The number of random vectors.
+        seed: Their seed.
+
+    Returns:
+        By symmetry, from each of a few parts of the vectors.
+    """
+    groups = min(GROUPS, vectors)
+    sums: list[dict[str, Grams]] = [{} for _ in range(groups)]
+    names = {name for symmetry in symmetries.values() for name in symmetry.names}
+    for made in mean_loss.products(mean_loss.params, vectors, seed):
+        weight = float(mean_loss.weights[made.batch]) * groups / vectors / 4
+        sides = []
+        for sign in (1, -1):
+            at = {n: (made.vector[n] + sign * made.product[n]).double().cpu() for n in names & made.vector.keys()}
+            full = mean_loss.function.params
+            sides.append(at | {n: torch.zeros(full[n].shape, dtype=torch.float64) for n in names - at.keys()})
+        part = sums[made.number % groups]
+        for name, symmetry in symmetries.items():
+            here = [weight * (a - b) for a, b in zip(*(symmetry.grams(v) for v in sides), strict=True)]
+            part[name] = (
+                Grams(*(old + new for old, new in zip(part[name], here, strict=True))) if name in part else Grams(*here)
+            )
+    return sums
 
 
 def equilibrium_errors(equilibrium: Equilibrium, diagonal: Params) -> tuple[float, dict[str, float]]:
