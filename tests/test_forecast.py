@@ -218,7 +218,9 @@ def test_the_trace_is_carried_to_the_equilibrium() -> None:
         net.model, net.loss, net.batches, nf.SGD(0.1, 32, 1e-3), equilibrium=equilibrium, progress=False
     )
     assert forecast.trace.then.value == pytest.approx(truth, rel=1e-10)
-    assert forecast.trace.ratio.value == pytest.approx(truth / float(net.hessian.trace()), rel=1e-10)
+    assert forecast.trace.now.value == pytest.approx(float(net.hessian.trace()), rel=1e-10)
+    # After 300 steps the loss still falls.
+    assert "the loss still falls" in forecast.trace.ratio.why
     assert forecast.trace.then.error == 0
     assert forecast.trace.then.sampling > 0
 

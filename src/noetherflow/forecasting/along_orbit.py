@@ -2,8 +2,8 @@ r"""Equations for coordinates of symmetries: the part of a displacement along th
 
 The part of u along the orbit is $Q_x\theta$ with the coordinates x for which the rest is orthogonal to the orbit: for
 all y, $\langle Q_y\theta, Q_x\theta\rangle = \langle Q_y\theta, u\rangle$. Products with generators come from the
-charge at two arguments, $\langle Q_y\theta, u\rangle = y\cdot\tfrac14(C(\theta + u) - C(\theta - u))$, and the equations of
-all symmetries together are solved by conjugate gradients: no matrix is formed, whatever the number of coordinates.
+charge at two arguments, $\langle Q_y\theta, u\rangle = y\cdot\tfrac14(C(\theta + u) - C(\theta - u))$. Conjugate
+gradients solve the equations of all symmetries together: no matrix is formed, whatever the number of coordinates.
 """
 
 from collections.abc import Mapping
