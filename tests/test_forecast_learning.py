@@ -240,7 +240,9 @@ def test_a_model_at_its_minimum_is_forecast() -> None:
     assert forecast.trace.ratio.known
     assert forecast.half_steps.known
     assert forecast.learning.steps == pytest.approx(forecast.half_steps.value)
-    assert forecast.learning.orbit == pytest.approx((forecast.trace.then.value - forecast.trace.now.value) / 2, rel=0.01)
+    assert forecast.learning.orbit == pytest.approx(
+        (forecast.trace.then.value - forecast.trace.now.value) / 2, rel=0.01
+    )
     assert "does not fall by more than two errors" in forecast.assumptions[0]
 
 
