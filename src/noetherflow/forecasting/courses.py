@@ -93,12 +93,12 @@ def courses_of(
         The ways.
     """
     groups = Groups.of(equilibrium, settings)
-    wanted = [group for group in groups.scaling if _entries(equilibrium, group) <= _ENTRIES]
-    wanted += [[name] for name in groups.rotating if equilibrium.outcomes[name].status is Status.CONVERGED]
+    joint = [group for group in groups.scaling if _entries(equilibrium, group) <= _ENTRIES]
+    joint += [[name] for name in groups.rotating if equilibrium.outcomes[name].status is Status.CONVERGED]
     everything = {name for group in (*groups.scaling, groups.rotating, groups.mixed) for name in group}
-    if not wanted or (moments is None and settings.share is None):
+    if not joint or (moments is None and settings.share is None):
         return Courses({}, tuple(sorted(everything)))
-    symmetries = {name: equilibrium.symmetries[name] for group in wanted for name in group}
+    symmetries = {name: equilibrium.symmetries[name] for group in joint for name in group}
     params = {name: tensor.double().cpu() for name, tensor in mean_loss.function.params.items()}
     if moments is None:
         measurement = Measurement(
@@ -114,7 +114,7 @@ def courses_of(
     else:
         gradients = minibatches(moments.for_symmetries(symmetries), settings)
     by_name: dict[str, Course] = {}
-    for group in wanted:
+    for group in joint:
         times = {name: equilibrium.relaxation_steps[name] for name in group}
         finite = torch.cat([time[torch.isfinite(time)].flatten() for time in times.values()])
         ends = {name: equilibrium.coordinates[name] for name in group}

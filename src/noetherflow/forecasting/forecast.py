@@ -57,6 +57,11 @@ def forecast(
     $e^{s_p}$. For symmetries that mix rows, and for the largest eigenvalue, H is measured at the moved parameters. The
     model is never changed.
 
+    That holds for a function that stays as it is. Gradient descent without noise, on these batches and for the half
+    time of the forecast, shows what learning alone would make of Tr H. Where the loss falls by more than two errors,
+    and learning, two errors included, may change Tr H by as much as the motion along the orbit, the change and the half
+    time cannot be told.
+
     Args:
         model: The model, in the mode in which it trains.
         loss: `loss(model, batch)` with one loss per example, shape (B,).
@@ -94,7 +99,8 @@ def forecast(
         True
 
     Source: Ziyin et al. (2024) for sharpness along the orbit; Hutchinson (1989) for traces from random signs; Lanczos
-        (1950) for the eigenvalue; Gilmer et al. (2021) for the role of warmup. Their combination is this package's own.
+        (1950) for the eigenvalue; Meyer et al. (2012) for gradient flow; Gilmer et al. (2021) for the role of warmup.
+        Their combination is this package's own.
     """
     aliases(model)  # raises unless the model is a module
     given = require_settings(settings, model)

@@ -41,9 +41,11 @@ class Learning(NamedTuple):
     def __str__(self) -> str:
         if not self.trace.known:
             return f"how far the model still learns cannot be told: {self.trace.why}"
+        # An exact trace of these batches has the error 0, which says nothing of other batches.
+        change = str(self.trace) if self.trace.total else f"{self.trace.value:.4g}"
         return (
-            f"within {self.steps:,.0f} steps, learning alone would change Tr H by {self.trace}, and the motion along "
-            f"the orbit changes Tr H by {self.orbit:.4g}"
+            f"within {self.steps:,.0f} steps, learning alone would change Tr H by {change}, and the motion along the "
+            f"orbit changes Tr H by {self.orbit:.4g}"
         )
 
 

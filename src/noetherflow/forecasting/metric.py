@@ -51,8 +51,8 @@ def metric_at(mean_loss: MeanLoss, params: Params, settings: Optimizer, kept: Pa
         mean_loss: The mean loss.
         params: The parameters.
         settings: The settings of the optimizer.
-        kept: v of a run, by parameter, in place of v from the gradients of the batches; a parameter without a name in
-            it has the latter.
+        kept: v of a run, by parameter, in place of v from the gradients of the batches, which a parameter has that is
+            not among these.
 
     Returns:
         The metric.
