@@ -27,7 +27,7 @@ FLOORS = [
     {"_rebalance", "simulation", "_analysis", "forecasting", "watching", "ledger"},
     {"_analyze", "_kept", "integrations", "_doctor"},
     {"report"},
-    {"paper", "_cli_options"},
+    {"paper", "_cli_options", "_cli_outputs"},
     {"_cli"},
     {"__main__"},
 ]

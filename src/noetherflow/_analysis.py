@@ -108,7 +108,7 @@ class Analysis:
         equilibrium = self.equilibrium
         return _files.finite(
             {
-                "settings": {"optimizer": type(self.settings).__name__} | asdict(self.settings) | self.settings.derived,
+                "settings": self.settings.listed,
                 "examples": self.noise.count,
                 "symmetries": [asdict(report) for report in self.reports],
                 "totals": {

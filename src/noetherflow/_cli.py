@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from torch import nn
 
-from noetherflow import _files, _kept
+from noetherflow import _cli_outputs, _kept
 from noetherflow._analysis import Analysis
 from noetherflow._analyze import analyze as run_analysis
 from noetherflow._analyze import rebalanced_copy
 from noetherflow._batch import hold_out, peek
 from noetherflow._cli_options import Dtype, check_options
 from noetherflow._doctor import examine
-from noetherflow._errors import FileError, MissingExtraError, NoetherflowError
+from noetherflow._errors import FileError, NoetherflowError
 from noetherflow._explain import explain
 from noetherflow._progress import track
 from noetherflow._user_file import Built, load_build, sources
@@ -90,9 +89,9 @@ def analyze(
         path = out / f"{file.stem}.analysis.safetensors"
         analysis, kept = _analysis(file, path, (*built[:2], loader, *built[3:]), given, force=force)
         typer.echo(str(analysis))
-        written = [*_write(analysis, out, file.stem), *kept]
+        written = [*_cli_outputs.of_analysis(analysis, out, file.stem, _warn), *kept]
         if save is not None:
-            save_weights(rebalanced_copy(built[0], analysis, built[1], first), save)
+            _cli_outputs.save_weights(rebalanced_copy(built[0], analysis, built[1], first), save)
             written.append(save)
     except NoetherflowError as error:
         _fail(error)
@@ -102,6 +101,7 @@ def analyze(
 @app.command()
 def forecast(
     file: Annotated[Path, typer.Argument(help="A Python file with build(), as for analyze.")],
+    out: Annotated[Path, typer.Option(help="Folder for the page and the JSON file.")] = Path("results"),
     save: Annotated[Path | None, typer.Option(help="Write the forecast to this .safetensors file.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="The dtype of losses and gradients.")] = None,
     microbatches: Annotated[
@@ -114,12 +114,13 @@ def forecast(
         precision = None if dtype is None else getattr(torch, dtype)
         result = run_forecast(model, loss, loader, settings, declared, dtype=precision, microbatches=microbatches)
         typer.echo(str(result))
+        written = _cli_outputs.of_forecast(result, out, file.stem)
         if save is not None:
             result.save(save)
+            written.append(save)
     except NoetherflowError as error:
         _fail(error)
-    if save is not None:
-        _console.print(f"Written: {save}", soft_wrap=True, markup=False, highlight=False)
+    _console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()
@@ -251,32 +252,10 @@ def _analysis(
     try:
         _kept.save(analysis, path, key)
     except FileError as error:
-        _errors.print(f"Not kept for another run: {error}", markup=False, highlight=False, soft_wrap=True)
+        _warn(f"Not kept for another run: {error}")
         path.unlink(missing_ok=True)
         return analysis, []
     return analysis, [path]
-
-
-def _write(analysis: Analysis, out: Path, stem: str) -> list[Path]:
-    """Write the JSON file, the page and, with matplotlib, the figure; returns their paths."""
-    from noetherflow.report import figure, page
-
-    written = [out / f"{stem}.json", out / f"{stem}.html"]
-    analysis.save_json(written[0])
-    page.write(written[1], analysis)
-    try:
-        written += figure.save(analysis, out / stem)
-    except MissingExtraError as error:
-        _errors.print(f"No picture: {error}", markup=False, highlight=False, soft_wrap=True)
-    return written
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the weights of a model as safetensors, completely or not at all; tied weights are written once."""
-    from safetensors.torch import save_model
-
-    with _files.atomic(path) as temporary:
-        save_model(model, str(temporary))
 
 
 def _line(ending: "Ending", verdict: Callable[[Any], str]) -> str:
@@ -287,8 +266,13 @@ def _line(ending: "Ending", verdict: Callable[[Any], str]) -> str:
     return f"{typer.style(ending.name, bold=True)} {ending.result.title}: {verdict(ending.result)}{cached}"
 
 
+def _warn(text: str) -> None:
+    """Print what a user should know beside the output."""
+    _errors.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _fail(error: NoetherflowError) -> None:
     """Print an error that a user can correct, and exit with code 2."""
     _errors.print(f"[red]{type(error).__name__}[/red]: ", end="")
-    _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    _warn(str(error))
     raise typer.Exit(2)

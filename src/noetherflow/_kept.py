@@ -31,6 +31,7 @@ from noetherflow.symmetry import Symmetry
 _DISPLAY = {
     "_cli.py",
     "_cli_options.py",
+    "_cli_outputs.py",
     "__main__.py",
     "_progress.py",
     "_user_file.py",

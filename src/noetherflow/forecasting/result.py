@@ -3,16 +3,17 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
-from noetherflow import _store
+from noetherflow import _files, _store, _versions
 from noetherflow._table import Column, Table, html_of, steps, text_of
 from noetherflow.equilibrium.result import Status
 from noetherflow.forecasting.estimate import Change, Estimate
 from noetherflow.forecasting.learning import Learning
 from noetherflow.forecasting.norms import Norm
+from noetherflow.forecasting.plain import plain
 from noetherflow.forecasting.schedule import Warmup
 from noetherflow.optimizers import Optimizer
 
@@ -95,6 +96,15 @@ class Forecast:
         when = f"half of it within {steps(half.value)} steps" if half.known else f"when cannot be told: {half.why}"
         return f"The model {verb}: Tr H x {ratio.value:.3g}{error}, {when}."
 
+    def to_json(self) -> dict[str, Any]:
+        """All numbers, settings, sentences and versions as JSON types; NaN and infinities become null."""
+        content = {"sentence": self.sentence} | plain(self) | {"versions": _versions.versions()}
+        return _files.finite(content)
+
+    def save_json(self, path: str | Path) -> None:
+        """Write `to_json()` to a file, completely or not at all."""
+        _files.write_json(path, self.to_json())
+
     def save(self, path: str | Path) -> None:
         """Write the forecast to a file (safetensors and JSON, no pickle), completely or not at all.
 
@@ -128,16 +138,26 @@ class Forecast:
         return html_of(_tables(self))
 
 
-def _tables(forecast: Forecast) -> tuple[Table, ...]:
-    """The numbers now and at the equilibrium; the blocks; the norms; the sentences."""
-    name = type(forecast.settings).__name__
-    numbers = (
+def numbers_of(forecast: Forecast) -> tuple[tuple[str, Change], ...]:
+    """The numbers of the complete model with their labels."""
+    return (
         ("Tr H", forecast.trace),
         ("largest eigenvalue of H", forecast.largest),
         ("critical sharpness 2 / lr_c", forecast.critical),
         ("largest stable step, no noise", forecast.stable_step),
         ("largest stable step, with noise", forecast.noisy_step),
     )
+
+
+def blocks_title(forecast: Forecast) -> str:
+    """What the traces of the blocks are."""
+    return "Tr H by parameter, " + ("exact on these examples" if forecast.exact else "from random vectors")
+
+
+def _tables(forecast: Forecast) -> tuple[Table, ...]:
+    """The numbers now and at the equilibrium; the blocks; the norms; the sentences."""
+    name = type(forecast.settings).__name__
+    numbers = numbers_of(forecast)
     columns = (Column("number", folds=True), *(Column(h, right=True) for h in ("now", "equilibrium", "ratio")))
     rows = tuple((label, str(c.now), str(c.then), str(c.ratio)) for label, c in numbers)
     reasons = {c.then.why or c.now.why or c.ratio.why: None for _, c in numbers}
@@ -147,7 +167,7 @@ def _tables(forecast: Forecast) -> tuple[Table, ...]:
         _of_blocks(forecast, columns),
     ]
     if forecast.norms:
-        tables.append(_of_norms(forecast.norms))
+        tables.append(norms_table(forecast.norms))
     half = forecast.half_steps
     lines = (
         ("sharpness", forecast.sentence),
@@ -163,13 +183,14 @@ def _tables(forecast: Forecast) -> tuple[Table, ...]:
 def _of_blocks(forecast: Forecast, columns: tuple[Column, ...]) -> Table:
     """The blocks with the largest traces."""
     largest = sorted(forecast.blocks.items(), key=lambda item: -abs(item[1].now.value))[:_LISTED]
-    title = "Tr H by parameter, " + ("exact on these examples" if forecast.exact else "from random vectors")
     more = len(forecast.blocks) - len(largest)
     notes = (f"{more} more parameters have smaller traces",) if more else ()
-    return Table(title, columns, tuple((n, str(c.now), str(c.then), str(c.ratio)) for n, c in largest), notes)
+    return Table(
+        blocks_title(forecast), columns, tuple((n, str(c.now), str(c.then), str(c.ratio)) for n, c in largest), notes
+    )
 
 
-def _of_norms(norms: dict[str, Norm]) -> Table:
+def norms_table(norms: dict[str, Norm]) -> Table:
     """Scale-invariant weights: medians over rows."""
 
     def median(values: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
@@ -94,6 +94,11 @@ class Optimizer(ABC):
     @abstractmethod
     def derived(self) -> dict[str, Any]:
         """Numbers that follow from the settings and are worth a line in a report."""
+
+    @property
+    def listed(self) -> dict[str, Any]:
+        """The name of the optimizer, its settings, and the numbers that follow from them, for a report."""
+        return {"optimizer": type(self).__name__} | asdict(self) | self.derived
 
     @abstractmethod
     def named_by(self, params: nn.Module | Params) -> Self:

@@ -1,16 +1,9 @@
 "use strict";
 
-// Table: a filter for failed claims, and a sort by any column.
+// Table: a filter for failed claims.
 const table = document.getElementById("verdicts");
 document.getElementById("only-failed").addEventListener("change", (event) => {
   table.classList.toggle("only-failed", event.target.checked);
-});
-sortable(table, (column, sign) => {
-  const value = (row) => {
-    const text = row.cells[column].dataset.sort;
-    return Number.isNaN(Number(text)) ? text : Number(text);
-  };
-  table.tBodies[0].append(...[...table.tBodies[0].rows].sort((a, b) => compare(value(a), value(b), sign)));
 });
 
 // Plots: measurements in colours, predictions dashed in the colour of the text.

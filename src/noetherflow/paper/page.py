@@ -1,7 +1,6 @@
 """The report: a self-contained HTML page with the verdict of every claim and with every figure."""
 
 import html
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from string import Template
 
 from noetherflow.paper.claim import Claim
 from noetherflow.paper.results import Result, measured, theory
-from noetherflow.report import document
+from noetherflow.report import document, parts
 
 # `data-label` repeats the column heading: page.css shows it on screens too narrow for a table row.
 _CELL = '<td data-label="{label}" data-sort="{sort}"><span>{text}</span></td>'
@@ -82,18 +81,13 @@ def _row(result: Result, number: int) -> str:
     cells = (
         ("figure", f"{name}.{number:03d}", f'<a href="#{name}">{name}</a>'),
         ("claim", html.escape(claim.text), html.escape(claim.text)),
-        ("theory", _sortable(claim.predicted), html.escape(theory(claim))),
-        ("measured", _sortable(claim.measured), html.escape(measured(claim))),
+        ("theory", parts.sort_key(claim.predicted), html.escape(theory(claim))),
+        ("measured", parts.sort_key(claim.measured), html.escape(measured(claim))),
         ("band", html.escape(claim.band), html.escape(claim.band)),
         ("verdict", verdict, shown),
     )
     filled = "".join(_CELL.format(label=label, sort=sort, text=text) for label, sort, text in cells)
     return f'<tr class="{verdict}">{filled}</tr>'
-
-
-def _sortable(value: float) -> str:
-    """A number as text that the JavaScript function `Number` parses."""
-    return repr(value) if math.isfinite(value) else "NaN" if value != value else f"{'-' * (value < 0)}Infinity"
 
 
 def _section(result: Result, folder: Path, *, interactive: bool) -> str:

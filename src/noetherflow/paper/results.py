@@ -19,6 +19,7 @@ from noetherflow.paper.claim import Claim
 DISPLAY_FILES = {
     "_cli.py",
     "_cli_options.py",
+    "_cli_outputs.py",
     "__main__.py",
     "_kept.py",
     "_progress.py",
@@ -28,6 +29,7 @@ DISPLAY_FILES = {
     "paper/page.py",
     "report/document.py",
     "report/page.py",
+    "report/parts.py",
     "report/picture.py",
     "report/rows.py",
     "report/words.py",

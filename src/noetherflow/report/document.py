@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 
 from noetherflow import _files
+from noetherflow._errors import FileError
 
 
 def write(path: Path, *, title: str, style: str, body: str, data: object, scripts: Sequence[str]) -> None:
@@ -20,6 +21,9 @@ def write(path: Path, *, title: str, style: str, body: str, data: object, script
         body: HTML.
         data: What scripts read from the element `data`, as JSON types; NaN and infinities become null.
         scripts: The source of scripts, after that of `table.js`, which run when the page is complete.
+
+    Raises:
+        FileError: If the file cannot be written.
     """
     shared = "noetherflow.report"
     sources = (asset(shared, "table.js"), *scripts)
@@ -31,9 +35,12 @@ def write(path: Path, *, title: str, style: str, body: str, data: object, script
         "scripts": "\n".join(f"<script>\n{source}</script>" for source in sources if source),
     }
     page = Template(asset(shared, "document.html")).substitute(content)
-    with _files.atomic(path) as temporary:
-        # A name from a user's program may hold half of a surrogate pair, which UTF-8 cannot express.
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    try:
+        with _files.atomic(path) as temporary:
+            # A name from a user's program may hold half of a surrogate pair, which UTF-8 cannot express.
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {error}; check the path and its permissions") from error
 
 
 def asset(package: str, name: str) -> str:

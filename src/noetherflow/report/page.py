@@ -1,15 +1,14 @@
 """The page of an analysis: plain words, a picture, and a table to sort, filter and fold, in an HTML file by itself."""
 
 import html
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
 from noetherflow import _versions
 from noetherflow._analysis import Analysis
 from noetherflow.equilibrium.result import ratio
-from noetherflow.report import document
+from noetherflow.report import document, parts
 from noetherflow.report.picture import picture
 from noetherflow.report.rows import Row, Standing, rows_of
 from noetherflow.report.words import INTRODUCTION, meaning, number, sentences
@@ -48,24 +47,23 @@ def write(path: Path, analysis: Analysis) -> None:
     body = {
         "name": html.escape(path.stem),
         "introduction": html.escape(INTRODUCTION),
-        "summary": _paragraphs(sentences(analysis, rows)),
-        "notes": _notes(analysis.equilibrium.notes),
+        "summary": parts.paragraphs(sentences(analysis, rows)),
+        "notes": parts.notes(analysis.equilibrium.notes),
         "picture": picture(rows),
         "headings": "".join(
             f'<th scope="col" data-key="{key}"><button type="button">{heading}</button></th>'
             for key, heading, _ in columns
         ),
         "states": _states(rows),
-        "legend": _pairs(
+        "legend": parts.pairs(
             {heading: explanation for _, heading, explanation in columns if explanation}
             | {status.replace("_", " "): meaning(status) for status in dict.fromkeys(r.report.status for r in rows)}
         ),
         "totals": _totals(analysis),
-        "settings": _pairs(
-            analysis.to_json()["settings"]
-            | {"examples": analysis.noise.count, "measurements": analysis.equilibrium.passes}
+        "settings": parts.pairs(
+            analysis.settings.listed | {"examples": analysis.noise.count, "measurements": analysis.equilibrium.passes}
         ),
-        "versions": _pairs(_versions.versions()),
+        "versions": parts.pairs(_versions.versions()),
     }
     document.write(
         path,
@@ -77,37 +75,11 @@ def write(path: Path, analysis: Analysis) -> None:
     )
 
 
-def _paragraphs(texts: Iterable[str]) -> str:
-    return "\n".join(f"<p>{html.escape(text)}</p>" for text in texts)
-
-
-def _notes(notes: Sequence[str]) -> str:
-    """What was left out or done in another way."""
-    if not notes:
-        return ""
-    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    return f'<p class="note">Left out, or done in another way:</p><ul>{items}</ul>'
-
-
 def _states(rows: Sequence[Row]) -> str:
     """The options of the filter: how far from rest, and each status that occurs."""
     standings = [standing.value for standing in Standing if any(row.standing is standing for row in rows)]
     statuses = dict.fromkeys(row.report.status.replace("_", " ") for row in rows)
     return "".join(f"<option>{html.escape(text)}</option>" for text in (*standings, *statuses))
-
-
-def _pairs(values: Mapping[str, object]) -> str:
-    """Names and values as a list of definitions."""
-    pairs = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(_text(value))}</dd>" for key, value in values.items())
-    return f"<dl>{pairs}</dl>"
-
-
-def _text(value: object) -> str:
-    """A setting as text; of a setting by parameter, how many parameters have each value."""
-    if isinstance(value, Mapping):
-        counts = Counter(value.values()).items()
-        return ", ".join(f"{_text(key)} for {count:,} parameter{'s' * (count != 1)}" for key, count in counts)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _totals(analysis: Analysis) -> str:

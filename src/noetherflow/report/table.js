@@ -20,3 +20,15 @@ function compare(a, b, sign) {
   if (x !== y) return x ? -1 : 1;
   return sign * (x ? (a < b ? -1 : Number(a > b)) : collator.compare(a, b));
 }
+
+// Tables whose rows are in the page: a row is sorted by `data-sort` of its cell, or by the text of the cell.
+for (const table of document.querySelectorAll("table.sortable")) {
+  const [body] = table.tBodies;
+  sortable(table, (column, sign) => {
+    const value = (row) => {
+      const text = row.cells[column].dataset.sort ?? row.cells[column].textContent;
+      return Number.isNaN(Number(text)) ? text : Number(text);
+    };
+    body.append(...[...body.rows].sort((a, b) => compare(value(a), value(b), sign)));
+  });
+}

@@ -1,0 +1,112 @@
+"""The page of a forecast: plain words, curves, and tables of numbers with their errors, in an HTML file by itself."""
+
+import html
+from collections.abc import Iterable
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+from noetherflow import _versions
+from noetherflow._table import starred
+from noetherflow.forecasting import Forecast
+from noetherflow.forecasting.estimate import Change, Estimate
+from noetherflow.forecasting.result import blocks_title, norms_table, numbers_of
+from noetherflow.report import charts, document, forecast_words, parts
+from noetherflow.report.charts import Chart, Choice, Series
+from noetherflow.report.parts import Cell
+
+_PACKAGE = "noetherflow.report"
+_SIDES = ("now", "equilibrium", "ratio")
+
+
+def write(path: Path, forecast: Forecast, name: str) -> None:
+    """Write the page, completely or not at all.
+
+    Args:
+        path: The HTML file.
+        forecast: The forecast.
+        name: What the forecast is of, for the heading.
+
+    Raises:
+        FileError: If the file cannot be written.
+    """
+    body = {
+        "name": html.escape(name),
+        "summary": parts.paragraphs(forecast_words.sentences(forecast)),
+        "notes": parts.notes(forecast.notes),
+        "introduction": html.escape(forecast_words.INTRODUCTION),
+        "numbers": _numbers(forecast),
+        "blocks": _blocks(forecast),
+        "norms": _norms(forecast),
+        "assumptions": parts.bullets(forecast.assumptions),
+        "settings": parts.pairs(forecast.settings.listed | {"examples": forecast.examples}),
+        "versions": parts.pairs(_versions.versions()),
+    }
+    document.write(
+        path,
+        title=f"noetherflow: {name}",
+        style=charts.style() + document.asset(_PACKAGE, "forecast.css"),
+        body=Template(document.asset(_PACKAGE, "forecast.html")).substitute(body),
+        data=charts.to_json(_charts(forecast)),
+        scripts=charts.scripts(),
+    )
+
+
+def _charts(forecast: Forecast) -> list[Chart]:
+    """The schedule of the warmup, if there is a warmup."""
+    if not forecast.warmup.schedule:
+        return []
+    steps, rates = zip(*forecast.warmup.schedule, strict=True)
+    series = Series("learning rate", np.array(steps, dtype=np.int64), np.array(rates, dtype=np.float64))
+    text = "The learning rate is linear between the points, and constant after the last point."
+    return [Chart("Schedule of the warmup", text, False, (Choice("warmup", (series,)),))]
+
+
+def _numbers(forecast: Forecast) -> str:
+    """The numbers of the complete model, what they need in time, and why a number cannot be told."""
+    changes = numbers_of(forecast)
+    half = forecast.half_steps
+    times = {"steps to half of the change": forecast_words.estimate(half) + (f": {half.why}" if half.why else "")}
+    if forecast.warmup.schedule:
+        points = "; ".join(f"step {step:,}: {rate:.3g}" for step, rate in forecast.warmup.schedule)
+        times["learning rates of the warmup"] = points
+    rows = [_row(label, change) for label, change in changes]
+    return parts.table(("number", *_SIDES), rows) + _reasons(changes) + parts.pairs(times)
+
+
+def _blocks(forecast: Forecast) -> str:
+    """Tr H of every parameter, the largest first."""
+    ranked = sorted(forecast.blocks.items(), key=lambda item: -abs(item[1].now.value) if item[1].now.known else 0.0)
+    rows = [_row(name, change) for name, change in ranked]
+    table = parts.folded_table(blocks_title(forecast), ("parameter", *_SIDES), rows, sortable=True)
+    return table + _reasons(ranked)
+
+
+def _norms(forecast: Forecast) -> str:
+    """The norms of scale-invariant weights; nothing without such weights."""
+    if not forecast.norms:
+        return ""
+    table = norms_table(forecast.norms)
+    rows = [[Cell(text) for text in row] for row in table.rows]
+    shown = parts.folded_table(table.title, [column.heading for column in table.columns], rows)
+    return shown + parts.small(table.notes)
+
+
+def _row(label: str, change: Change) -> list[Cell]:
+    """A number on both sides; a star refers to the reasons below the table."""
+    star = "" if all(estimate.known for estimate in change) else " *"
+    return [Cell(label + star), *(_cell(estimate) for estimate in change)]
+
+
+def _cell(estimate: Estimate) -> Cell:
+    """A number and its error, with the two parts of the error where both are known and neither is zero."""
+    both = estimate.known and estimate.error > 0 and estimate.sampling > 0
+    message = f"± {estimate.error:.2g} of the method, ± {estimate.sampling:.2g} of the sample" if both else ""
+    return Cell(forecast_words.estimate(estimate), estimate.value, message)
+
+
+def _reasons(changes: Iterable[tuple[str, Change]]) -> str:
+    """Why numbers cannot be told; numbers with equal reasons share a sentence."""
+    pairs = [(label, why) for label, change in changes for why in dict.fromkeys(e.why for e in change if not e.known)]
+    return parts.small(starred(pairs))

@@ -1,0 +1,35 @@
+"""A forecast in plain words, for a reader who does not know the theory."""
+
+import math
+
+from noetherflow.forecasting import Forecast
+from noetherflow.forecasting.estimate import Estimate
+from noetherflow.forecasting.schedule import Need, Warmup
+
+INTRODUCTION = (
+    "The sharpness is the curvature of the loss: Tr H adds the curvatures along all parameters, and the largest "
+    "eigenvalue of H is the curvature along the sharpest direction, which limits the learning rate. Gradient noise and "
+    "weight decay drive the weights along the symmetries of the model to an equilibrium. The function of the model "
+    "stays on the way; its sharpness changes. A number without an error is exact, or its error is not known."
+)
+
+
+def sentences(forecast: Forecast) -> list[str]:
+    """What the forecast says, most important first; plain text, a paragraph each."""
+    texts = (forecast.sentence, _warmup(forecast.warmup), f"The equilibrium: {forecast.status.value}.")
+    return [text.replace("+-", "±") for text in texts]
+
+
+def estimate(value: Estimate) -> str:
+    """A number with its error, or that it cannot be told."""
+    if not value.known:
+        return "cannot be told"
+    return f"{value.value:.4g}" + ("" if math.isnan(value.total) or not value.total else f" ± {value.total:.2g}")
+
+
+def _warmup(warmup: Warmup) -> str:
+    """The verdict on the learning rate, and the length of the warmup."""
+    if warmup.need is Need.UNKNOWN:
+        return f"Whether a warmup is needed cannot be told: {warmup.why}."
+    verdict = f"{warmup.need.value[0].upper()}{warmup.need.value[1:]} ({warmup.why})."
+    return f"{verdict} The warmup takes {warmup.steps:,} steps." if warmup.schedule else verdict
