@@ -11,7 +11,7 @@ import torch
 # The models are tiny: a second thread gains nothing, and waiting for it costs a great deal where a core is taken.
 torch.set_num_threads(1)
 # Files whose tests share what takes seconds: a browser, a pair of processes, imports.
-TOGETHER = {"test_page.py", "test_analysis_page.py", "test_ranks.py", "test_hugging_face.py"}
+TOGETHER = {"test_page.py", "test_analysis_page.py", "test_forecast_page.py", "test_ranks.py", "test_hugging_face.py"}
 # No doctests here: the collector would import the file a second time, under another name, and define its class, or its
 # device, twice.
 collect_ignore = ["measures_halves.py", "pretended.py"]

@@ -1,5 +1,6 @@
 """`noetherflow forecast`: what `nf.forecast` says of what `build()` returns."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(_cli.app, [str(argument) for argument in arguments])
+def run(command: str, file: Path, *arguments: object) -> Any:
+    """Run a command; the page goes beside the file."""
+    given = (command, file, "--out", file.parent, *arguments)
+    return CliRunner().invoke(_cli.app, [str(argument) for argument in given])
 
 
 def expected(file: Path, **options: Any) -> nf.Forecast:
@@ -47,11 +50,33 @@ def test_the_command_prints_the_forecast_and_saves_it(file: Path) -> None:
     forecast = expected(file)
     assert str(forecast) in done.output
     assert forecast.sentence in " ".join(done.output.split())
-    assert f"Written: {saved}" in done.output
+    assert f"Written: {file.parent / 'forecast_example.forecast.html'}, " in done.output
+    assert f", {saved}" in done.output
     assert nf.Forecast.load(saved).trace == forecast.trace
     # A twin: the forecast of another model.
     file.write_text(BUILD.replace("manual_seed(0)", "manual_seed(1)"))
     assert str(expected(file)) not in done.output
+
+
+def test_the_command_writes_a_page_and_json_beside_those_of_an_analysis(file: Path) -> None:
+    assert run("analyze", file).exit_code == 0
+    names = {path.name for path in file.parent.iterdir()}
+    kept = {name: (file.parent / name).read_bytes() for name in names}
+    assert run("forecast", file).exit_code == 0
+    written = {path.name for path in file.parent.iterdir()} - names
+    assert written == {"forecast_example.forecast.html", "forecast_example.forecast.json"}
+    assert kept == {name: (file.parent / name).read_bytes() for name in names}
+    forecast = expected(file)
+    content = json.loads((file.parent / "forecast_example.forecast.json").read_text())
+    assert content["trace"]["then"]["value"] == forecast.trace.then.value
+    assert content["sentence"] == forecast.sentence
+    page = (file.parent / "forecast_example.forecast.html").read_text()
+    assert "<title>noetherflow: forecast_example</title>" in page
+    assert f"{forecast.trace.then.value:.4g} ± " in page
+    # A folder that cannot be one.
+    done = CliRunner().invoke(_cli.app, ["forecast", str(file), "--out", str(file)])
+    assert done.exit_code == 2
+    assert "cannot be written" in " ".join(done.output.split())
 
 
 def test_declared_symmetries_and_options_reach_the_forecast(file: Path) -> None:

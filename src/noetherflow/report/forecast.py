@@ -17,6 +17,8 @@ from noetherflow.report.charts import Chart, Choice, Series
 from noetherflow.report.parts import Cell
 
 _PACKAGE = "noetherflow.report"
+# Share of the larger part of an error from which the smaller part is shown.
+_COUNTS = 0.01
 _SIDES = ("now", "equilibrium", "ratio")
 
 
@@ -64,15 +66,15 @@ def _charts(forecast: Forecast) -> list[Chart]:
 
 
 def _numbers(forecast: Forecast) -> str:
-    """The numbers of the complete model, what they need in time, and why a number cannot be told."""
+    """The numbers of the complete model, why a number cannot be told, and the schedule in numbers."""
     changes = numbers_of(forecast)
-    half = forecast.half_steps
-    times = {"steps to half of the change": forecast_words.estimate(half) + (f": {half.why}" if half.why else "")}
-    if forecast.warmup.schedule:
-        points = "; ".join(f"step {step:,}: {rate:.3g}" for step, rate in forecast.warmup.schedule)
-        times["learning rates of the warmup"] = points
-    rows = [_row(label, change) for label, change in changes]
-    return parts.table(("number", *_SIDES), rows) + _reasons(changes) + parts.pairs(times)
+    points = [[Cell(f"{step:,}"), Cell(f"{rate:.4g}")] for step, rate in forecast.warmup.schedule]
+    return (
+        parts.table(("number", *_SIDES), [_row(label, change) for label, change in changes])
+        + _reasons(changes)
+        + parts.pairs({"steps to half of the change": forecast_words.time(forecast.half_steps)})
+        + parts.folded_table("Points of the schedule", ("step", "learning rate"), points)
+    )
 
 
 def _blocks(forecast: Forecast) -> str:
@@ -100,8 +102,9 @@ def _row(label: str, change: Change) -> list[Cell]:
 
 
 def _cell(estimate: Estimate) -> Cell:
-    """A number and its error, with the two parts of the error where both are known and neither is zero."""
-    both = estimate.known and estimate.error > 0 and estimate.sampling > 0
+    """A number and its error, with the two parts of the error where both count."""
+    small, large = sorted((estimate.error, estimate.sampling))
+    both = estimate.known and small > _COUNTS * large  # not if either is NaN
     message = f"± {estimate.error:.2g} of the method, ± {estimate.sampling:.2g} of the sample" if both else ""
     return Cell(forecast_words.estimate(estimate), estimate.value, message)
 

@@ -2,6 +2,7 @@
 
 import math
 
+from noetherflow._table import steps
 from noetherflow.forecasting import Forecast
 from noetherflow.forecasting.estimate import Estimate
 from noetherflow.forecasting.schedule import Need, Warmup
@@ -16,15 +17,26 @@ INTRODUCTION = (
 
 def sentences(forecast: Forecast) -> list[str]:
     """What the forecast says, most important first; plain text, a paragraph each."""
-    texts = (forecast.sentence, _warmup(forecast.warmup), f"The equilibrium: {forecast.status.value}.")
+    texts = (
+        forecast.sentence,
+        _warmup(forecast.warmup),
+        f"How the search for the equilibrium ended: {forecast.status.value}.",
+    )
     return [text.replace("+-", "±") for text in texts]
 
 
 def estimate(value: Estimate) -> str:
     """A number with its error, or that it cannot be told."""
-    if not value.known:
-        return "cannot be told"
-    return f"{value.value:.4g}" + ("" if math.isnan(value.total) or not value.total else f" ± {value.total:.2g}")
+    return f"{value.value:.4g}{_error(value)}" if value.known else "cannot be told"
+
+
+def time(value: Estimate) -> str:
+    """A number of steps with its error, or why it cannot be told."""
+    return f"{steps(value.value)}{_error(value)}" if value.known else f"cannot be told: {value.why}"
+
+
+def _error(value: Estimate) -> str:
+    return "" if math.isnan(value.total) or not value.total else f" ± {value.total:.2g}"
 
 
 def _warmup(warmup: Warmup) -> str:
