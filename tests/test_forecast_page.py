@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from chromium import CONTRAST, needs_chromium, opened, until
 from noetherflow.forecasting.estimate import Change, unknown
 from noetherflow.forecasting.schedule import Need, Warmup
 from noetherflow.report import forecast as page
+from noetherflow.report import forecast_words
 from some_forecasts import SCHEDULE, change, norm, ordinary, small
 from test_analysis_page import HOSTILE
 from test_watch_page import points, ruler
@@ -229,6 +231,26 @@ def test_a_real_forecast_is_shown(browser: Browser, tmp_path: Path) -> None:
     assert tab.locator("#charts section").count() == 0
     assert not wrong
     tab.close()
+
+
+class Told(NamedTuple):
+    """A part of a forecast that says what it is."""
+
+    value: float
+
+    def __str__(self) -> str:
+        return f"the loss falls by {self.value} +- 1"
+
+
+def test_a_further_part_is_a_sentence_and_in_the_json_file() -> None:
+    wider: Any = dataclasses.make_dataclass(
+        "Wider", [("own_motion", Told, Told(3.5))], bases=(nf.Forecast,), frozen=True
+    )
+    plain = ordinary()
+    forecast = wider(**{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)})
+    further = [text for text in forecast_words.sentences(forecast) if text not in forecast_words.sentences(plain)]
+    assert further == ["Further motion: the loss falls by 3.5 ± 1."]
+    assert forecast.to_json()["further_motion"] == {"value": 3.5}
 
 
 def test_the_json_file_has_every_field_and_no_number_that_is_none(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """A forecast in plain words, for a reader who does not know the theory."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import fields
 
 from noetherflow._table import steps
 from noetherflow.forecasting import Forecast
-from noetherflow.forecasting.estimate import Estimate
+from noetherflow.forecasting.estimate import Change, Estimate
 from noetherflow.forecasting.schedule import Need, Warmup
 
 INTRODUCTION = (
@@ -13,16 +15,27 @@ INTRODUCTION = (
     "weight decay drive the weights along the symmetries of the model to an equilibrium. The function of the model "
     "stays on the way; its sharpness changes. A number without an error is exact, or its error is not known."
 )
+# Parts of a forecast that the tables of the page show.
+_PLACED = (Change, Estimate, Warmup)
 
 
 def sentences(forecast: Forecast) -> list[str]:
     """What the forecast says, most important first; plain text, a paragraph each."""
     texts = (
         forecast.sentence,
+        *_further(forecast),
         _warmup(forecast.warmup),
         f"How the search for the equilibrium ended: {forecast.status.value}.",
     )
     return [text.replace("+-", "±") for text in texts]
+
+
+def _further(forecast: Forecast) -> Iterator[str]:
+    """The fields that say a sentence about themselves and have no other place on the page."""
+    for field in fields(forecast):
+        value = getattr(forecast, field.name)
+        if isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, _PLACED):
+            yield f"{field.name.replace('_', ' ').capitalize()}: {value}."
 
 
 def estimate(value: Estimate) -> str:
