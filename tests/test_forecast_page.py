@@ -244,7 +244,7 @@ class Told(NamedTuple):
 
 def test_a_further_part_is_a_sentence_and_in_the_json_file() -> None:
     wider: Any = dataclasses.make_dataclass(
-        "Wider", [("own_motion", Told, Told(3.5))], bases=(nf.Forecast,), frozen=True
+        "Wider", [("further_motion", Told, Told(3.5))], bases=(nf.Forecast,), frozen=True
     )
     plain = ordinary()
     forecast = wider(**{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)})
