@@ -10,6 +10,7 @@ import torch
 import noetherflow as nf
 from noetherflow.record import names, read_run
 from noetherflow.report import curves, readings
+from noetherflow.report.charts import thinned
 from noetherflow.report.watch_words import layer_rows, number, sentences, symmetry_rows, table
 from recorded_runs import WAYS, ordinary, run_of
 
@@ -166,21 +167,21 @@ def test_thinning_keeps_ends_and_extremes() -> None:
     values = generator.normal(size=50_000).cumsum()
     other = generator.normal(size=50_000)
     other[[17, 31_234]] = 99, -99
-    places = curves.thinned([values, other], 600)
+    places = thinned([values, other], 600)
     assert len(places) <= 602
     assert (places[0], places[-1]) == (0, 49_999)
     assert (np.diff(places) > 0).all()
     assert {17, 31_234, int(values.argmin()), int(values.argmax())} <= set(places.tolist())
     # The twin: every 100th step loses both spikes.
     assert not {17, 31_234} & set(range(0, 50_000, 100))
-    assert curves.thinned([values[:600]], 600).tolist() == list(range(600))
+    assert thinned([values[:600]], 600).tolist() == list(range(600))
 
 
 def test_thinning_keeps_long_gaps_and_no_short_gap() -> None:
     values = np.ones(10_000)
     values[[3, 777]] = np.nan
     values[4000:5000] = np.nan
-    kept = values[curves.thinned([values], 200)]
+    kept = values[thinned([values], 200)]
     assert 5 < np.isnan(kept).sum() < 15
     starts = np.flatnonzero(np.diff(np.isnan(kept).astype(int)) == 1)
     assert len(starts) == 1
