@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader, Subset
 import noetherflow as nf
 
 # Of the docstrings: products with the Hessian, about three hundred, go through all of them.
-EXAMPLES = 48
+EXAMPLES = 16
 
 
 def build() -> tuple[nn.Module, nf.Loss, DataLoader, nf.SGD]:
     """The encoder after two epochs of fine-tuning of the last layer, its loss, a part of its data, and its settings."""
     model, loss, dataset, sgd = fine_tuned(layers=1)
-    return model, loss, DataLoader(Subset(dataset, range(EXAMPLES)), batch_size=24), sgd
+    return model, loss, DataLoader(Subset(dataset, range(EXAMPLES)), batch_size=8), sgd
