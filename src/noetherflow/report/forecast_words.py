@@ -53,8 +53,10 @@ def _error(value: Estimate) -> str:
 
 
 def _warmup(warmup: Warmup) -> str:
-    """The verdict on the learning rate, and the length of the warmup."""
+    """The verdict on the learning rate, and the length of the warmup or its only learning rate."""
     if warmup.need is Need.UNKNOWN:
         return f"Whether a warmup is needed cannot be told: {warmup.why}."
     verdict = f"{warmup.need.value[0].upper()}{warmup.need.value[1:]} ({warmup.why})."
+    if len(warmup.schedule) == 1:
+        return f"{verdict} The learning rate of the warmup is {warmup.schedule[0][1]:.3g}."
     return f"{verdict} The warmup takes {warmup.steps:,} steps." if warmup.schedule else verdict
