@@ -285,6 +285,7 @@ def test_the_json_file_has_every_field_and_no_number_that_is_none(tmp_path: Path
     assert content["settings"]["weight_decay"] == 1e-3
     assert content["sentence"] == forecast.sentence
     assert content["versions"]["torch"]
+    assert forecast.to_json() == content
     # The twin: NaN, which JSON does not know, would be refused.
     assert math.isnan(forecast.largest.now.value)
     with pytest.raises(AssertionError, match="NaN"):
