@@ -147,13 +147,13 @@ class Buffers:
     model_layout: ModelLayout
     numbers: Tensor
     entries: dict[str, Tensor]
-    weights: Params = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def blank(cls, model_layout: ModelLayout, like: Tensor, weights: Params | None = None) -> "Buffers":
         """Two rows of zeros, EACH and OF_SUM, on the device of a tensor."""
         numbers = like.new_zeros(2, model_layout.length, dtype=torch.float64)
-        return cls(model_layout, numbers, {}, weights or {})
+        return cls(model_layout, numbers, {}, dict(weights or {}))
 
     def buffer(self, name: str, kind: torch.dtype) -> Buffer:
         """The buffer of a parameter; entries are kept in a dtype."""

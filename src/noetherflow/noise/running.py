@@ -49,7 +49,7 @@ class Running:
             self._arrivals.remove()
         # Whoever keeps the function that the block gave keeps this object.
         self._arrivals = None
-        for kept in (self._arrived, self._mean, self.buffers.entries):
+        for kept in (self._arrived, self._mean, self.buffers.entries, self.buffers.weights):
             kept.clear()
 
     def add(self, *, size: int, weight: float = 1.0) -> None:
