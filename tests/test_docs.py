@@ -17,6 +17,9 @@ COMPLETE = [
     "docs/does-the-forecast-hold.md",
     "docs/first-ten-minutes.md",
     "docs/how-to-add-an-operation.md",
+    "docs/lora.md",
+    "docs/my-cnn-with-batchnorm.md",
+    "docs/my-transformer.md",
     "docs/under-adamw.md",
     "docs/for-theorists.md",
     "docs/watching.md",
@@ -102,6 +105,8 @@ def test_a_program_that_fails_is_noticed(tmp_path: Path) -> None:
         ("4,380", "438", False),
         ("7e-16", "3e-15", True),  # rounding errors, whose size depends on the processor
         ("7e-16", "3e-02", False),
+        ("1e-05", "1e-05", True),  # no rounding error, but the eps of a norm
+        ("1e-05", "2e-05", False),
         ("5.7e-05", "5.8e-05", True),  # the last digit is rounded the other way
         ("5.7e-05", "5.9e-05", False),
         ("0", "1", False),
