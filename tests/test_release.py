@@ -58,6 +58,7 @@ TRACKED = {
     "tests/test_release.py",
     "pyproject.toml",
     "README.md",
+    "notebooks/first-ten-minutes.ipynb",
     "LICENSE",
     ".ci/run",
     "notes.txt",
