@@ -88,9 +88,7 @@ def executed(text: str, folder: Path, limit: int = 300) -> list[Run]:
 
 def differences(runs: list[Run]) -> list[str]:
     """Sentences on where cells printed something else than the notebook shows."""
-    return [
-        f"cell {run.cell}: {sentence}" for run in runs for sentence in pages.differences(run.shown, run.printed)
-    ]
+    return [f"cell {run.cell}: {sentence}" for run in runs for sentence in pages.differences(run.shown, run.printed)]
 
 
 def _text(cell: nbformat.NotebookNode) -> str:

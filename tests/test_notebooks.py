@@ -23,7 +23,8 @@ def jupyter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("page", notebooks.PAGES, ids=lambda page: page.stem)
 def test_a_notebook_is_its_page(page: Path) -> None:
-    assert notebooks.file_of(page).read_text("utf-8") == notebooks.notebook_of(page), "python tests/notebooks.py --write"
+    remedy = "python tests/notebooks.py --write"
+    assert notebooks.file_of(page).read_text("utf-8") == notebooks.notebook_of(page), remedy
 
 
 def test_every_notebook_has_a_page() -> None:
@@ -54,7 +55,10 @@ def made(folder: Path, markdown: str) -> str:
     return notebooks.notebook_of(page)
 
 
-PROGRAM = "# A page\n\n```python\nx = 2.0\n```\n\nThen\n\n```python\nprint(f'{x:.3f} metres')\n```\n\n```text\n2.000 metres\n```\n"
+PROGRAM = (
+    "# A page\n\n```python\nx = 2.0\n```\n\nThen\n\n"
+    "```python\nprint(f'{x:.3f} metres')\n```\n\n```text\n2.000 metres\n```\n"
+)
 
 
 def test_a_change_of_a_page_changes_its_notebook(tmp_path: Path) -> None:
