@@ -8,6 +8,7 @@ import torch
 
 import pages
 from cases import case
+from noetherflow.paper import experiment
 from test_floors import FLOORS
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +66,15 @@ def test_a_short_program_runs(page: str, code: str) -> None:
 
 def test_there_are_short_programs() -> None:
     assert {page for page, _ in SHORT} >= {"docs/index.md", "docs/gallery/f1.md"}
+
+
+def test_every_figure_has_a_page_of_the_gallery() -> None:
+    """Its experiment runs when the documentation is built, see docs/hooks.py."""
+    index, navigation = ((ROOT / name).read_text("utf-8") for name in ("docs/gallery/index.md", "mkdocs.yml"))
+    for figure in experiment.FIGURES:
+        assert f"<!-- figure {figure} -->" in (ROOT / f"docs/gallery/{figure}.md").read_text("utf-8")
+        assert f"({figure}.md)" in index
+        assert f"- gallery/{figure}.md" in navigation
 
 
 PROGRAM = "```python\nx = 2.0\n```\n\n```python\nprint(f'{x:.3f} metres')\n```\n\n```text\n2.000 metres\n```\n"
