@@ -44,6 +44,11 @@ def test_the_programs_of_a_page_print_what_the_page_shows(page: str) -> None:
     assert not wrong, "\n".join(wrong) + f"\nIf the page is out of date: python tests/pages.py {page} --write"
 
 
+def test_the_program_of_readme_has_twelve_lines() -> None:
+    (block,) = pages.blocks((ROOT / "README.md").read_text("utf-8"))
+    assert len([line for line in block.code.splitlines() if line]) == 12
+
+
 def test_the_command_of_the_first_ten_minutes_prints_what_the_page_shows() -> None:
     answers = pages.command_outputs((ROOT / "docs/first-ten-minutes.md").read_text("utf-8"))
     assert [arguments for arguments, _, _ in answers] == ["analyze my_model.py"]
