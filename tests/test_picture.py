@@ -23,8 +23,11 @@ def test_a_short_run_starts_where_the_picture_does_and_ends_nearer(picture, tmp_
     assert start[0] > 1 > -1 > start[2]
     assert float(start[3].abs()) < 1e-9
     assert (end[:3].abs() < start[:3].abs()).all()
-    # The model that was trained has exp(-steps / relaxation time) of its distance left.
-    assert float(end[1] / start[1]) == pytest.approx(math.exp(-3000 / curves.relaxation), abs=0.1)
+    # exp(-steps / relaxation time) of the distance is left near the equilibrium. At these distances more is left on the
+    # upper side and less on the lower: the geometric mean of both is free of what is odd in the distance.
+    left = math.sqrt(end[0] / start[0] * end[2] / start[2])
+    assert left == pytest.approx(math.exp(-3000 / curves.relaxation), abs=0.05)
+    assert left != pytest.approx(math.exp(-2 * 3000 / curves.relaxation), abs=0.05)
     for file in ("first.svg", "second.svg"):
         picture.draw(curves, tmp_path / file)
     drawn = (tmp_path / "first.svg").read_bytes()
