@@ -18,6 +18,8 @@ def jupyter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     monkeypatch.setenv("COLUMNS", "100")
+    # Of tqdm, which transformers imports: it misses a progress bar for browsers, which no cell draws.
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
     return tmp_path
 
 
@@ -41,6 +43,7 @@ def test_a_notebook_holds_every_program_and_nothing_of_a_machine(page: Path) -> 
     assert notebook.metadata == notebooks.METADATA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", notebooks.PAGES, ids=lambda page: page.stem)
 def test_jupyter_prints_what_the_notebook_shows(page: Path, jupyter: Path) -> None:
     runs = notebooks.executed(notebooks.file_of(page).read_text("utf-8"), jupyter)
