@@ -26,15 +26,20 @@ class Measured(NamedTuple):
     error: str
 
 
-def observed(meter: Any, *, entries: bool = True) -> list[dict[str, Tensor]]:
+def weights(meter: Any) -> dict[str, Tensor]:
+    """Weights of the squares of all entries, no two neighbours of which are equal."""
+    return {name: (1.0 + torch.arange(p.numel()) % 7).view(p.shape) for name, p in meter._params.items()}
+
+
+def observed(meter: Any) -> list[dict[str, Tensor]]:
     """What a meter tells of each step, filled while it runs."""
     steps: list[dict[str, Tensor]] = []
 
     def note(step: Any) -> None:
-        metric = {name: torch.full(tensor.shape, 2.0) for name, tensor in meter._params.items()}
-        weighted = {"weighted trace": step.trace(metric), "weighted norm": step.norm_sq(metric)} if entries else {}
-        count = torch.tensor(float(step.examples))
-        steps.append({"trace": step.trace(), "norm_sq": step.norm_sq(), "examples": count} | weighted)
+        said = {"trace": step.trace(), "norm_sq": step.norm_sq(), "examples": torch.tensor(float(step.examples))}
+        if step.weighted:
+            said |= {"weighted trace": step.trace(weighted=True), "weighted norm": step.norm_sq(weighted=True)}
+        steps.append(said)
 
     meter.observers.append(note)
     return steps
@@ -55,10 +60,10 @@ def measured(
         model,
         symmetries() if found is None else found,
         variances=entries,
-        every_entry=entries,
+        weighted=True,
         group=None if alone else dist.group.WORLD,
     )
-    steps, error = observed(meter, entries=entries), ""
+    steps, error = observed(meter), ""
     try:
         train(meter, DistributedDataParallel(model) if wrap else model)
     except nf.NoetherflowError as caught:
@@ -70,7 +75,7 @@ def measured(
 
 def one_step(batch: Batch, **options: Any) -> Callable[[nf.NoiseMeter, nn.Module], None]:
     def train(meter: nf.NoiseMeter, ddp: nn.Module) -> None:
-        with meter.step(batch, **options):
+        with meter.step(batch, weights=weights(meter), **options):
             loss(ddp, batch).mean().backward()
 
     return train
@@ -81,9 +86,9 @@ def accumulated(rank: int) -> Callable[[nf.NoiseMeter, nn.Module], None]:
     first, second = parts_of([[2, 4], [5, 3]])[rank]
 
     def train(meter: nf.NoiseMeter, ddp: Any) -> None:
-        with ddp.no_sync(), meter.step(first, weight=0.5 / len(first[0])):
+        with ddp.no_sync(), meter.step(first, weight=0.5 / len(first[0]), weights=weights(meter)):
             (loss(ddp, first).mean() / 2).backward()
-        with meter.step(second, weight=0.5 / len(second[0])):
+        with meter.step(second, weight=0.5 / len(second[0]), weights=weights(meter)):
             (loss(ddp, second).mean() / 2).backward()
 
     return train
@@ -93,7 +98,7 @@ def clipped(batch: Batch) -> Callable[[nf.NoiseMeter, nn.Module], None]:
     """Gradients are changed in place inside the block."""
 
     def train(meter: nf.NoiseMeter, ddp: nn.Module) -> None:
-        with meter.step(batch):
+        with meter.step(batch, weights=weights(meter)):
             loss(ddp, batch).mean().backward()
             for parameter in ddp.parameters():
                 parameter.grad.mul_(0.01)
@@ -119,7 +124,7 @@ class Recurrent(nn.Module):
 def overflowing(batch: Batch, rank: int) -> Callable[[nf.NoiseMeter, nn.Module], None]:
     def train(meter: nf.NoiseMeter, ddp: nn.Module) -> None:
         for bad in (False, True):
-            with meter.step(batch):
+            with meter.step(batch, weights=weights(meter)):
                 ((float("inf") if bad and rank else 1.0) * loss(ddp, batch).mean()).backward()
 
     return train

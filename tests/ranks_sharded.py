@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import noetherflow as nf
 from ranks import Batch, parts_of
-from ranks_examples import observed
+from ranks_examples import observed, weights
 
 # Microbatches of each rank.
 SIZES = {"one each": [[3], [7]], "accumulated": [[2, 3], [4, 1]]}
@@ -77,7 +77,7 @@ def train(model: nn.Module, parts: list[Batch], meter: nf.MicrobatchMeter | None
     total = sum(len(part[0]) for part in parts)
     for _ in range(2):
         optimizer.zero_grad()
-        with contextlib.nullcontext(lambda **_: None) if meter is None else meter.step() as done:
+        with contextlib.nullcontext(lambda **_: None) if meter is None else meter.step(weights=weights(meter)) as done:
             for index, part in enumerate(parts):
                 model.set_requires_gradient_sync(index == len(parts) - 1)
                 share = len(part[0]) / total
@@ -93,7 +93,7 @@ def run(parts: list[Batch], *, dtype: torch.dtype = torch.float64, **options: An
         steps: list[dict[str, Tensor]] = []
         meter = None
         if metered:
-            meter = nf.MicrobatchMeter(model, symmetries(), variances=True, every_entry=True, group=dist.group.WORLD)
+            meter = nf.MicrobatchMeter(model, symmetries(), variances=True, weighted=True, group=dist.group.WORLD)
             steps = observed(meter)
         train(model, parts, meter)
         shards.append({name: one.detach().to_local().clone() for name, one in model.named_parameters()})
@@ -104,7 +104,7 @@ def run(parts: list[Batch], *, dtype: torch.dtype = torch.float64, **options: An
 def replicated(parts: list[Batch]) -> Sharded:
     """The same training, with a copy of the model on each rank."""
     model = Tied()
-    meter = nf.MicrobatchMeter(model, symmetries(), variances=True, every_entry=True, group=dist.group.WORLD)
+    meter = nf.MicrobatchMeter(model, symmetries(), variances=True, weighted=True, group=dist.group.WORLD)
     steps = observed(meter)
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     ddp.set_requires_gradient_sync = lambda flag: setattr(ddp, "require_backward_grad_sync", flag)

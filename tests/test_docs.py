@@ -8,6 +8,7 @@ import torch
 
 import pages
 from cases import case
+from noetherflow.paper import experiment
 from test_floors import FLOORS
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +18,9 @@ COMPLETE = [
     "docs/does-the-forecast-hold.md",
     "docs/first-ten-minutes.md",
     "docs/how-to-add-an-operation.md",
+    "docs/lora.md",
+    "docs/my-cnn-with-batchnorm.md",
+    "docs/my-transformer.md",
     "docs/under-adamw.md",
     "docs/for-theorists.md",
     "docs/watching.md",
@@ -38,6 +42,11 @@ def test_the_programs_of_a_page_print_what_the_page_shows(page: str) -> None:
     assert any(block.printed for block in pages.blocks((ROOT / page).read_text("utf-8")))
     wrong = pages.check(ROOT / page)
     assert not wrong, "\n".join(wrong) + f"\nIf the page is out of date: python tests/pages.py {page} --write"
+
+
+def test_the_program_of_readme_has_twelve_lines() -> None:
+    (block,) = pages.blocks((ROOT / "README.md").read_text("utf-8"))
+    assert len([line for line in block.code.splitlines() if line]) == 12
 
 
 def test_the_command_of_the_first_ten_minutes_prints_what_the_page_shows() -> None:
@@ -62,6 +71,15 @@ def test_a_short_program_runs(page: str, code: str) -> None:
 
 def test_there_are_short_programs() -> None:
     assert {page for page, _ in SHORT} >= {"docs/index.md", "docs/gallery/f1.md"}
+
+
+def test_every_figure_has_a_page_of_the_gallery() -> None:
+    """Its experiment runs when the documentation is built, see docs/hooks.py."""
+    index, navigation = ((ROOT / name).read_text("utf-8") for name in ("docs/gallery/index.md", "mkdocs.yml"))
+    for figure in experiment.FIGURES:
+        assert f"<!-- figure {figure} -->" in (ROOT / f"docs/gallery/{figure}.md").read_text("utf-8")
+        assert f"({figure}.md)" in index
+        assert f"- gallery/{figure}.md" in navigation
 
 
 PROGRAM = "```python\nx = 2.0\n```\n\n```python\nprint(f'{x:.3f} metres')\n```\n\n```text\n2.000 metres\n```\n"
@@ -102,6 +120,8 @@ def test_a_program_that_fails_is_noticed(tmp_path: Path) -> None:
         ("4,380", "438", False),
         ("7e-16", "3e-15", True),  # rounding errors, whose size depends on the processor
         ("7e-16", "3e-02", False),
+        ("1e-05", "1e-05", True),  # no rounding error, but the eps of a norm
+        ("1e-05", "2e-05", False),
         ("5.7e-05", "5.8e-05", True),  # the last digit is rounded the other way
         ("5.7e-05", "5.9e-05", False),
         ("0", "1", False),

@@ -82,12 +82,20 @@ def statistics(gradients: Sequence[Tensor], asked: Requested, shape: Sequence[in
         found["columns"] = entries.sum(0, keepdim=True)
     if asked.entries:
         found["entries"] = entries
+    if asked.weighted:
+        found["weighted"] = (weights_of(shape) * entries).sum()
     return found | grams
+
+
+def weights_of(shape: Sequence[int]) -> Tensor:
+    """Weights of the squares of all entries, which differ between rows and columns; numbers that float16 holds."""
+    return (0.5 + torch.arange(torch.Size(shape).numel(), dtype=torch.float64) % 13).view(torch.Size(shape))
 
 
 def begun(layout: StatisticsLayout, kind: torch.dtype) -> Buffer:
     """A buffer to which something was added before."""
-    sums = Buffer.blank(layout, torch.zeros((), dtype=kind))
+    weights = weights_of(layout.shape) if layout.requested.weighted else None
+    sums = Buffer.blank(layout, torch.zeros((), dtype=kind), weights)
     for one in (sums.numbers, sums.entries):
         if one is not None:
             one += 1.0
@@ -243,7 +251,9 @@ REQUESTS: dict[str, Callable[[Sequence[int]], Requested]] = {
     "Grams of rows": lambda shape: Requested(
         True, grams=tuple(a for a in axes(shape) if a.dim % len(shape) == 0 and a.within is None)
     ),
-    "everything": lambda shape: Requested(True, True, True, axes(shape)),
+    "weighted": lambda _: Requested(weighted=True),
+    "rows, columns and weighted": lambda _: Requested(True, True, weighted=True),
+    "everything": lambda shape: Requested(True, True, True, axes(shape), weighted=True),
     "Grams without parts": lambda shape: Requested(True, True, grams=tuple(a for a in axes(shape) if a.within is None)),
 }
 
@@ -256,7 +266,7 @@ def formula(tokens: bool | None, size: int) -> Iterator[None]:
         if tokens is not None:
 
             def prefer(_: int, n: int, m: int, asked: Requested) -> bool:
-                return tokens and not asked.entries and not any(axis.within for axis in asked.grams)
+                return tokens and not (asked.entries or asked.weighted) and not any(axis.within for axis in asked.grams)
 
             patch.setattr(Costs, "prefer_tokens", lambda self, *given: prefer(*given))
             patch.setattr(reference, "prefer_tokens_for_sum", lambda *given: prefer(*given) and not given[3].grams)
@@ -308,11 +318,12 @@ SIZE = st.sampled_from((1, 2, 3, 4, 6, 8))
     max_examples=150, deadline=None, derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )  # fmt: skip
-@hypothesis.given(SIZE, SIZE, SIZE, SIZE, st.sampled_from(list(FORMULAS)), st.integers(0, 31), st.booleans())
+@hypothesis.given(SIZE, SIZE, SIZE, SIZE, st.sampled_from(list(FORMULAS)), st.integers(0, 63), st.booleans())
 def test_sizes_that_are_equal_or_divide_each_other(
     size: int, tokens: int, n: int, m: int, way: str, flags: int, needs_sum: bool
 ) -> None:
-    asked = Requested(bool(flags & 1), bool(flags & 2), bool(flags & 4), axes((n, m)) if flags & 8 else ())
+    grams = axes((n, m)) if flags & 8 else ()
+    asked = Requested(bool(flags & 1), bool(flags & 2), bool(flags & 4), grams, bool(flags & 32))
     parts = [linear(size, tokens, n, m, contiguous=bool(flags & 16)), table(size, tokens, n, m)]
     with formula(*FORMULAS[way]):
         for uses, shape in (*parts, uses_of(*parts)):
@@ -371,9 +382,9 @@ def test_gradients_that_are_not_finite_stay_so() -> None:
 
 def test_a_single_gradient() -> None:
     """To the row that is named, and to no other."""
-    gradient, asked = draw(5, 4, 3), Requested(True, True, True, axes((5, 4, 3)))
+    gradient, asked = draw(5, 4, 3), Requested(True, True, True, axes((5, 4, 3)), weighted=True)
     for row, other in ((EACH, OF_SUM), (OF_SUM, EACH)):
-        sums = Buffer.blank(StatisticsLayout.of(gradient.shape, asked), gradient)
+        sums = Buffer.blank(StatisticsLayout.of(gradient.shape, asked), gradient, weights_of(gradient.shape))
         square(gradient, sums, row)
         squares = sums.each if row == EACH else sums.of_sum
         for key, truth in statistics([gradient], asked, gradient.shape).items():

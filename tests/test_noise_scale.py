@@ -10,6 +10,7 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 import noetherflow as nf
+from noetherflow.noise.step import StepNoise
 from noetherflow.watching.metric import metric_of
 from noetherflow.watching.pair_average import PairAverage, _fieller
 
@@ -151,6 +152,33 @@ def test_the_metric_of_the_optimizer(between: str) -> None:
     assert estimate.steps == len(pairs) == 3
     assert (estimate.trace, estimate.norm_sq) == pytest.approx(weighted(pairs, 1.0), rel=1e-10)
     assert watch.metrics()["noise/scale_preconditioned"] == estimate.scale
+
+
+@pytest.mark.parametrize("between", ["examples", "microbatches"])
+def test_weighted_squares_of_each_parameter(between: str) -> None:
+    """Of matrices and of vectors, which are squared together; a step without weights has none."""
+    model, (batch,) = build(), batches(1)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    weights = {name: 1.0 + torch.arange(shape.numel()).view(shape) % 5 for name, shape in shapes.items()}
+    meter: Any = (nf.NoiseMeter if between == "examples" else nf.MicrobatchMeter)(model, {}, weighted=True)
+    seen: list[StepNoise] = []
+    meter.observers.append(seen.append)
+    for given in (weights, None):
+        if between == "examples":
+            with meter.step(batch, weights=given):
+                loss(model, batch).mean().backward()
+            continue
+        with meter.step(weights=given) as done:
+            for x, y in zip(*batch, strict=True):
+                (loss(model, (x[None], y[None])).mean() / 6).backward()
+                done(size=1, weight=1 / 6)
+    first, second = seen
+    assert (first.weighted, second.weighted) == (True, False)
+    assert not second.trace(weighted=True).any()
+    for index, (name, stack) in enumerate(gradients(model, batch).items()):
+        found = float(first.trace(weighted=True)[index]), float(first.norm_sq(weighted=True)[index])
+        assert found == pytest.approx(pair(stack, weights[name]), rel=1e-10)
+        assert found != pytest.approx(pair(stack), rel=1e-3)
 
 
 OPTIMIZERS = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import noetherflow as nf
-from noetherflow.noise.buffers import ModelLayout
+from noetherflow.noise.buffers import Buffers, ModelLayout
 from noetherflow.noise.capture.layouts import (
     SHARED,
     Apart,
@@ -33,7 +33,8 @@ SIZE = 4
 
 def capture_of(batch: Tensor, size: int) -> Capture:
     parameter = nn.Parameter(torch.ones(1))
-    return Capture({"p": parameter}, ModelLayout({}), Places(size), [batch], RULES, sink=GradientSink.PASSED_ON)
+    buffers = Buffers.blank(ModelLayout({}), parameter)
+    return Capture({"p": parameter}, buffers, Places(size), [batch], RULES, sink=GradientSink.PASSED_ON)
 
 
 def layout_after(function: Callable[[Tensor], Any], batch: Tensor) -> Layout:

@@ -1,5 +1,6 @@
 """A release: its version stands in one place, its files are those of git, and it can be cited."""
 
+import datetime
 import os
 import re
 import subprocess
@@ -32,6 +33,25 @@ def test_the_version_stands_in_one_place() -> None:
     ]
 
 
+def releases(changelog: str) -> list[tuple[str, datetime.date]]:
+    """Versions and dates of a changelog, the newest first."""
+    headings = re.findall(r"^## \[(.+?)\] - (\S+)$", changelog, re.MULTILINE)
+    return [(version, datetime.date.fromisoformat(date)) for version, date in headings]
+
+
+def test_the_changelog_knows_the_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.findall(r"^## (?!\[.+\] - ).*$", changelog, re.MULTILINE) == ["## [Unreleased]"]
+    assert changelog.index("## [Unreleased]") < changelog.index("## [0.2.0]")
+    listed = releases(changelog)
+    assert listed[0][0] == nf.__version__
+    assert listed == sorted(listed, key=lambda release: release[1], reverse=True)
+    # The check knows another version, and a date that does not exist.
+    assert releases(changelog.replace("## [0.2.0]", "## [0.2.1]"))[0][0] != nf.__version__
+    with pytest.raises(ValueError, match="month"):
+        releases(changelog.replace("] - 2026-11-28", "] - 2026-13-28"))
+
+
 def test_the_command_prints_the_version() -> None:
     done = CliRunner().invoke(app, ["--version"])
     assert (done.exit_code, done.output) == (0, f"noetherflow {nf.__version__}\n")
@@ -58,6 +78,7 @@ TRACKED = {
     "tests/test_release.py",
     "pyproject.toml",
     "README.md",
+    "notebooks/first-ten-minutes.ipynb",
     "LICENSE",
     ".ci/run",
     "notes.txt",

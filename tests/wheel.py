@@ -40,7 +40,7 @@ PIP = ("-m", "pip", "--disable-pip-version-check")
 REFUSAL = 'run pip install "noetherflow[cli]"'
 # What the sdist holds of the files of git, and what hatchling adds to them.
 SHIPPED = re.compile(
-    r"(src|tests|examples|docs|benchmarks)/.*|mkdocs\.yml|Makefile|constraints\.txt|CITATION\.cff|[^/]+\.md"
+    r"(src|tests|examples|docs|notebooks|benchmarks)/.*|mkdocs\.yml|Makefile|constraints\.txt|CITATION\.cff|[^/]+\.md"
     r"|LICENSE|pyproject\.toml|\.gitignore"
 )
 ADDED = {"PKG-INFO"}

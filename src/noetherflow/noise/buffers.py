@@ -1,7 +1,7 @@
 """Buffers in which statistics are accumulated: those of all parameters in one vector, for few operations."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import final
 
@@ -26,19 +26,28 @@ class Buffer:
         memory: Statistics of several parameters, shape (2, ...), float64: row EACH and row OF_SUM.
         part: The columns of this parameter.
         entries: The square of every entry, shape (2, *shape of the parameter), or None if they are not requested.
+        weights: Weights of the squares, of the shape of the parameter, or None if they are not summed with weights.
     """
 
     layout: StatisticsLayout
     memory: Tensor
     part: slice
     entries: Tensor | None
+    weights: Tensor | None = None
 
     @classmethod
-    def blank(cls, layout: StatisticsLayout, like: Tensor) -> "Buffer":
+    def blank(cls, layout: StatisticsLayout, like: Tensor, weights: Tensor | None = None) -> "Buffer":
         """Zeros on the device of a tensor: statistics in float64, entries in the dtype of that tensor."""
         numbers = like.new_zeros(2, layout.length, dtype=torch.float64)
         entries = like.new_zeros(2, *layout.shape) if layout.requested.entries else None
-        return cls(layout, numbers, slice(None), entries)
+        return cls(layout, numbers, slice(None), entries, weights)
+
+    def weights_of(self, stack: Tensor, first: int = 0) -> Tensor | None:
+        """The weights of r rows of a gradient, as matrices (..., r, m), from the first on; None if there are none."""
+        if self.weights is None:
+            return None
+        rows = self.weights.reshape(self.layout.shape[:1].numel(), -1)[first : first + stack.shape[-2]]
+        return rows.to(stack.device, stack.dtype)
 
     @property
     def numbers(self) -> Tensor:
@@ -75,7 +84,7 @@ class ModelLayout:
         ends = list(accumulate(layout.length for layout in self.layouts.values()))
         self.parts = dict(zip(self.layouts, map(slice, [0, *ends], ends), strict=False))
         self.length = ends[-1] if ends else 0
-        self._places: dict[tuple[tuple[str, ...], torch.device], tuple[Tensor, Tensor]] = {}
+        self._places: dict[tuple[tuple[str, ...], torch.device, bool], tuple[Tensor, Tensor]] = {}
         self.with_entries = [name for name, layout in self.layouts.items() if layout.requested.entries]
 
     @classmethod
@@ -84,28 +93,35 @@ class ModelLayout:
         layouts = {name: StatisticsLayout.of(params[name].shape, request) for name, request in requested.items()}
         return cls(layouts)
 
-    def places_of_vectors(self, names: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    def places_of_vectors(
+        self, names: tuple[str, ...], device: torch.device, *, weighted: bool
+    ) -> tuple[Tensor, Tensor]:
         """Which entries of the vectors of some parameters, one after the other, are added where.
 
         Args:
             names: The parameters.
             device: Of the indices.
+            weighted: Whether the entries come once more, with weights.
 
         Returns:
             Indices of entries, and as many indices in the vector of all statistics.
         """
-        if (names, device) not in self._places:
-            entries, places, start = [], [], 0
+        key = names, device, weighted
+        if key not in self._places:
+            entries, places, start, again = [], [], 0, sum(self.layouts[name].shape.numel() for name in names)
             for name in names:
                 layout, first = self.layouts[name], self.parts[name].start
                 indices = torch.arange(start, start := start + layout.shape.numel())
                 entries.append(indices)
                 places.append(torch.full_like(indices, first))
+                if weighted:
+                    entries.append(again + indices)
+                    places.append(torch.full_like(indices, first + self.layouts[name].weighted))
                 if layout.requested.rows:
                     entries.append(indices)
                     places.append(first + layout.rows + torch.arange(len(indices)))
-            self._places[names, device] = torch.cat(entries).to(device), torch.cat(places).to(device)
-        return self._places[names, device]
+            self._places[key] = torch.cat(entries).to(device), torch.cat(places).to(device)
+        return self._places[key]
 
     def diagonals(self) -> tuple["ModelLayout", Tensor | slice]:
         """The layout with the diagonals of Gram matrices only, and the indices of its numbers in this layout."""
@@ -125,24 +141,26 @@ class Buffers:
         model_layout: Where the statistics of each parameter are.
         numbers: Totals, sums and Gram matrices, float64, shape (..., length).
         entries: Squares of single entries, shape (..., *shape of the parameter), where these are requested.
+        weights: Weights of the squares that are added, by name; none where nothing is summed with weights.
     """
 
     model_layout: ModelLayout
     numbers: Tensor
     entries: dict[str, Tensor]
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def blank(cls, model_layout: ModelLayout, like: Tensor) -> "Buffers":
+    def blank(cls, model_layout: ModelLayout, like: Tensor, weights: Params | None = None) -> "Buffers":
         """Two rows of zeros, EACH and OF_SUM, on the device of a tensor."""
         numbers = like.new_zeros(2, model_layout.length, dtype=torch.float64)
-        return cls(model_layout, numbers, {})
+        return cls(model_layout, numbers, {}, dict(weights or {}))
 
     def buffer(self, name: str, kind: torch.dtype) -> Buffer:
         """The buffer of a parameter; entries are kept in a dtype."""
         layout, part = self.model_layout.layouts[name], self.model_layout.parts[name]
         if layout.requested.entries and name not in self.entries:
             self.entries[name] = self.numbers.new_zeros(2, *layout.shape, dtype=kind)
-        return Buffer(layout, self.numbers, part, self.entries.get(name))
+        return Buffer(layout, self.numbers, part, self.entries.get(name), self.weights.get(name))
 
     def renewed(self, name: str, kind: torch.dtype) -> Buffer:
         """The buffer of a parameter, set to zero; entries are kept in a dtype."""
@@ -160,7 +178,11 @@ class Buffers:
         device = self.numbers.device
         stack, total = (torch.cat([part.to(device) for part in parts], -1) for parts in (stacks, totals))
         squares = torch.stack([stack.square().sum(0), total.square()]).to(self.numbers.dtype)
-        entries, places = self.model_layout.places_of_vectors(names, device)
+        weighted = any(name in self.weights for name in names)
+        if weighted:
+            weights = torch.cat([self.weights[name].reshape(-1).to(device) for name in names])
+            squares = torch.cat([squares, squares * weights], 1)
+        entries, places = self.model_layout.places_of_vectors(names, device, weighted=weighted)
         self.numbers.index_add_(1, places, squares[:, entries])
 
     def merge_rows(self, weight: float) -> "Buffers":

@@ -172,7 +172,13 @@ class LayerwisePass:
         places = self._places.setdefault(size, Places(size))
         roots = {name: tensor.detach().requires_grad_() for name, tensor in subject.trained.items()}
         capture = Capture(
-            roots, self._model_layout, places, batched, RULES, sink=GradientSink.KEPT, without_dropout=without_dropout
+            roots,
+            Buffers.blank(self._model_layout, next(iter(roots.values()))),
+            places,
+            batched,
+            RULES,
+            sink=GradientSink.KEPT,
+            without_dropout=without_dropout,
         )
 
         def differentiate(losses: Tensor) -> None:

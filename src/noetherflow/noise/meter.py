@@ -13,7 +13,7 @@ from noetherflow._batch import is_per_example, length_of, tensors_of
 from noetherflow._errors import CoupledExamplesError, EmptyDataError, SettingsError
 from noetherflow._holder import eager
 from noetherflow._per_example import require_interval, require_uncoupled
-from noetherflow._types import Batch
+from noetherflow._types import Batch, Params
 from noetherflow.noise.between_ranks import Ranks, merge_examples
 from noetherflow.noise.buffers import OF_SUM, Buffers, ModelLayout
 from noetherflow.noise.capture.mode import Capture
@@ -63,7 +63,7 @@ class NoiseMeter:
         symmetries: What to measure the noise for, by name; they act along axes.
         variances: Measure the variance of every entry of the parameters on which scalings and rescalings act, which
             `solve_equilibrium` needs.
-        every_entry: Measure the squares of the entries of all parameters in every step, for `observers`.
+        weighted: Sum the squares also with weights that each step is given, for `observers`.
         check_every: Where the examples are in the results of PyTorch's functions is found out in the first step, and
             again after so many steps. Between these steps the answers are kept.
         group: The ranks that train copies of the model, as under DistributedDataParallel, each on examples of its own;
@@ -104,7 +104,7 @@ class NoiseMeter:
         symmetries: Mapping[str, Symmetry],
         *,
         variances: bool = False,
-        every_entry: bool = False,
+        weighted: bool = False,
         check_every: int = 1000,
         group: "dist.ProcessGroup | None" = None,
     ) -> None:
@@ -113,7 +113,7 @@ class NoiseMeter:
         require_unsharded(model, dict(model.named_parameters()))
         self._symmetries = along_axes(resolved)
         self._model, self._check_every = model, check_every
-        self._variances, self._every_entry, self._group = variances, every_entry, group
+        self._variances, self._weighted, self._group = variances, weighted, group
         self.observers: list[Callable[[StepNoise], None]] = []
         self.skipped = 0
         self.reset()
@@ -121,9 +121,7 @@ class NoiseMeter:
     def reset(self) -> None:
         """Forget everything measured so far, and which parameters are trained."""
         self._params = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        requested = requested_of(
-            self._params, self._symmetries, variances=self._variances, everywhere=self._every_entry
-        )
+        requested = requested_of(self._params, self._symmetries, variances=self._variances, weighted=self._weighted)
         self._model_layout = ModelLayout.of(requested, self._params)
         self._pool = Pool(self._symmetries, self._params)
         device = next(iter(self._params.values())).device
@@ -135,7 +133,13 @@ class NoiseMeter:
 
     @contextmanager
     def step(
-        self, batch: Batch, *, weight: float | None = None, scale: float = 1.0, train: bool = True
+        self,
+        batch: Batch,
+        *,
+        weight: float | None = None,
+        scale: float = 1.0,
+        weights: Params | None = None,
+        train: bool = True,
     ) -> Iterator[None]:
         """The block in which forward and backward pass of one step run.
 
@@ -144,6 +148,7 @@ class NoiseMeter:
             weight: Coefficient of an example's loss in the loss that is differentiated: 1 / B by default, for a mean
                 over the batch; 1 for a sum, 1 / (k B) under k-step accumulation.
             scale: What the loss is multiplied by besides, such as the factor of a gradient scaler.
+            weights: With `weighted`: of the square of every entry, by parameter; None for a step without.
             train: Whether parameters get their gradients. If not, `.grad` of those that were trained when the meter was
                 made, or reset, stays what it was, and sums of gradients are not even formed where their squares cost
                 less.
@@ -178,7 +183,8 @@ class NoiseMeter:
         places = self._places.setdefault(size, Places(size))
         sink = GradientSink.PASSED_ON if train else GradientSink.DROPPED
         keep_sums = self._ranks is not None
-        capture = Capture(self._params, self._model_layout, places, given, RULES, sink=sink, keep_sums=keep_sums)
+        buffers = Buffers.blank(self._model_layout, next(iter(self._params.values())), weights)
+        capture = Capture(self._params, buffers, places, given, RULES, sink=sink, keep_sums=keep_sums)
         with eager(), capture:
             yield
         coefficient = scale * (1 / size if weight is None else weight)
@@ -204,7 +210,7 @@ class NoiseMeter:
             return
         if self.observers:
             mean = buffers.row(OF_SUM)
-            step = StepNoise(scatter, weight**-2 / (size - 1), mean, (weight * size) ** -2, size)
+            step = StepNoise(scatter, weight**-2 / (size - 1), mean, (weight * size) ** -2, size, bool(buffers.weights))
             for observer in self.observers:
                 observer(step)
 

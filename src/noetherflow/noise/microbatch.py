@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import nn
 
 from noetherflow._errors import CoupledExamplesError, SettingsError
+from noetherflow._types import Params
 from noetherflow.noise.between_ranks import Ranks
-from noetherflow.noise.buffers import EACH, OF_SUM, ModelLayout
+from noetherflow.noise.buffers import EACH, OF_SUM, Buffers, ModelLayout
 from noetherflow.noise.exact import resolve
 from noetherflow.noise.moments import NoiseMoments
 from noetherflow.noise.pooling import Pool
@@ -62,7 +63,7 @@ class MicrobatchMeter:
         model: The model that is trained: what is inside DistributedDataParallel, or what `fully_shard` gave.
         symmetries: What to measure the noise for, by name; they act along axes.
         variances: Measure the variance of every entry of the parameters on which scalings and rescalings act.
-        every_entry: Measure the squares of the entries of all parameters in every step, for `observers`.
+        weighted: Sum the squares also with weights that each step is given, for `observers`.
         group: The ranks between which gradients are compared, each with examples of its own; by default none, every
             process for itself.
 
@@ -97,7 +98,7 @@ class MicrobatchMeter:
         symmetries: Mapping[str, Symmetry],
         *,
         variances: bool = False,
-        every_entry: bool = False,
+        weighted: bool = False,
         group: "dist.ProcessGroup | None" = None,
     ) -> None:
         resolved = resolve(model, symmetries)
@@ -105,7 +106,7 @@ class MicrobatchMeter:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         require_data_parallel(model, trained, group)
         self._model, self._params = model, complete(trained)
-        requested = requested_of(self._params, along, variances=variances, everywhere=every_entry)
+        requested = requested_of(self._params, along, variances=variances, weighted=weighted)
         self._model_layout = ModelLayout.of(requested, self._params)
         self._pool = Pool(along, self._params)
         device = next(iter(self._params.values())).device
@@ -114,11 +115,14 @@ class MicrobatchMeter:
         self.skipped = 0
 
     @contextmanager
-    def step(self) -> Iterator[Callable[..., None]]:
+    def step(self, *, weights: Params | None = None) -> Iterator[Callable[..., None]]:
         """The block of one step: call what it gives after the backward pass of each microbatch.
 
         If it is called once after several backward passes, all their examples are one microbatch. With a `group`, every
         rank has to go through the block, and leaving it waits for the others.
+
+        Args:
+            weights: With `weighted`: of the square of every entry, by parameter; None for a step without.
 
         Yields:
             A function of `size`, the number of examples of the microbatch, and `weight`, what their mean loss counts in
@@ -133,7 +137,8 @@ class MicrobatchMeter:
         """
         if self._ranks is not None:
             _require_independent(self._model)
-        with Running(self._model, self._params, self._model_layout, with_mean=bool(self.observers)) as running:
+        buffers = Buffers.blank(self._model_layout, next(iter(self._params.values())), weights)
+        with Running(self._model, self._params, buffers, with_mean=bool(self.observers)) as running:
             yield running.add
             with nullcontext() if self._ranks is None else self._ranks.told():
                 running.require_seen()
@@ -151,7 +156,8 @@ class MicrobatchMeter:
                 self.skipped += 1
                 return
             for observer in self.observers:
-                observer(StepNoise(scatter, 1 / freedom, running.buffers.row(OF_SUM), 1.0, running.examples))
+                mean = running.buffers.row(OF_SUM)
+                observer(StepNoise(scatter, 1 / freedom, mean, 1.0, running.examples, bool(buffers.weights)))
 
     @property
     def noise(self) -> NoiseMoments:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from noetherflow._errors import SettingsError
 from noetherflow.noise.between_ranks import Ranks
-from noetherflow.noise.buffers import OF_SUM, Buffers, ModelLayout
+from noetherflow.noise.buffers import OF_SUM, Buffers
 from noetherflow.noise.kernels import accumulator, square
 from noetherflow.noise.sharded import Arrivals
 
@@ -22,22 +22,19 @@ class Running:
     Args:
         model: The model.
         params: Tensors like its trained parameters, by name.
-        model_layout: Which squares of each are added up.
+        buffers: Where squares are added up: those about the mean in row EACH.
         with_mean: Keep the mean gradient until its squares are taken.
 
     Attributes:
         count: Number of microbatches.
         examples: Number of their examples.
-        buffers: Squares about the mean in row EACH.
     """
 
-    def __init__(
-        self, model: nn.Module, params: Mapping[str, Tensor], model_layout: ModelLayout, *, with_mean: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, params: Mapping[str, Tensor], buffers: Buffers, *, with_mean: bool) -> None:
         self.count = self.examples = 0
         self._with_mean = with_mean
         # Row OF_SUM holds the squares of the gap between the next microbatch and the mean so far.
-        self.buffers = Buffers.blank(model_layout, next(iter(params.values())))
+        self.buffers = buffers
         self._model, self._params = model, params
         self._arrived: dict[str, Tensor] = {}
         self._mean: dict[str, Tensor] = {}
@@ -52,7 +49,7 @@ class Running:
             self._arrivals.remove()
         # Whoever keeps the function that the block gave keeps this object.
         self._arrivals = None
-        for kept in (self._arrived, self._mean, self.buffers.entries):
+        for kept in (self._arrived, self._mean, self.buffers.entries, self.buffers.weights):
             kept.clear()
 
     def add(self, *, size: int, weight: float = 1.0) -> None:

@@ -22,12 +22,14 @@ class Requested:
         columns: Their sums over the first dimension.
         entries: Each of them.
         grams: Axes along which the Gram matrix is requested.
+        weighted: The sum of all, each times a weight that the step is given.
     """
 
     rows: bool = False
     columns: bool = False
     entries: bool = False
     grams: tuple[Axis, ...] = ()
+    weighted: bool = False
 
     def covers(self, other: "Requested") -> bool:
         """Whether these statistics contain those of another request; sums follow from entries."""
@@ -35,6 +37,7 @@ class Requested:
             (self.rows or self.entries or not other.rows)
             and (self.columns or self.entries or not other.columns)
             and (self.entries or not other.entries)
+            and (self.weighted or not other.weighted)
             and set(other.grams) <= set(self.grams)
         )
 
@@ -56,6 +59,7 @@ class StatisticsLayout:
         grams: Where the Gram matrix along each axis begins.
         length: Of the vector.
         diagonal: Whether of Gram matrices only the diagonal is there.
+        weighted: Where the weighted sum is, or ABSENT.
     """
 
     shape: torch.Size
@@ -65,12 +69,15 @@ class StatisticsLayout:
     grams: dict[Axis, int]
     length: int
     diagonal: bool = False
+    weighted: int = ABSENT
 
     @classmethod
     def of(cls, shape: torch.Size, requested: Requested, *, diagonal: bool = False) -> "StatisticsLayout":
-        """The layout in which total, rows, columns and Gram matrices follow each other."""
-        rows = columns = ABSENT
+        """The layout in which total, weighted sum, rows, columns and Gram matrices follow each other."""
+        weighted = rows = columns = ABSENT
         end = 1
+        if requested.weighted:
+            weighted, end = end, end + 1
         if requested.rows:
             rows, end = end, end + shape[:1].numel()
         if requested.columns:
@@ -79,7 +86,7 @@ class StatisticsLayout:
         for axis in requested.grams:
             size = axis.size(torch.empty(shape, device="meta"))
             grams[axis], end = end, end + (size if diagonal else size**2)
-        return cls(shape, requested, rows, columns, grams, end, diagonal)
+        return cls(shape, requested, rows, columns, grams, end, diagonal, weighted)
 
     @property
     def has_total_only(self) -> bool:
@@ -126,6 +133,11 @@ class Squares:
         return self.numbers[..., 0]
 
     @property
+    def weighted(self) -> Tensor | None:
+        """The sum of all squares, each times its weight, or None if it is not requested."""
+        return None if self.layout.weighted == ABSENT else self.numbers[..., self.layout.weighted]
+
+    @property
     def rows(self) -> Tensor | None:
         """Shape (n, 1, ..., 1), or None if they are not requested."""
         shape = self.layout.shape
@@ -152,7 +164,7 @@ class Squares:
 
 
 def requested_of(
-    params: Params, symmetries: Mapping[str, AxisSymmetry], *, variances: bool, everywhere: bool = False
+    params: Params, symmetries: Mapping[str, AxisSymmetry], *, variances: bool, weighted: bool = False
 ) -> dict[str, Requested]:
     """For each parameter, what all symmetries together request.
 
@@ -160,12 +172,12 @@ def requested_of(
         params: The trained parameters.
         symmetries: With canonical names.
         variances: Whether to request every entry of the parameters on which scalings and rescalings act.
-        everywhere: Whether to request every entry of all parameters.
+        weighted: Whether to request weighted sums of the squares of all parameters.
 
     Returns:
         One request per parameter.
     """
-    rows, columns, entries = set(), set(), set(params) if everywhere else set()
+    rows, columns, entries = set(), set(), set()
     grams: dict[str, dict[Axis, None]] = {name: {} for name in params}
     for symmetry in symmetries.values():
         for axis in symmetry.plus + symmetry.minus:
@@ -180,10 +192,10 @@ def requested_of(
                 rows.add(axis.name)
             else:
                 columns.add(axis.name)
+    # Where every entry is kept, sums by row and column follow from the entries.
+    rows, columns = rows - entries, columns - entries
     return {
-        # Where every entry is kept, sums by row and column follow from the entries.
-        name: Requested(name in rows - entries, name in columns - entries, name in entries, tuple(grams[name]))
-        for name in params
+        name: Requested(name in rows, name in columns, name in entries, tuple(grams[name]), weighted) for name in params
     }
 
 

@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
-from noetherflow._device import joined
 from noetherflow._types import Params
 from noetherflow.noise.buffers import Buffers
 from noetherflow.noise.pooling import all_grams
@@ -29,6 +27,7 @@ class StepNoise:
         mean: Squares of the mean gradient, up to a factor.
         of_mean: That factor.
         examples: Their number N.
+        weighted: Whether squares were also summed with weights, such as those of a metric.
 
     Examples:
         >>> import torch, noetherflow as nf
@@ -50,32 +49,28 @@ class StepNoise:
     mean: Buffers
     of_mean: float
     examples: int
+    weighted: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """The parameters, in the order of `trace` and `norm_sq`."""
         return tuple(self.scatter.model_layout.layouts)
 
-    def trace(self, metric: Params | None = None) -> Tensor:
+    def trace(self, *, weighted: bool = False) -> Tensor:
         r"""$\mathrm{Tr}\,\hat\Sigma$ of every parameter, per example, shape (P,), float64, on the CPU.
 
         Args:
-            metric: Weights $p_i$ of the entries of each parameter, for $\mathrm{Tr}[P\hat\Sigma]$; the squares of all
-                entries have to be measured.
+            weighted: Sum with the weights $p_i$ of the entries that the step was given, for $\mathrm{Tr}[P\hat\Sigma]$.
 
         Returns:
             Traces.
         """
-        return self.of_scatter * _totals(self.scatter, metric)
+        return self.of_scatter * _totals(self.scatter, weighted=weighted)
 
-    def norm_sq(self, metric: Params | None = None) -> Tensor:
+    def norm_sq(self, *, weighted: bool = False) -> Tensor:
         """The unbiased squared norm of the mean gradient of every parameter, shape (P,): it may be negative."""
-        return self.pairs(metric)[:, 1]
-
-    def pairs(self, metric: Params | None = None) -> Tensor:
-        """Trace and unbiased squared norm of every parameter, shape (P, 2): each sum over entries is taken once."""
-        trace = self.trace(metric)
-        return torch.stack([trace, self.of_mean * _totals(self.mean, metric) - trace / self.examples], -1)
+        trace = self.trace(weighted=weighted)
+        return self.of_mean * _totals(self.mean, weighted=weighted) - trace / self.examples
 
     def grams(
         self, symmetries: Mapping[str, AxisSymmetry], like: Params, factors: Mapping[str, float]
@@ -98,13 +93,8 @@ class StepNoise:
         return all_grams(symmetries, Buffers(self.scatter.model_layout, numbers, entries).squares(), like)
 
 
-def _totals(squares: Buffers, metric: Params | None) -> Tensor:
-    if metric is None:
-        return squares.numbers[[part.start for part in squares.model_layout.parts.values()]].cpu()
-    # Rows are summed in the dtype of the entries, which are squares that have been rounded to it; their sum in float64.
-    sums = (_dot(w.to(squares.entries[n].dtype), squares.entries[n]) for n, w in metric.items())
-    return torch.stack(joined(sums)).cpu()
-
-
-def _dot(weights: Tensor, squares: Tensor) -> Tensor:
-    return torch.linalg.vecdot(torch.atleast_1d(weights), torch.atleast_1d(squares)).sum(dtype=torch.float64)
+def _totals(squares: Buffers, *, weighted: bool) -> Tensor:
+    layouts = squares.model_layout.layouts.values()
+    places = [layout.weighted if weighted else 0 for layout in layouts]
+    starts = [part.start for part in squares.model_layout.parts.values()]
+    return squares.numbers[[start + place for start, place in zip(starts, places, strict=True)]].cpu()

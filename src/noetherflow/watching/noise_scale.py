@@ -114,16 +114,15 @@ class NoiseScale:
         require_optimizer(optimizer)
         optimizer = None if optimizer is None else innermost(optimizer)
         self._symmetries = resolve(model, symmetries or {})
-        self._model, self._optimizer, self._scaler = model, optimizer, scaler
+        self._model, self._scaler = model, scaler
         self._every = every
-        adaptive = has_metric(optimizer)
+        self._adaptive = optimizer if has_metric(optimizer) else None
+        adaptive = self._adaptive is not None
         self.meter: NoiseMeter | MicrobatchMeter
         if between == EXAMPLES:
-            self.meter = NoiseMeter(
-                model, self._symmetries, every_entry=adaptive, check_every=_CHECK_EVERY, group=group
-            )
+            self.meter = NoiseMeter(model, self._symmetries, weighted=adaptive, check_every=_CHECK_EVERY, group=group)
         else:
-            self.meter = MicrobatchMeter(model, self._symmetries, every_entry=adaptive, group=group)
+            self.meter = MicrobatchMeter(model, self._symmetries, weighted=adaptive, group=group)
         self.meter.observers.append(self._observe)
         self._params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         parts = Parts(list(self._params), model, optimizer)
@@ -157,14 +156,16 @@ class NoiseScale:
             return
         require_known(self._model, self._params)
         factor = 1.0 if self._scaler is None else self._scaler.get_scale()
+        # Of the state before this step: it does not depend on this step's gradient, so that nothing is biased.
+        metric = None if self._adaptive is None else metric_of(self._adaptive, self._params)
         if isinstance(self.meter, MicrobatchMeter):
-            with self.meter.step() as done:
+            with self.meter.step(weights=metric) as done:
                 yield lambda *, size, weight=1.0: done(size=size, weight=weight * factor)
             return
         if batch is None:
             raise SettingsError("the noise between examples needs the batch: `with watch.step(batch)`")
         try:
-            with self.meter.step(batch, weight=weight, scale=factor):
+            with self.meter.step(batch, weight=weight, scale=factor, weights=metric):
                 yield _nothing
         except CoupledExamplesError as error:
             error.add_note(f"NoiseScale(..., between={MICROBATCHES!r}) measures between microbatches")
@@ -262,12 +263,7 @@ class NoiseScale:
 
     def _observe(self, step: StepNoise) -> None:
         """Take what a step says."""
-        self._averages.add(step, None, self.unmeasured)
-        if self._averages.adaptive and self._optimizer is not None:
-            # Of the state before this step: it does not depend on this step's gradient, so that nothing is biased.
-            metric = metric_of(self._optimizer, self._params)
-            if metric is not None:
-                self._averages.add(step, metric, self.unmeasured)
+        self._averages.add(step, self.unmeasured)
 
     def _estimates(self) -> dict[str, ScaleEstimate]:
         """By part; raises before the first measured step."""

@@ -6,7 +6,6 @@ from typing import Any, final
 import torch
 
 from noetherflow._errors import SettingsError
-from noetherflow._types import Params
 from noetherflow.noise.step import StepNoise
 from noetherflow.watching.estimate import ScaleEstimate
 from noetherflow.watching.pair_average import PairAverage
@@ -36,19 +35,18 @@ class ScaleAverages:
         """Whether there are averages in the metric of the optimizer, too."""
         return True in self._averages
 
-    def add(self, step: StepNoise, metric: Params | None, left_out: Collection[str]) -> None:
+    def add(self, step: StepNoise, left_out: Collection[str]) -> None:
         """Take what a step says.
 
         Args:
-            step: The noise and the mean gradient of the step.
-            metric: The metric of the optimizer; None for the plain noise scale.
+            step: The noise and the mean gradient of the step, also in the metric of the optimizer if it is weighted.
             left_out: Parameters without a measurement.
         """
-        pairs = step.pairs(metric)
         kept = torch.tensor([name not in left_out for name in step.names])
-        adapted = metric is not None
-        self._averages[adapted].add(self.parts.sums(torch.where(kept[:, None], pairs, 0.0)))
-        self._steps[adapted] += 1
+        for adapted in (False, True) if step.weighted else (False,):
+            pairs = torch.stack([step.trace(weighted=adapted), step.norm_sq(weighted=adapted)], -1)
+            self._averages[adapted].add(self.parts.sums(torch.where(kept[:, None], pairs, 0.0)))
+            self._steps[adapted] += 1
 
     def estimates(self, *, adapted: bool = False) -> dict[str, ScaleEstimate]:
         """The noise scale of every part of which a gradient was measured; of none before the first step."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from noetherflow.noise.buffers import Buffers, ModelLayout
+from noetherflow.noise.buffers import Buffers
 from noetherflow.noise.capture import autograd, backward, finish
 from noetherflow.noise.capture.calls import (
     WITH_DROPOUT,
@@ -52,7 +52,7 @@ class Capture(TorchFunctionMode):
 
     Args:
         params: Trained parameters by name; of these, every use is recorded.
-        model_layout: Which statistics of each parameter are accumulated.
+        buffers: Where the backward pass accumulates the statistics of all parameters.
         places: Where examples are in results; it serves for all steps with as many examples.
         batch: The tensors of the batch that have an entry per example.
         rules: What to do about each function that meets a parameter and data.
@@ -61,7 +61,6 @@ class Capture(TorchFunctionMode):
         keep_sums: Keep the sum of the gradients of the examples of each parameter, wherever the gradient goes.
 
     Attributes:
-        buffers: Where the backward pass accumulates the statistics of all parameters.
         gradients: The sum of the gradients of each parameter that was reached, if it is kept, or None.
         sums: These sums, in the dtype in which they are formed, without what is no example's; None if not kept.
         refused: After the block: the parameters whose gradients cannot be taken apart by example, with the cause.
@@ -74,7 +73,7 @@ class Capture(TorchFunctionMode):
     def __init__(
         self,
         params: Mapping[str, Tensor],
-        model_layout: ModelLayout,
+        buffers: Buffers,
         places: Places,
         batch: Iterable[Tensor],
         rules: Mapping[Any, Rule],
@@ -85,7 +84,7 @@ class Capture(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.size, self.places, self.sink = places.size, places, sink
-        self.buffers = Buffers.blank(model_layout, next(iter(params.values())))
+        self.buffers = buffers
         self.gradients: dict[str, Tensor | None] = {}
         self.sums: dict[str, Tensor] | None = {} if keep_sums else None
         self.refused: dict[str, str] = {}

@@ -29,7 +29,7 @@ class Costs:
 
     def prefer_tokens(self, tokens: int, n: int, m: int, requested: Requested) -> bool:
         """Whether inner products between the tokens of an example cost less than its gradient (n, m)."""
-        if requested.entries or any(axis.within for axis in requested.grams):
+        if requested.entries or requested.weighted or any(axis.within for axis in requested.grams):
             return False
         sides = sum(sides_of(requested))
         products = tokens**2 * (m + n) * max(1, sides)
@@ -45,7 +45,7 @@ class Costs:
 
 def prefer_tokens_for_sum(tokens: int, n: int, m: int, requested: Requested) -> bool:
     """Whether the squares of the sum over all tokens of a batch cost less than that sum."""
-    if requested.entries or requested.grams:
+    if requested.entries or requested.weighted or requested.grams:
         return False
     sides = sum(sides_of(requested))
     products = tokens**2 * (m + n) * (2 * sides or 1)

@@ -45,19 +45,19 @@ class Cpu(Batched):
         entries = None
         if buffer.entries is not None:
             entries = buffer.entries[row].view(layout.shape[:1].numel(), -1)[first : first + n]
-        numbers = buffer.numbers[row]
-        arrays = _arrays(stack, numbers, entries, total)
+        numbers, weights = buffer.numbers[row], buffer.weights_of(stack, first)
+        arrays = _arrays(stack, numbers, entries, total, weights)
         if not arrays:
             self._reference.accumulate(stack, buffer, row, total, first)
             return
-        stacked, vector, squares, added = arrays
+        stacked, vector, squares, added, factors = arrays
         rows, columns = layout.rows_from(first), layout.columns
         if m == 1:  # a stack of vectors: the long dimension is the last
             rows, columns = columns, rows
-            stacked, squares, added = (
-                None if array is None else array.swapaxes(-1, -2) for array in (stacked, squares, added)
+            stacked, squares, added, factors = (
+                None if array is None else array.swapaxes(-1, -2) for array in (stacked, squares, added, factors)
             )
-        loops.accumulate(stacked, vector, rows, columns, squares, added)
+        loops.accumulate(stacked, vector, rows, columns, squares, added, factors)
         add_grams(stack, buffer, row)
 
     def patches(self, x: Tensor, d: Tensor, window: Window, buffer: Buffer) -> Tensor:
@@ -117,14 +117,17 @@ def _form_by_example(kernels: Cpu, x: Tensor, d: Tensor, window: Window, buffer:
     layout, shape, channels = buffer.layout, buffer.layout.shape, x.shape[1]
     n, m = d.shape[1], shape[1:].numel()
     rows, columns = n + -n % 4, m + -m % loops.LANES
-    numbers, padded = torch.zeros(1 + rows + columns, dtype=torch.float64), x.new_zeros(rows, columns)
-    entries = None if buffer.entries is None else torch.zeros_like(padded)
-    arrays = _arrays(d.flatten(2).contiguous(), x.flatten(2).contiguous(), numbers, entries, padded)
+    numbers, padded = torch.zeros(2 + rows + columns, dtype=torch.float64), x.new_zeros(rows, columns)
+    entries, weights = (None if each is None else torch.zeros_like(padded) for each in (buffer.entries, buffer.weights))
+    arrays = _arrays(d.flatten(2).contiguous(), x.flatten(2).contiguous(), numbers, entries, padded, weights)
     stacks, sums = arrays[:2], arrays[2:]
     geometry = tuple(x.shape[2:]), window, tuple(d.shape[2:])
     spots, places, moves, extent = _positions(*geometry, apart=True)
     tokens = int(places[-1]) + 1
     by_plane = m < _WIDE or tokens + _SUMMING < _PATCHES * len(places)
+    if weights is not None and buffer.weights is not None:
+        given = buffer.weights.reshape(n, channels, -1)
+        weights[:n, :m] = (given if by_plane else given.mT).flatten(1)
     if by_plane:
         starts = np.full(columns + 1, channels * extent)  # the last after all planes
         starts[:m] = np.add.outer(extent * np.arange(channels), moves).ravel()
@@ -142,7 +145,9 @@ def _form_by_example(kernels: Cpu, x: Tensor, d: Tensor, window: Window, buffer:
         matrices = matrices[..., :m]
         return matrices if by_plane else matrices.unflatten(-1, (-1, channels)).transpose(-1, -2).flatten(-2)
 
-    add_sums(buffer.numbers[EACH], numbers[1 : 1 + n], layout.rows, cut(numbers[1 + rows :]), layout.columns)
+    add_sums(buffer.numbers[EACH], numbers[2 : 2 + n], layout.rows, cut(numbers[2 + rows :]), layout.columns)
+    if weights is not None:
+        buffer.numbers[EACH, layout.weighted].add_(numbers[1])
     if entries is not None and buffer.entries is not None:
         buffer.entries[EACH].add_(cut(entries[:n]).view(shape))
     total = cut(padded[:n]).contiguous()

@@ -25,11 +25,12 @@ LANES = 16
 
 
 @compiled
-def accumulate(stack: Any, numbers: Any, rows: int, columns: int, entries: Any, total: Any) -> None:
+def accumulate(stack: Any, numbers: Any, rows: int, columns: int, entries: Any, total: Any, weights: Any) -> None:
     """Add the squares of matrices (B, n, m) to entries (n, m), their sums to numbers, the matrices to a total (n, m).
 
-    The sum of all squares goes to numbers[0], sums by row to numbers[rows:], by column to numbers[columns:], nowhere if
-    the index is negative. Entries and total may be None.
+    The sum of all squares goes to numbers[0], that of squares times weights (n, m) to numbers[1], sums by row to
+    numbers[rows:], by column to numbers[columns:], nowhere if the index is negative. Entries, total and weights may be
+    None.
     """
     size, n, m = stack.shape
     zero = stack.dtype.type(0)
@@ -39,11 +40,13 @@ def accumulate(stack: Any, numbers: Any, rows: int, columns: int, entries: Any, 
         for first in range(0, n, BLOCK):
             sums[:] = zero
             for i in range(first, min(first + BLOCK, n)):
-                length = zero
+                length = weighted = zero
                 for j in range(m):
                     value = matrix[i, j]
                     square = value * value
                     length += square
+                    if weights is not None:
+                        weighted += weights[i, j] * square
                     if columns >= 0:
                         sums[j] += square
                     if entries is not None:
@@ -51,6 +54,8 @@ def accumulate(stack: Any, numbers: Any, rows: int, columns: int, entries: Any, 
                     if total is not None:
                         total[i, j] += value
                 numbers[0] += length
+                if weights is not None:
+                    numbers[1] += weighted
                 if rows >= 0:
                     numbers[rows + i] += length
             if columns >= 0:
@@ -111,6 +116,7 @@ def patch_products(
     numbers: Any,
     entries: Any,
     total: Any,
+    weights: Any,
     run: int,
 ) -> None:
     """Form the gradients of a convolution's weight example by example from patches, and accumulate each.
@@ -122,9 +128,10 @@ def patch_products(
         spots: Where each pixel is in the padded image.
         places: Where each patch begins in the padded image as a vector.
         moves: How far from there each run of numbers of the patch is.
-        numbers: The total, sums by row and sums by column, of padded matrices.
+        numbers: The total, weighted sum, sums by row and sums by column, of padded matrices.
         entries: Padded matrix, or None.
         total: Padded matrix, with at least n rows and as many columns as a patch has numbers.
+        weights: Padded matrix, or None.
         run: Length of a run.
     """
     size, n, count = d.shape
@@ -145,12 +152,21 @@ def patch_products(
                 for j in range(run):
                     target[j] = source[j]
         multiply(left, right, block)
-        accumulate(block, numbers, 1, 1 + rows, entries, total)
+        accumulate(block, numbers, 2, 2 + rows, entries, total, weights)
 
 
 @compiled
 def plane_products(
-    d: Any, images: Any, spots: Any, rows: Any, columns: Any, numbers: Any, entries: Any, total: Any, tokens: int
+    d: Any,
+    images: Any,
+    spots: Any,
+    rows: Any,
+    columns: Any,
+    numbers: Any,
+    entries: Any,
+    total: Any,
+    weights: Any,
+    tokens: int,
 ) -> None:
     """Form the gradients of a convolution's weight example by example as inner products, and accumulate each.
 
@@ -161,9 +177,10 @@ def plane_products(
         rows: Where each row of places begins in a plane.
         columns: Where in the planes of all channels the numbers begin that meet each column of a padded matrix; the
             last one after all planes, where zeros are.
-        numbers: The total, sums by row and sums by column, of padded matrices.
+        numbers: The total, weighted sum, sums by row and sums by column, of padded matrices.
         entries: Padded matrix, or None.
         total: Padded matrix, with at least n rows and as many columns as a patch has numbers.
+        weights: Padded matrix, or None.
         tokens: Length of inner products: of the part of a plane where places are, rounded up to LANES.
     """
     size, n, count = d.shape
@@ -186,7 +203,7 @@ def plane_products(
         block[:] = 0
         for first in range(0, tokens, width):
             _inner_products(left, planes, columns, block[0], first, min(first + width, tokens))
-        accumulate(block, numbers, 1, 1 + len(total), entries, total)
+        accumulate(block, numbers, 2, 2 + len(total), entries, total, weights)
 
 
 @compiled

@@ -75,6 +75,9 @@ def square_single_tokens(x: Tensor, d: Tensor, buffer: Buffer) -> None:
         return
     by_column = lengths_d @ squares_x if layout.requested.columns else None
     add_sums(buffer.numbers[EACH], lengths_x @ squares_d, layout.rows, by_column, layout.columns)
+    if buffer.weights is not None:
+        weights = buffer.weights.to(d.device, d.dtype)
+        buffer.numbers[EACH, layout.weighted].add_(((squares_d @ weights) * squares_x).sum())
     if buffer.entries is not None:
         buffer.entries[EACH].add_(squares_d.mT @ squares_x)
     for axis in layout.grams:
@@ -92,6 +95,9 @@ def square_rows(ids: Tensor, d: Tensor, buffer: Buffer) -> None:
     squares = distinct.square()
     by_row = buffer.numbers.new_zeros(layout.shape[0]).index_add_(0, row, squares.sum(1).to(buffer.numbers.dtype))
     add_sums(buffer.numbers[EACH], by_row, layout.rows, squares.sum(0), layout.columns)
+    if buffer.weights is not None:
+        weights = buffer.weights.to(squares.device, squares.dtype)
+        buffer.numbers[EACH, layout.weighted].add_((squares * weights[row]).sum())
     if buffer.entries is not None:
         buffer.entries[EACH].index_add_(0, row, squares.to(buffer.entries.dtype))
     for axis in layout.grams:

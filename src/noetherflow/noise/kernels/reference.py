@@ -180,6 +180,9 @@ def _reduce(squares: Tensor, buffer: Buffer, rows: slice, first: int) -> None:
     layout, requested = buffer.layout, buffer.layout.requested
     by_row = squares.sum(2) if requested.rows else None
     parts = [(0, squares.sum((1, 2))[:, None] if by_row is None else by_row.sum(1, keepdim=True))]
+    weights = buffer.weights_of(squares, first)
+    if weights is not None:
+        parts.append((layout.weighted, (squares * weights).sum((1, 2))[:, None]))
     if by_row is not None:
         parts.append((layout.rows_from(first), by_row))
     if requested.columns:
