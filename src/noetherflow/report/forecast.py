@@ -36,7 +36,7 @@ def write(path: Path, forecast: Forecast, name: str) -> None:
     body = {
         "name": html.escape(name),
         "summary": parts.paragraphs(forecast_words.sentences(forecast)),
-        "notes": parts.notes(forecast.notes),
+        "notes": parts.notes([*dict.fromkeys(forecast.notes)]),
         "introduction": html.escape(forecast_words.INTRODUCTION),
         "numbers": _numbers(forecast),
         "blocks": _blocks(forecast),
@@ -112,4 +112,4 @@ def _cell(estimate: Estimate) -> Cell:
 def _reasons(changes: Iterable[tuple[str, Change]]) -> str:
     """Why numbers cannot be told; numbers with equal reasons share a sentence."""
     pairs = [(label, why) for label, change in changes for why in dict.fromkeys(e.why for e in change if not e.known)]
-    return parts.small(starred(pairs))
+    return parts.small(text.replace("+-", "±") for text in starred(pairs))
