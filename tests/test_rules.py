@@ -12,6 +12,7 @@ import checks
 import noetherflow as nf
 import oracles
 from noetherflow.detect.rules import RULES
+from noetherflow.noise.ops import convolution
 from zoo import Call, regression, sequential
 
 Built = tuple[nn.Module, Any, Any]
@@ -191,3 +192,132 @@ def test_dropout_is_measured_and_is_no_reason_to_fall_back(name: str) -> None:
     # The same four examples with other draws of dropout, which makes most of the noise.
     stack = oracles.stacked(model, loss, tuple(one.repeat(100, 1, 1) for one in batch))
     torch.testing.assert_close(noise.trace, oracles.statistics(model, stack, {}).trace, rtol=0.3, atol=0)
+
+
+# Transposed convolutions: rules of their own, and the function without a rule for the rest.
+
+TRANSPOSED: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
+    "one dimension": ((4, 5), lambda: nn.ConvTranspose1d(4, 2, 3, stride=2, padding=1, output_padding=1)),
+    "two dimensions": (
+        (4, 3, 5),
+        lambda: nn.ConvTranspose2d(4, 3, (3, 2), (2, 3), (1, 0), (1, 2), dilation=(1, 2)),
+    ),
+    "three dimensions": ((4, 2, 3, 2), lambda: nn.ConvTranspose3d(4, 2, 2, stride=2, bias=False)),
+    "in groups": ((4, 3, 3), lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, dilation=2)),
+    "to a single place": ((4, 1, 1), lambda: nn.ConvTranspose2d(4, 3, 2)),
+}
+# Left to what happens without a rule: the kernel fits into the output more often than the input has places, groups of
+# several images, padding that differs between both sides.
+WIDER: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
+    "wide output padding": ((4, 4), lambda: nn.ConvTranspose1d(4, 2, 3, padding=2, output_padding=2, dilation=3)),
+    "several images, in groups": ((2, 4, 4), lambda: Images(nn.ConvTranspose1d(4, 2, 3, groups=2))),
+    "several images, a convolution in groups": ((2, 4, 4), lambda: Images(nn.Conv1d(4, 2, 3, groups=2))),
+    "an even kernel, padded": ((4, 5), lambda: nn.Conv1d(4, 2, 4, padding="same")),
+}
+
+
+class Images(nn.Module):
+    """An example has several images."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.flatten(0, 1))
+
+
+class ByName(nn.Module):
+    """Arguments by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 3, 2)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rest = {"dilation": 1, "groups": 2, "output_padding": 1, "stride": 2}
+        return functional.conv_transpose1d(input=x, weight=self.weight, bias=self.bias, **rest)
+
+
+TRANSPOSED["by name"] = (4, 5), ByName
+TRANSPOSED["several images"] = (2, 4, 3, 3), lambda: Images(nn.ConvTranspose2d(4, 3, 2, stride=2, padding=1))
+
+
+def up(
+    case: tuple[tuple[int, ...], Callable[[], nn.Module]],
+) -> tuple[nn.Module, nf.Loss, Tensor, dict[str, nf.Symmetry]]:
+    torch.manual_seed(0)
+    shape, build = case
+    model, batch = build().double(), torch.randn(5, *shape, dtype=torch.float64)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        y = model(x)
+        return (y.tanh() + y.square().cos()).reshape(len(x), -1).square().mean(1)
+
+    symmetries: dict[str, nf.Symmetry] = {}
+    for name, parameter in model.named_parameters():
+        for dim in range(parameter.ndim):
+            symmetries[f"{name} {dim}"] = nf.DiagonalSymmetry(plus=nf.Axis(name, dim))
+            symmetries[f"{name} {dim} Gram"] = nf.MatrixSymmetry(plus=nf.Axis(name, dim))
+    return model, loss, batch, symmetries
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("variances", [True, False], ids=["variances", "sums"])
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_noise_of_a_transposed_convolution(
+    name: str, variances: bool, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A meter against a loop over examples; without the fallback, so that the rule is what is measured."""
+    monkeypatch.setenv("NOETHERFLOW_KERNELS", kernels)
+    monkeypatch.setattr("noetherflow.noise.ops.convolution.other", lambda *_: NotImplemented)
+    model, loss, batch, symmetries = up(TRANSPOSED[name])
+    meter = nf.NoiseMeter(model, symmetries, variances=variances)
+    with meter.step(batch):
+        loss(model, batch).mean().backward()
+    assert not meter.unmeasured
+    step = oracles.examples_of_step(model, loss, batch)
+    checks.noise_is(meter.noise, oracles.pooled(model, [step], symmetries))
+    for parameter, gradient in oracles.stacked(model, loss, batch).items():
+        torch.testing.assert_close(model.get_parameter(parameter).grad, gradient.mean(0), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # PyTorch's own, of a copy
+@pytest.mark.parametrize("name", WIDER)
+def test_what_the_rules_of_convolutions_leave(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss, batch, symmetries = up(WIDER[name])
+    meter = nf.NoiseMeter(model, symmetries)
+    with meter.step(batch):
+        loss(model, batch).mean().backward()
+    assert not meter.unmeasured
+    checks.noise_is(meter.noise, oracles.pooled(model, [oracles.examples_of_step(model, loss, batch)], symmetries))
+    # The twin: nothing else would measure it.
+    monkeypatch.setattr("noetherflow.noise.ops.convolution.other", lambda *_: NotImplemented)
+    with pytest.raises(nf.SettingsError, match="conv"), nf.NoiseMeter(model, symmetries).step(batch):
+        loss(model, batch).mean().backward()
+
+
+def test_a_function_without_a_rule_says_when_it_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Bilinear(3, 4, 2), (torch.randn(5, 3), torch.randn(5, 4))
+    monkeypatch.setattr("noetherflow.noise.ops.other._MOST", 5 * 26 - 1)
+    sentence = "bilinear: its 5 examples together would have gradients of more than"
+    with pytest.raises(nf.SettingsError, match=sentence), nf.NoiseMeter(model, {}).step(batch):
+        model(*batch).square().mean().backward()
+    monkeypatch.setattr("noetherflow.noise.ops.other._MOST", 5 * 26)
+    meter = nf.NoiseMeter(model, {})
+    with meter.step(batch):
+        model(*batch).square().mean().backward()
+    assert not meter.unmeasured
+
+
+def test_the_sides_of_a_transposed_convolution_are_not_those_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: the input taken for the image, where all shapes are the same."""
+    tapped = convolution._tapped
+    monkeypatch.setattr(convolution, "_tapped", lambda *args, **rest: tapped(*args, **{**rest, "transposed": False}))
+    model, loss, batch, symmetries = up(((4, 3, 3), lambda: nn.ConvTranspose2d(4, 4, 3, padding=1)))
+    meter = nf.NoiseMeter(model, symmetries)
+    with meter.step(batch):
+        loss(model, batch).mean().backward()
+    with pytest.raises(AssertionError):
+        checks.noise_is(meter.noise, oracles.pooled(model, [oracles.examples_of_step(model, loss, batch)], symmetries))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from noetherflow._per_example import own_randomness
 from noetherflow.noise.capture import autograd
-from noetherflow.noise.capture.calls import FunctionCall, as_function, is_in_place, leaves_of, unseen
+from noetherflow.noise.capture.calls import FunctionCall, as_function, is_in_place, leaves_of, name_of, unseen
 from noetherflow.noise.capture.layouts import Layout, Regular, Rows
 from noetherflow.noise.capture.mode import Capture
 from noetherflow.noise.capture.owned import per_example
@@ -36,6 +36,9 @@ def other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     call = _Meeting(capture, FunctionCall(func, args, kwargs, given), tracked, data, layouts)
     plan = capture.places.kept(call.call, [capture.is_tracked(leaf) for leaf in leaves], call.plan)
     if plan is None:
+        if not call.is_small:
+            cause = f"its {capture.size} examples together would have gradients of more than {_MOST:,} numbers"
+            capture.refuse(f"{name_of(func)}: {cause}", args, kwargs)
         return NotImplemented
     return call.by_example(plan) if isinstance(plan, Regular) else call.of_rows(plan)
 
@@ -63,6 +66,11 @@ class _Meeting:
     data: list[Tensor]
     layouts: list[Regular]
 
+    @property
+    def is_small(self) -> bool:
+        """Whether the gradients of all examples together are few enough numbers to be formed."""
+        return sum(known.tensor.numel() for known in self.tracked) * self.capture.size <= _MOST
+
     def plan(self) -> _Plan:
         """How the gradients of single examples can be had; the generators of random numbers stay as they are."""
         devices = list({leaf.device for leaf in self.data if leaf.is_cuda})
@@ -74,8 +82,7 @@ class _Meeting:
             if not isinstance(output, Tensor) or not all(map(torch.equal, before, after)):
                 return None
             place = self._place(output, {})
-            small = sum(known.tensor.numel() for known in self.tracked) * self.capture.size <= _MOST
-            if small and place is not None and self._is_separate(output, place):
+            if self.is_small and place is not None and self._is_separate(output, place):
                 return place
             lengths = {leaf.shape[at.dim]: at.inner for leaf, at in zip(self.data, self.layouts, strict=True)}
             choices = [
