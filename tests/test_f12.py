@@ -1,9 +1,7 @@
 """F12: what measures the sharpness and what trains, against slow and obvious ways; and what counts as right."""
 
-import ast
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 import noetherflow as nf
 from curvatures import hessian
 from noetherflow.paper import f12_forecast as f12
-from noetherflow.paper import results
 from noetherflow.paper.f12_digits import Digits, cnn, descend, loss, mlp
 from noetherflow.paper.f12_measured import Measured, half_time, jackknife, mean_of
 from noetherflow.paper.f12_networks import (
@@ -112,8 +109,6 @@ def test_the_settings_of_a_forecast_are_those_of_the_optimizer() -> None:
 def test_labels_are_drawn_as_often_as_expected() -> None:
     images, labels = DIGITS.sample(200_000, torch.Generator().manual_seed(0))
     counts = torch.zeros(40, 10, dtype=torch.float64)
-    which = (images[:, None] == DIGITS.images).all(2).double().argmax(1) if len(images) < 1000 else None
-    assert which is None
     drawn = torch.cat([part[:, None].eq(DIGITS.images).all(2).double().argmax(1) for part in images.split(5000)])
     counts.index_put_((drawn, labels), torch.ones(len(labels), dtype=torch.float64), accumulate=True)
     shares = counts / counts.sum(1, keepdim=True)
@@ -122,17 +117,18 @@ def test_labels_are_drawn_as_often_as_expected() -> None:
     assert torch.equal(every.sum(0), 4 * DIGITS.images.sum(0))
 
 
-def test_a_network_at_rest_has_no_gradient_left() -> None:
-    model = mlp(0)
-
-    def gradient() -> float:
-        squares = torch.stack([p.square().sum() for p in model.parameters()]).sum()
-        value = nn.functional.cross_entropy(model(DIGITS.images), DIGITS.expected()) + 0.02 / 2 * squares
-        return float(torch.stack([g.square().sum() for g in torch.autograd.grad(value, [*model.parameters()])]).sum())
-
-    before = gradient()
-    descend(model, DIGITS, 0.02, 300)
-    assert gradient() < 1e-4 * before
+def test_a_network_at_rest_is_at_a_minimum() -> None:
+    """Further descent finds no lower objective; the gradient of a ReLU network need not vanish at a kink."""
+    model, values = mlp(0), []
+    for steps in (0, 2000, 400):
+        if steps:
+            descend(model, DIGITS, 0.02, steps)
+        squares = torch.stack([p.detach().square().sum() for p in model.parameters()]).sum()
+        logits = model(DIGITS.images).detach()
+        values.append(float(nn.functional.cross_entropy(logits, DIGITS.expected()) + 0.02 / 2 * squares))
+    start, rest, further = values
+    assert start - rest > 0.5
+    assert 0 <= rest - further < 1e-3 * (start - rest)
 
 
 def test_the_steps_of_records() -> None:
@@ -218,19 +214,3 @@ def test_a_problem_holds_what_was_forecast_and_what_was_measured() -> None:
 def test_a_problem_that_does_not_exist_is_refused() -> None:
     with pytest.raises(nf.SettingsError, match="the problems are f3, f4"):
         f12.run(f12.Config(problems=("f5",)))
-
-
-def test_figures_say_which_figures_they_are_built_on() -> None:
-    """A result is stale when code changes that the figure imports."""
-    folder = Path(results.__file__).parent
-    built: dict[str, set[str]] = {}
-    for path in folder.glob("f[0-9]*_*.py"):
-        figure = path.name.partition("_")[0]
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("noetherflow.paper"):
-                names = [*(alias.name for alias in node.names), (node.module or "").rpartition(".")[2]]
-                others = {name.partition("_")[0] for name in names if (folder / f"{name}.py").exists()}
-                built.setdefault(figure, set()).update(o for o in others if o[1:].isdigit() and o != figure)
-    assert {figure: others for figure, others in built.items() if others} == {
-        figure: set(others) for figure, others in results.BUILT_ON.items()
-    }

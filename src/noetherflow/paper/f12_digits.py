@@ -103,7 +103,10 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def of_digits(config: Config, name: str) -> list[Measured]:
     """The network "mlp" or "cnn", trained on from where it still learns, and from rest."""
-    build, steps = {"mlp": (mlp, config.mlp_steps), "cnn": (cnn, config.cnn_steps)}[name]
+    build, rest, steps = {
+        "mlp": (mlp, config.mlp_rest, config.mlp_steps),
+        "cnn": (cnn, config.cnn_rest, config.cnn_steps),
+    }[name]
     digits, seed = Digits.first(config.images, config.flipped), 1000 * (config.seed + 1)
     task = Task(build, loss, digits.sample, digits.given, lambda model, _: trace_by_jacobians(model, digits.images))
     decay, size = config.digits_decay, config.digits_batch_size
@@ -112,7 +115,7 @@ def of_digits(config: Config, name: str) -> list[Measured]:
     (early,) = train(task, fresh, learner, config.digits_learn, torch.Generator().manual_seed(seed))
     resting = [task.network(early, replica) for replica in range(config.seeds)]
     for model in resting:
-        descend(model, digits, decay, config.digits_rest)
+        descend(model, digits, decay, rest)
     trainer = Trainer(torch.optim.SGD, config.digits_lr, decay, size)
     run = partial(compare, task=task, trainer=trainer, steps=steps, records=config.records, seed=seed)
     title = f"digits {name.upper()}"

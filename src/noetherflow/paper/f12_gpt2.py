@@ -27,7 +27,7 @@ WORDS = (
 # Characters of a window, and of the text from which windows are drawn.
 WINDOW, TEXT = 16, 200_000
 # Windows that a forecast sees, and those of a batch.
-_WINDOWS, _BATCH = 256, 64
+_WINDOWS, _BATCH = 128, 32
 
 
 def network(seed: int) -> nn.Module:
@@ -73,7 +73,7 @@ def of_gpt2(config: Config) -> list[Measured]:
 
     def trace(model: nn.Module, seed: int) -> float:
         batch = sample(_WINDOWS, torch.Generator().manual_seed(seed))
-        return trace_by_signs(model, loss, batch, config.vectors, seed)
+        return trace_by_signs(model, loss, batch, config.vectors // 2, seed)
 
     task = Task(network, loss, sample, given, trace)
     decay, size = config.gpt2_decay, config.gpt2_batch_size
@@ -87,5 +87,5 @@ def of_gpt2(config: Config) -> list[Measured]:
     fresh = task.starts(range(seed, seed + config.seeds))
     generator = torch.Generator().manual_seed(seed + 7)
     early, rest = train(task, fresh, learner, config.gpt2_rest, generator, record=[config.gpt2_learn], schedule=cooling)
-    run = partial(compare, task=task, trainer=trainer, steps=config.gpt2_steps, records=config.records // 2, seed=seed)
+    run = partial(compare, task=task, trainer=trainer, steps=config.gpt2_steps, records=config.records // 3, seed=seed)
     return [run("GPT-2, learning", start=early), run("GPT-2, at rest", start=rest)]

@@ -78,7 +78,8 @@ class Measured:
             steps=steps,
             curves=curves,
             ends=ends,
-            then=column(lambda f: f.trace.then.value / unit),
+            # Where the change is not told, the trace at the equilibrium is that of a function that learning changes.
+            then=column(lambda f: f.trace.then.value / unit if f.trace.ratio.known else math.nan),
             ratio=column(lambda f: f.trace.ratio.value),
             ratio_error=column(lambda f: f.trace.ratio.total),
             half=column(lambda f: f.half_steps.value),

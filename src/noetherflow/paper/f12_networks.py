@@ -10,7 +10,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from noetherflow._types import Batch, Loss
 from noetherflow.detect import find_symmetries
-from noetherflow.forecasting import forecast
+from noetherflow.forecasting import Forecast, forecast
 from noetherflow.optimizers import SGD, AdamW
 from noetherflow.paper.f12_measured import Measured
 from noetherflow.simulation.stream import Sampler
@@ -152,20 +152,32 @@ def compare(name: str, task: Task, start: Stack, trainer: Trainer, *, steps: int
     Returns:
         The forecasts and the measurements.
     """
+    forecasts = forecasts_of(task, start, trainer, seed)
+    at, curves = curves_of(task, start, trainer, recorded_steps(steps, records), steps, seed)
+    ends = curves[at >= 0.7 * steps].mean(0)
+    return Measured.of(name, at, curves, ends, forecasts, lr=trainer.lr)
+
+
+def forecasts_of(task: Task, start: Stack, trainer: Trainer, seed: int) -> list[Forecast]:
+    """The forecast of every replica, each from data of its own."""
     seeds = range(len(next(iter(start.values()))))
     given = {k: task.given(seed + k) for k in seeds}
     # Detected once, because the symmetries are those of the architecture.
     symmetries = find_symmetries(task.network(start, 0), task.loss, given[0][0])
-    forecasts = [
+    return [
         forecast(task.network(start, k), task.loss, given[k], trainer.settings, symmetries, progress=False)
         for k in seeds
     ]
-    at = recorded_steps(steps, records)
-    stacks = train(task, start, trainer, steps, torch.Generator().manual_seed(seed + 1), record=at)
+
+
+def curves_of(
+    task: Task, start: Stack, trainer: Trainer, record: Sequence[int], steps: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The recorded steps with the last, shape (T,), and Tr H of every replica there, shape (T, R)."""
+    stacks = train(task, start, trainer, steps, torch.Generator().manual_seed(seed + 1), record=record)
+    seeds = range(len(next(iter(start.values()))))
     rows = [[task.trace(task.network(stack, k), seed + k) for k in seeds] for stack in stacks]
-    curves = torch.tensor(rows, dtype=torch.float64)
-    ends = curves[torch.tensor([*at, steps]) >= 0.7 * steps].mean(0)
-    return Measured.of(name, torch.tensor([*at, steps]), curves, ends, forecasts, lr=trainer.lr)
+    return torch.tensor([*record, steps]), torch.tensor(rows, dtype=torch.float64)
 
 
 def recorded_steps(steps: int, records: int) -> list[int]:
