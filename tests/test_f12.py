@@ -1,7 +1,11 @@
 """F12: what measures the sharpness and what trains, against slow and obvious ways; and what counts as right."""
 
+import copy
+import json
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,9 +28,68 @@ from noetherflow.paper.f12_networks import (
     train,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import forecast_holds as study
+import study as page_of_study
+
+RESULTS: dict[str, Any] = json.loads(study.OUT.read_text("utf-8"))
+SAID = {row["problem"]: row for row in RESULTS["problems"]}
 DIGITS = Digits.first(40, 0.2)
 SGD = Trainer(torch.optim.SGD, 0.05, 1e-2, 3)
 ADAMW = Trainer(torch.optim.AdamW, 0.01, 0.1, 3)
+
+
+def test_the_tables_of_the_page_are_those_of_the_measurements() -> None:
+    shown = page_of_study.shown(study.PAGE)
+    assert shown == study.table(RESULTS)
+    changed = copy.deepcopy(RESULTS)
+    changed["problems"][0]["change measured"][0] *= 1.1
+    assert shown != study.table(changed)
+
+
+GENTLE = ["F3, phi = 0.2", "F3, phi = 1", "F3, phi = 5", "F4, x = 0.9"]
+FINISHED, UNFINISHED = "F4 from Kaiming, finished GD", "F4 from Kaiming, unfinished GD"
+
+
+def ratio(name: str, what: str) -> float:
+    """What is predicted over what is measured."""
+    return float(SAID[name][f"{what} predicted"][0] / SAID[name][f"{what} measured"][0])
+
+
+def test_the_sentences_on_small_steps_at_a_minimum_hold() -> None:
+    assert max(SAID[name]["share"] for name in GENTLE) == pytest.approx(0.11, abs=0.005)
+    assert all(abs(ratio(name, "end") - 1) < 0.04 for name in GENTLE)
+    assert [SAID[name]["right"] for name in GENTLE] == [SAID[name]["told"] for name in GENTLE] == [8, 7, 8, 8]
+    assert all(abs(ratio(name, "half") - 1) < 0.11 for name in GENTLE[1:])
+    assert ratio(GENTLE[0], "half") == pytest.approx(0.71, abs=0.005)
+    curve = [value * SAID[GENTLE[0]]["start"][0] for _, value in SAID[GENTLE[0]]["curve"]]
+    assert (min(curve), curve[-1]) == (pytest.approx(32.8, abs=0.1), pytest.approx(36.6, abs=0.05))
+
+
+def test_the_sentences_on_large_steps_and_unfinished_learning_hold() -> None:
+    assert SAID[FINISHED]["share"] == pytest.approx(0.61, abs=0.005)
+    assert round(SAID[FINISHED]["half measured"][0]) == 17_176
+    assert ratio(FINISHED, "half") == pytest.approx(1.9, abs=0.05)
+    assert 1 / ratio(FINISHED, "end") == pytest.approx(1.04, abs=0.005)
+    assert ratio(UNFINISHED, "end") == pytest.approx(0.41, abs=0.005)
+    assert all(SAID[name]["right"] == SAID[name]["told"] == 8 for name in (FINISHED, UNFINISHED))
+
+
+def test_the_sentences_on_the_mlp_hold() -> None:
+    learning, rest = SAID["digits MLP, learning"], SAID["digits MLP, at rest"]
+    assert (learning["told"], rest["told"], rest["right"]) == (0, 7, 7)
+    assert max(value for _, value in learning["curve"]) == pytest.approx(1.4, abs=0.05)
+    assert learning["change measured"][0] == pytest.approx(1.1, abs=0.05)
+    assert rest["change predicted"][0] == pytest.approx(0.896, abs=5e-4)
+    assert rest["change measured"][0] == pytest.approx(0.872, abs=5e-4)
+    assert 1 < ratio("digits MLP, at rest", "end") < 1.03
+    assert 0.81 <= ratio("digits MLP, at rest", "half") < 1
+
+
+def test_the_claims_of_the_full_size_are_stored_with_their_verdicts() -> None:
+    failed = [claim["text"] for claim in RESULTS["claims"] if not claim["holds"]]
+    assert failed == ["F3, phi = 0.2: steps to half of the change"]
 
 
 def small(seed: int = 0) -> nn.Sequential:
@@ -181,6 +244,9 @@ def test_a_sign_counts_only_where_the_forecast_tells_and_is_sure() -> None:
     assert measured.wrong == 1
     said = measured.summary()
     assert (said["right"], said["sure"], said["told"], said["why"]) == (2, 3, 4, ["learning"])
+    # Starts are 1, 2, 3, 4 and 5; the fourth is not told.
+    assert said["start"][0] == pytest.approx(11 / 4)
+    assert planted("digits", [math.nan] * 3, 0.6).summary()["start"][0] == pytest.approx(2.0)
     sign = f12.claims(f12.Config(), [measured])[-1]
     assert (sign.measured, sign.holds, sign.text) == (1.0, False, "digits: wrong signs of 3 sure, 4 told, 5 seeds")
 

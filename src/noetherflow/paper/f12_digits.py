@@ -24,8 +24,8 @@ require("paper", "sklearn", purpose="figure F12")
 from sklearn.datasets import load_digits  # noqa: E402
 
 CLASSES = 10
-# Draws of every image that a forecast sees, and examples of a batch.
-_DRAWS, _BATCH = 4, 300
+# Draws of every image that a forecast sees, and batches.
+_DRAWS, _BATCHES = 4, 8
 # Gradients of L-BFGS that are kept.
 _HISTORY = 50
 
@@ -54,7 +54,7 @@ class Digits:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(_DRAWS * len(self.images), generator=generator) % len(self.images)
         images, labels = self._labelled(order, generator)
-        return list(zip(images.split(_BATCH), labels.split(_BATCH), strict=True))
+        return list(zip(images.chunk(_BATCHES), labels.chunk(_BATCHES), strict=True))
 
     def expected(self) -> Tensor:
         """The probability of every label, shape (N, classes)."""

@@ -73,8 +73,8 @@ def claims(config: Config, outcome: list[Measured]) -> list[Claim]:
 
 def _end_claim(measured: Measured) -> Claim:
     """The sharpness at the end, within 10 %."""
-    predicted, got = mean_of(measured.then), mean_of(measured.ends)
-    start = mean_of(measured.curves[0]).value
+    predicted, got = mean_of(measured.then), mean_of(measured.ends[measured.compared])
+    start = mean_of(measured.curves[0, measured.compared]).value
     still = {"no change": start} if abs(start / predicted.value - 1) > _END else {}
     return Claim(
         f"{measured.name}: Tr H at the end",
@@ -103,7 +103,7 @@ def _half_claim(measured: Measured) -> Claim:
 
 def _change_claims(measured: Measured) -> list[Claim]:
     """The mean change of Tr H: on the side of 1 where the prediction is, if that is more than two errors from 1."""
-    predicted, got = mean_of(measured.ratio), mean_of(measured.change)
+    predicted, got = mean_of(measured.ratio), mean_of(measured.change[measured.compared])
     stated = mean_of(measured.ratio_error).value
     if not abs(predicted.value - 1) > 2 * stated:
         return []
@@ -155,7 +155,7 @@ def plot(config: Config, outcome: list[Measured]) -> Figure:
 def _beside(axes: Axes, outcome: list[Measured], what: str) -> None:
     """For every problem the measured number, and the predicted number where it is told."""
     if what == "change":
-        pairs = [(mean_of(measured.ratio), mean_of(measured.change)) for measured in outcome]
+        pairs = [(mean_of(measured.ratio), mean_of(measured.change[measured.compared])) for measured in outcome]
     else:
         pairs = [(mean_of(measured.half), measured.half_measured) for measured in outcome]
     (predicted, predicted_errors), (got, errors) = (zip(*numbers, strict=True) for numbers in zip(*pairs, strict=True))

@@ -26,8 +26,8 @@ WORDS = (
 )
 # Characters of a window, and of the text from which windows are drawn.
 WINDOW, TEXT = 16, 200_000
-# Windows that a forecast sees, and those of a batch.
-_WINDOWS, _BATCH = 128, 32
+# Windows that a forecast sees, and batches.
+_WINDOWS, _BATCHES = 128, 8
 
 
 def network(seed: int) -> nn.Module:
@@ -69,7 +69,7 @@ def of_gpt2(config: Config) -> list[Measured]:
         return (windows[torch.randint(len(windows), (count,), generator=generator)],)
 
     def given(seed: int) -> list[Batch]:
-        return list(zip(sample(_WINDOWS, torch.Generator().manual_seed(seed))[0].split(_BATCH), strict=True))
+        return list(zip(sample(_WINDOWS, torch.Generator().manual_seed(seed))[0].chunk(_BATCHES), strict=True))
 
     def trace(model: nn.Module, seed: int) -> float:
         batch = sample(_WINDOWS, torch.Generator().manual_seed(seed))

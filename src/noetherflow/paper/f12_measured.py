@@ -93,6 +93,11 @@ class Measured:
         return ~self.ratio.isnan()
 
     @property
+    def compared(self) -> Tensor:
+        """The seeds that measurements are averaged over: those that are told, or all if none is; shape (seeds,)."""
+        return self.told if bool(self.told.any()) else torch.ones_like(self.told)
+
+    @property
     def sure(self) -> Tensor:
         """Whether the predicted change is told and more than two of its errors from 1, shape (seeds,)."""
         return self.told & ((self.ratio - 1).abs() > 2 * self.ratio_error)
@@ -118,7 +123,7 @@ class Measured:
         return Mean(half([*range(count)]), jackknife(half, count))
 
     def summary(self) -> dict[str, Any]:
-        """Means over seeds with errors, in plain JSON types; of predictions over the seeds that are told."""
+        """Means over the compared seeds with errors, in plain JSON types; the time to half is of all seeds."""
         sure = int(self.sure.sum())
         return {
             "problem": self.name,
@@ -129,10 +134,10 @@ class Measured:
             "right": sure - self.wrong,
             "change predicted": mean_of(self.ratio),
             "change error": mean_of(self.ratio_error).value,
-            "change measured": mean_of(self.change),
-            "start": mean_of(self.curves[0]),
+            "change measured": mean_of(self.change[self.compared]),
+            "start": mean_of(self.curves[0, self.compared]),
             "end predicted": mean_of(self.then),
-            "end measured": mean_of(self.ends),
+            "end measured": mean_of(self.ends[self.compared]),
             "half predicted": mean_of(self.half),
             "half measured": self.half_measured,
             "share": self.share,

@@ -38,11 +38,11 @@ class Config:
     cnn_steps: int = 12_000
     gpt2_learn_lr: float = 3e-3
     gpt2_learn: int = 300
-    gpt2_rest: int = 2_000
+    gpt2_rest: int = 1_500
     gpt2_lr: float = 3e-3
     gpt2_batch_size: int = 16
     gpt2_decay: float = 0.1
-    gpt2_steps: int = 4_000
+    gpt2_steps: int = 3_000
     records: int = 40
     vectors: int = 16
     seed: int = 0
