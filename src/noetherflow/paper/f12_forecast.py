@@ -18,6 +18,7 @@ Source: this project.
 """
 
 import importlib
+import math
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -34,6 +35,7 @@ __all__ = ["TITLE", "Config", "claims", "plot", "run"]
 TITLE = "A forecast of the sharpness, tested by training"
 # Largest relative error of the sharpness at the end and of the time to half, where the forecast starts at a minimum.
 _END, _HALF = 0.10, 0.25
+_LINES = ("-", ":", "-.", (0, (1, 3)), (0, (5, 3)), (0, (8, 2, 1, 2)))
 
 
 def run(config: Config) -> list[Measured]:
@@ -135,7 +137,7 @@ def _sign_claim(measured: Measured) -> Claim:
 
 def plot(config: Config, outcome: list[Measured]) -> Figure:
     """Draw the predicted and the measured change, the times to half, and the curves."""
-    figure = style.panels(3)
+    figure = style.panels(3, height=4.8)
     change, half, curves = figure.subplots(1, 3)
     _beside(change, outcome, "change")
     change.axhline(1, color="0.6", linewidth=0.8)
@@ -143,12 +145,15 @@ def plot(config: Config, outcome: list[Measured]) -> Figure:
     _beside(half, outcome, "half")
     half.set(yscale="log", ylabel="steps to half of the change", title="when")
     for number, measured in enumerate(outcome):
-        look = style.MEASURED if number % 2 == 0 else style.CONTRAST
+        look = (style.MEASURED if number % 2 == 0 else style.CONTRAST) | {
+            "linestyle": _LINES[number // 2 % len(_LINES)]
+        }
         mean = (measured.curves / measured.curves[0]).mean(1)
-        curves.plot(measured.steps / measured.steps[-1], mean, **look | {"alpha": 0.4 + 0.6 * number / len(outcome)})
+        curves.plot(measured.steps / measured.steps[-1], mean, **look, label=measured.name)
         if bool(measured.told.any()):
             curves.plot([0.97, 1.0], [mean_of(measured.ratio).value] * 2, **style.PREDICTED)
     curves.set(yscale="log", xlabel="share of the training", ylabel="Tr H over Tr H at the start", title="on the way")
+    curves.legend(fontsize=6)
     return figure
 
 
@@ -158,10 +163,17 @@ def _beside(axes: Axes, outcome: list[Measured], what: str) -> None:
         pairs = [(mean_of(measured.ratio), mean_of(measured.change[measured.compared])) for measured in outcome]
     else:
         pairs = [(mean_of(measured.half), measured.half_measured) for measured in outcome]
-    (predicted, predicted_errors), (got, errors) = (zip(*numbers, strict=True) for numbers in zip(*pairs, strict=True))
+    looks = (
+        {"color": "black", "marker": "x", "label": "predicted"},
+        {**style.MEASURED, "marker": "o", "label": "measured"},
+    )
     numbers = range(len(outcome))
-    points: dict[str, Any] = {"linestyle": "none", "markersize": 5}
-    axes.errorbar(numbers, got, errors, **style.MEASURED | points, marker="o", label="measured")
-    axes.errorbar(numbers, predicted, predicted_errors, color="black", **points, marker="x", label="predicted")
+    for look, means in zip(looks, zip(*pairs, strict=True), strict=True):
+        known = [(number, *mean) for number, mean in enumerate(means) if not math.isnan(mean.value)]
+        x, y, errors = zip(*known, strict=True) if known else ((), (), ())
+        # A single seed has no error.
+        bars = [0.0 if math.isnan(error) else error for error in errors]
+        settings: dict[str, Any] = {**look, "linestyle": "none", "markersize": 5}
+        axes.errorbar(x, y, bars, **settings)
     axes.set_xticks([*numbers], [measured.name for measured in outcome], fontsize=7, rotation=90)
     axes.legend(fontsize=7)
