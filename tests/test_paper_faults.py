@@ -66,6 +66,13 @@ def f10_still(result: Any) -> Any:
     return result._replace(pairs=[rest._replace(x=rest.x[:1].expand(rest.x.shape)) for rest in result.pairs])
 
 
+def f12_still(result: Any) -> Any:
+    return [
+        replace(measured, curves=measured.curves[:1].expand(measured.curves.shape), ends=measured.curves[0])
+        for measured in result
+    ]
+
+
 STILL: dict[str, Callable[[Any], Any]] = {
     "f1": f1_still,
     "f2": lambda result: result._replace(cooled=result.gd),
@@ -77,6 +84,7 @@ STILL: dict[str, Callable[[Any], Any]] = {
     "f8": f8_still,
     "f9": f9_still,
     "f10": f10_still,
+    "f12": f12_still,
 }
 
 

@@ -234,7 +234,13 @@ def test_the_code_version_excludes_other_figures_and_display_files(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("file", "stale"), [("f2_problem.py", {"f2"}), ("claim.py", set(experiment.FIGURES)), ("page.py", set())]
+    ("file", "stale"),
+    [
+        ("f2_problem.py", {"f2"}),
+        ("f3_theory.py", {"f3", "f12"}),
+        ("claim.py", set(experiment.FIGURES)),
+        ("page.py", set()),
+    ],
 )
 def test_a_change_of_a_file_makes_the_results_stale_that_depend_on_it(
     file: str, stale: set[str], monkeypatch: pytest.MonkeyPatch
@@ -250,8 +256,8 @@ def test_a_change_of_a_file_makes_the_results_stale_that_depend_on_it(
     assert {name for name in before if before[name] != after[name]} == stale
 
 
-def test_no_figure_imports_another_figure() -> None:
-    """The code version of a figure f2 covers the files f2_* alone among the files of figures."""
+def test_a_figure_imports_only_figures_that_it_is_built_on() -> None:
+    """The code version of a figure f2 covers, among the files of figures, the files f2_* and those it is built on."""
     files = sorted(PAPER.glob("f[0-9]*_*.py"))
     assert {f"{module}.py" for module in experiment.FIGURES.values()} <= {path.name for path in files}
     for path in files:
@@ -259,7 +265,8 @@ def test_no_figure_imports_another_figure() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
             source = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
             figure = path.name.split("_")[0]
-            for other in (file for file in files if not file.name.startswith(f"{figure}_")):
+            related = tuple(f"{name}_" for name in (figure, *results.BUILT_ON.get(figure, ())))
+            for other in (file for file in files if not file.name.startswith(related)):
                 assert other.stem not in [*names, *names_in(source, *names)], f"{path.name} imports {other.name}"
 
 

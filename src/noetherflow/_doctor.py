@@ -24,10 +24,12 @@ EXTRAS = {
     "cpu": ("numba",),
     "cli": ("typer", "rich"),
     "report": ("matplotlib", "plotly"),
-    "paper": ("typer", "rich", "matplotlib", "plotly", "pyarrow"),
+    "paper": ("typer", "rich", "matplotlib", "plotly", "pyarrow", "scikit-learn", "transformers"),
     "lightning": ("lightning",),
     "transformers": ("transformers", "accelerate"),
 }
+# Packages whose modules have another name.
+_IMPORTED_AS = {"scikit-learn": "sklearn"}
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -107,11 +109,15 @@ def examine() -> Installation:
     versions |= {name: version_of(name) for name in CORE}
     devices = tuple(examine_device(device, text) for device, text in _devices())
     extras = tuple(
-        Extra(name, {package: (version_of(package) or "installed") if has(package) else None for package in packages})
-        for name, packages in EXTRAS.items()
+        Extra(name, {package: _version_of_extra(package) for package in packages}) for name, packages in EXTRAS.items()
     )
     problems = (*problems_of(versions), *(f"{device.name}: {device.problem}" for device in devices if device.problem))
     return Installation(versions, devices, extras, _threads(), problems)
+
+
+def _version_of_extra(package: str) -> str | None:
+    """The version of a package, "installed" if it states none, None if it cannot be imported."""
+    return (version_of(package) or "installed") if has(_IMPORTED_AS.get(package, package)) else None
 
 
 def problems_of(versions: dict[str, str | None]) -> list[str]:

@@ -99,10 +99,10 @@ def _learnt(learning: Learning) -> str:
     said = f"{learning}"[0].upper() + f"{learning}"[1:]
     if not learning.trace.known:
         return said
-    if not learning.falls:
-        return f"{said}: the loss does not fall by more than two errors"
-    return f"{said}: the loss still falls" + (
-        ", so that this assumption does not hold" if learning.dominates else ", and adds to the forecast"
+    if not learning.learns:
+        return f"{said}: neither the fall of the loss nor that change is known to be beyond two errors"
+    return f"{said}: the model still learns" + (
+        ", so that this assumption does not hold" if learning.dominates else ", and that comes on top of the forecast"
     )
 
 

@@ -58,9 +58,9 @@ def forecast(
     model is never changed.
 
     That holds for a function that stays as it is. Gradient descent without noise, on these batches and for the half
-    time of the forecast, shows what learning alone would make of Tr H. Where the loss falls by more than two errors,
-    and learning, two errors included, may change Tr H by as much as the motion along the orbit, the change and the half
-    time cannot be told.
+    time of the forecast, shows what learning alone would make of Tr H. Where the fall of the loss or that change is
+    beyond two errors, and learning, two errors included, may change Tr H by as much as the motion along the orbit, the
+    change and the half time cannot be told.
 
     Args:
         model: The model, in the mode in which it trains.

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from noetherflow.optimizers import SGD, AdamW, Optimizer
 from noetherflow.symmetry import Symmetry
 
 # Groups of batches that are left out in turn, at most.
-_GROUPS = 4
+_GROUPS = 8
 # Random vectors for Tr H where the trace is not exact.
 _VECTORS = 8
 # The largest curvature on the way is taken as this multiple of that at the start, and doubled if the loss rises.
@@ -92,7 +93,8 @@ class Learner:
         value, error = float(seen.traces.mean()), 0.0 if self.exact else spread_of(seen.traces)
         result = Learning(steps, slope, seen.loss, Estimate(value, error), orbit)
         # Further runs cost as much as the first, and only near a verdict they decide.
-        if len(everything) == 1 or not result.falls or abs(value) >= abs(orbit):
+        far = abs(value) >= abs(orbit) if result.falls else abs(value) < abs(orbit) / 2
+        if len(everything) == 1 or far:
             return result
         groups = [everything[first::_GROUPS] for first in range(min(_GROUPS, len(everything)))]
         without = []
@@ -101,8 +103,8 @@ class Learner:
             if part is None:
                 return no_learning("gradient descent without noise is not stable on a part of the batches")
             without.append(float(part.traces.mean()))
-        sampling = jackknife(value, without, [float(given.weights[group].sum()) for group in groups])
-        return result._replace(trace=Estimate(value, error, sampling))
+        unbiased, sampling = jackknife(value, without, [float(given.weights[group].sum()) for group in groups])
+        return result._replace(trace=Estimate(value if result.falls else unbiased, error, sampling))
 
     def _slope(self) -> Estimate:
         r"""The change of the loss per step, $-\mathrm{lr}\,|\nabla L|^2_m$, from products of different batches.
@@ -213,8 +215,8 @@ class Learner:
         return value, total
 
 
-def jackknife(value: float, without: Sequence[float], shares: Sequence[float]) -> float:
-    """The error of a statistic, from leaving out a group of the data at a time.
+def jackknife(value: float, without: Sequence[float], shares: Sequence[float]) -> tuple[float, float]:
+    """A statistic without its bias to first order, and its error, from leaving out a group of the data at a time.
 
     Args:
         value: The statistic of all data.
@@ -222,14 +224,15 @@ def jackknife(value: float, without: Sequence[float], shares: Sequence[float]) -
         shares: The share of each group in the data.
 
     Returns:
-        The standard error.
+        The statistic, and an error of which two make an interval of 95 %, however few the groups are.
 
     Source: Busing, Meijer and van der Leeden (1999), for groups of different sizes.
     """
     pseudo = [(value - (1 - share) * part) / share for share, part in zip(shares, without, strict=True)]
     mean = sum(share * part for share, part in zip(shares, pseudo, strict=True))
     terms = [(part - mean) ** 2 * share / (1 - share) for share, part in zip(shares, pseudo, strict=True)]
-    return math.sqrt(sum(terms) / len(terms))
+    wider = float(scipy.stats.t.ppf(0.975, len(pseudo) - 1)) / 2
+    return mean, wider * math.sqrt(sum(terms) / len(terms))
 
 
 def _decay_of(settings: Optimizer, name: str) -> float:

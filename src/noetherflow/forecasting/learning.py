@@ -18,7 +18,8 @@ class Learning(NamedTuple):
         loss: The change of the mean loss of the batches in the time, by gradient descent without noise, weight decay
             across the orbit included.
         trace: The change of Tr H in the time, by gradient descent without noise. `sampling` is NaN where the verdict
-            does not depend on this error.
+            does not depend on this error; with it, the bias that a sample of the data has is taken out, unless the loss
+            of the batches falls.
         orbit: The change of Tr H in the time by the motion along the orbit, which is forecast.
     """
 
@@ -34,9 +35,15 @@ class Learning(NamedTuple):
         return self.slope.known and -self.slope.value > 2 * _known(self.slope.total)
 
     @property
+    def learns(self) -> bool:
+        """Whether the loss falls, or the change of Tr H is beyond two errors, which shows slow directions too."""
+        known = not math.isnan(self.trace.sampling)
+        return self.falls or (known and abs(self.trace.value) > 2 * self.trace.total)
+
+    @property
     def dominates(self) -> bool:
-        """Whether the loss falls, and Tr H may change by learning as much as along the orbit, within two errors."""
-        return self.falls and not abs(self.trace.value) + 2 * _known(self.trace.total) < abs(self.orbit)
+        """Whether the model learns, and Tr H may change by that as much as along the orbit, within two errors."""
+        return self.learns and not abs(self.trace.value) + 2 * _known(self.trace.total) < abs(self.orbit)
 
     def __str__(self) -> str:
         if not self.trace.known:

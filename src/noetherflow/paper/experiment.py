@@ -24,6 +24,7 @@ FIGURES = {
     "f8": "f8_deep_linear",
     "f9": "f9_gauge_drag",
     "f10": "f10_adamw",
+    "f12": "f12_forecast",
 }
 
 

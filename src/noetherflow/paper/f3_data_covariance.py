@@ -55,12 +55,12 @@ class Outcome(NamedTuple):
 def run(config: Config) -> Outcome:
     """Simulate SGD and gradient descent for all variances, with and without weight decay, in one batch of replicas."""
     generator = torch.Generator().manual_seed(config.seed)
-    start = {decay: _start(config, decay, generator) for decay in (0.0, config.weight_decay)}
-    descent = {decay: _start(config, decay, generator) for decay in (0.0, config.descent_weight_decay)}
+    start = {decay: small_start(config, decay, generator) for decay in (0.0, config.weight_decay)}
+    descent = {decay: small_start(config, decay, generator) for decay in (0.0, config.descent_weight_decay)}
     noisy = {name: torch.cat([part[name] for part in start.values()]) for name in start[0.0]}
     quiet = {name: torch.cat([part[name] for part in descent.values()]) for name in descent[0.0]}
     model = LinearPair(config.width, config.hidden, config.width)
-    observables: dict[str, Callable[[Params], Tensor]] = {"ratio": _ratio, "sharpness": _sharpness}
+    observables: dict[str, Callable[[Params], Tensor]] = {"ratio": _ratio, "sharpness": sharpness_of}
     common: dict[str, Any] = {"model": model, "loss": linear_pair.loss, "observables": observables}
     full = {"data": linear_pair.population(config.width, config.width)} | common
     sgd = simulate(
@@ -195,7 +195,7 @@ def _sharpness_change(outcome: Outcome) -> Tensor:
     return outcome.sgd_sharpness.mean(-1) / outcome.gd_sharpness.mean(-1)
 
 
-def _start(config: Config, weight_decay: float, generator: torch.Generator) -> dict[str, Tensor]:
+def small_start(config: Config, weight_decay: float, generator: torch.Generator) -> dict[str, Tensor]:
     """Draw small random weights for every data distribution, in the order (label noise, phi, replica)."""
 
     def small(rows: int, columns: int) -> Tensor:
@@ -219,7 +219,7 @@ def _ratio(params: Params) -> Tensor:
     return params["u"].square().sum() / params["w"].square().sum()
 
 
-def _sharpness(params: Params) -> Tensor:
+def sharpness_of(params: Params) -> Tensor:
     """Tr H of the mean loss, shape ()."""
     return two_layer_sharpness(linear_pair.weights_of(params), params["input_scale"].square().diag())
 

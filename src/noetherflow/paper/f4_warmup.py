@@ -87,7 +87,7 @@ class Outcome(NamedTuple):
 def run(config: Config) -> Outcome:
     """Simulate SGD with and without warmup, SGD from Xavier, gradient descent, and SGD after a warmup without noise."""
     generator = torch.Generator().manual_seed(config.seed)
-    kaiming, xavier = (_starts(config, scale, generator) for scale in (_kaiming, _xavier))
+    kaiming, xavier = (starts_of(config, scale, generator) for scale in (kaiming_scale, xavier_scale))
     covariance = config.world().input_cov
     common: dict[str, Any] = {
         "model": LinearPair(config.inputs, 1, config.outputs),
@@ -184,7 +184,7 @@ def plot(config: Config, outcome: Outcome) -> Figure:
     return figure
 
 
-def _starts(config: Config, scale: Callable[[int, int], float], generator: torch.Generator) -> dict[str, Tensor]:
+def starts_of(config: Config, scale: Callable[[int, int], float], generator: torch.Generator) -> dict[str, Tensor]:
     """Draw the replicas of an initialisation; `scale` is the standard deviation for (rows, columns)."""
     world = config.world()
 
@@ -196,12 +196,12 @@ def _starts(config: Config, scale: Callable[[int, int], float], generator: torch
     )
 
 
-def _kaiming(rows: int, columns: int) -> float:
+def kaiming_scale(rows: int, columns: int) -> float:
     """Standard deviation of Kaiming initialisation, sqrt(2 / fan_in)."""
     return (2 / columns) ** 0.5
 
 
-def _xavier(rows: int, columns: int) -> float:
+def xavier_scale(rows: int, columns: int) -> float:
     """Standard deviation of Xavier initialisation, sqrt(2 / (fan_in + fan_out))."""
     return (2 / (rows + columns)) ** 0.5
 

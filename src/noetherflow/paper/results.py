@@ -34,6 +34,8 @@ DISPLAY_FILES = {
     "report/rows.py",
     "report/words.py",
 }
+# Figures whose files a figure imports.
+BUILT_ON = {"f12": ("f3", "f4")}
 PICTURES = (".png", ".svg")
 
 
@@ -72,8 +74,8 @@ class Result:
 def code_version(name: str) -> str:
     """Hash the code on which the numbers of a figure depend, and the version of torch.
 
-    A figure f2 owns the files `paper/f2_*.py`. The files of all remaining figures are left out: a change of f3 does not
-    make the result of f2 stale.
+    A figure f2 owns the files `paper/f2_*.py`. The files of all figures that it is not built on are left out: a change
+    of f3 does not make the result of f2 stale.
 
     Args:
         name: Name of the figure.
@@ -83,7 +85,8 @@ def code_version(name: str) -> str:
     """
     root = Path(__file__).parents[1]
     figure_files = {path.name for path in (root / "paper").glob("f[0-9]*_*.py")}
-    unrelated = {f"paper/{file}" for file in figure_files if not file.startswith(f"{name}_")}
+    related = tuple(f"{figure}_" for figure in (name, *BUILT_ON.get(name, ())))
+    unrelated = {f"paper/{file}" for file in figure_files if not file.startswith(related)}
     return _fingerprint.of_code(root, frozenset(DISPLAY_FILES | unrelated))
 
 

@@ -1,1 +1,0 @@
-"""The problems on which a forecast is compared with training."""
