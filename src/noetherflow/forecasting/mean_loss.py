@@ -87,9 +87,7 @@ class MeanLoss:
         self.evaluations += 1
         return sum(float(self._losses(params, k).double().sum()) for k in range(len(self.batches))) / self.examples
 
-    def gradients(
-        self, params: Params, numbers: Sequence[int] | None = None
-    ) -> list[tuple[float, dict[str, Tensor]]]:
+    def gradients(self, params: Params, numbers: Sequence[int] | None = None) -> list[tuple[float, dict[str, Tensor]]]:
         """Of every batch, or of the batches of given numbers, the mean loss and its gradient."""
         result = []
         for k in range(len(self.batches)) if numbers is None else numbers:
