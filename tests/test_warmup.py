@@ -1,6 +1,5 @@
 """Whether a warmup is needed, and the schedule: motion at a part of the learning rate against integration in steps."""
 
-import copy
 import math
 
 import pytest
@@ -51,9 +50,7 @@ def test_a_walk_ends_at_the_point_of_rest() -> None:
     assert walk is None
     other = nf.solve_equilibrium(noise, nf.SGD(0.1 * LR, SIZE, DECAY), model).coordinates["pair"]
     assert float(motion.coordinates(left)["pair"]) == pytest.approx(float(other), abs=0.03)
-    assert float(motion.coordinates(left)["pair"]) != pytest.approx(
-        float(equilibrium.coordinates["pair"]), abs=0.03
-    )
+    assert float(motion.coordinates(left)["pair"]) != pytest.approx(float(equilibrium.coordinates["pair"]), abs=0.03)
 
 
 LIMIT, NOISE = 0.4, 0.2
@@ -66,7 +63,9 @@ def scale_invariant(lr: float, weight_decay: float, square: float) -> tuple[Way,
     """
     goal = (lr * NOISE / (2 * weight_decay)) ** 0.5
     end = torch.tensor([math.log(goal / square) / 2], dtype=torch.float64)
-    path = Path({"w": end}, {}, {"w": torch.tensor([1 / (4 * lr * weight_decay)]).double()}, {"w": -torch.ones(1).double()}, 2)
+    path = Path(
+        {"w": end}, {}, {"w": torch.tensor([1 / (4 * lr * weight_decay)]).double()}, {"w": -torch.ones(1).double()}, 2
+    )
 
     def stable(coordinates: dict[str, torch.Tensor]) -> Estimate:
         return Estimate(LIMIT * square * math.exp(2 * float(coordinates["w"])), 0.0)
@@ -84,7 +83,7 @@ def largest_share(schedule: Warmup, lr: float, weight_decay: float, square: floa
     return share
 
 
-@pytest.mark.parametrize(("lr", "weight_decay"), [(0.1, 1e-4), (0.1, 2e-2), (1.0, 1e-4)])
+@pytest.mark.parametrize(("lr", "weight_decay"), [(0.1, 1e-4), (0.1, 1e-3), (1.0, 1e-4)])
 def test_a_scale_invariant_weight_grows_as_the_schedule_says(lr: float, weight_decay: float) -> None:
     square = 0.01
     way, then = scale_invariant(lr, weight_decay, square)
@@ -93,9 +92,9 @@ def test_a_scale_invariant_weight_grows_as_the_schedule_says(lr: float, weight_d
     assert (warmup.lr_at(0), warmup.lr_at(warmup.steps)) == (pytest.approx(SAFE * LIMIT * square), lr)
     assert warmup.lr_at(2 * warmup.steps) == lr
     assert largest_share(warmup, lr, weight_decay, square) < max(1.25 * SAFE, 1.15 * lr / then)
-    # Twin: half of the time does not suffice.
-    fast = warmup._replace(schedule=tuple((step // 2, rate) for step, rate in warmup.schedule))
-    assert largest_share(fast, lr, weight_decay, square) > 1.0
+    # Twin: a quarter of the time does not suffice.
+    fast = warmup._replace(schedule=tuple((step // 4, rate) for step, rate in warmup.schedule))
+    assert largest_share(fast, lr, weight_decay, square) > 0.95
 
 
 def test_a_warmup_without_decay_is_exponential() -> None:
@@ -103,7 +102,7 @@ def test_a_warmup_without_decay_is_exponential() -> None:
     way, then = scale_invariant(lr, 1e-9, square)
     warmup = warmup_of(lr, Estimate(LIMIT * square, 0.0), Estimate(then, 0.0), way)
     rate = (SAFE * LIMIT) ** 2 * NOISE  # d|theta|^4 = 2 r^2 NOISE with r = SAFE LIMIT |theta|^2
-    assert warmup.steps == pytest.approx(math.log(lr / (SAFE * LIMIT * square)) / rate, rel=0.2)
+    assert warmup.steps == pytest.approx(math.log(lr / (SAFE * LIMIT * square)) / rate, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -158,12 +157,13 @@ def test_the_learning_rate_between_points() -> None:
 
 
 def test_without_weight_decay_the_end_of_a_growing_norm_cannot_be_told() -> None:
-    model, batches, symmetries = normed()
+    model, _, symmetries = normed()
+    x, y = torch.randn(2000, 5).double(), torch.randn(2000, 4).double()
+    batches = list(zip(x.split(250), y.split(250), strict=True))
     with torch.no_grad():
         model.w.mul_(0.05)
-    shrunk = copy.deepcopy(model)
     free, held = (
-        nf.forecast(shrunk, squared_error, batches, nf.SGD(0.1, 5, decay), symmetries, progress=False).warmup
+        nf.forecast(model, squared_error, batches, nf.SGD(0.1, 5, decay), symmetries, progress=False).warmup
         for decay in (0.0, 0.01)
     )
     assert free.need is Need.BEGIN

@@ -29,8 +29,8 @@ class Problem(Protocol):
     def forecast(self, params: State, seed: int) -> nf.Forecast:
         """The forecast at the parameters of a seed."""
 
-    def train(self, params: State, schedules: Sequence[Schedule], steps: int) -> State:
-        """Train all seeds, each with a schedule."""
+    def train(self, params: State, schedules: Sequence[Schedule], steps: int, seeds: Sequence[int]) -> State:
+        """Train seeds, each with a schedule, and each with examples that depend on the seed alone."""
 
     def loss(self, params: State) -> Tensor:
         """The loss by seed."""
@@ -40,7 +40,7 @@ def recommended(problem: Problem, start: State, seed: int) -> dict[str, Any]:
     """The schedule that forecasts recommend, with another forecast wherever the last asks for that."""
     points: list[tuple[int, float]] = []
     said, done = [], 0
-    here = {name: tensor[seed : seed + 1] for name, tensor in start.items()}
+    here = first = {name: tensor[seed : seed + 1] for name, tensor in start.items()}
     for _ in range(MOST):
         forecast = problem.forecast(here, seed)
         warmup = forecast.warmup
@@ -50,8 +50,8 @@ def recommended(problem: Problem, start: State, seed: int) -> dict[str, Any]:
         if warmup.need is not Need.BEGIN or warmup.lr_at(warmup.steps) >= problem.lr:
             break
         steps = warmup.steps or AGAIN
-        here = problem.train(here, [warmup.lr_at], steps)
         done += steps
+        here = problem.train(first, [schedule(points, points[-1][1])], done, [seed])
         if not bool(torch.isfinite(problem.loss(here)).all()):
             break
     return {"seed": seed, "said": said, "points": points}
@@ -81,7 +81,7 @@ def case(problem: Problem, after: int, *, ramp: int = 0) -> dict[str, Any]:
     warm = [schedule(row["points"] or linear, problem.lr) for row in rows]
     ends = {}
     for name, schedules in (("with", warm), ("without", [schedule([], problem.lr)] * SEEDS)):
-        ends[name] = problem.loss(problem.train(start, schedules, steps))
+        ends[name] = problem.loss(problem.train(start, schedules, steps, range(SEEDS)))
     for row in rows:
         row |= {name: float(end[row["seed"]]) for name, end in ends.items()}
     before = problem.loss(start)

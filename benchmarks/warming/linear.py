@@ -17,6 +17,8 @@ from warming.case import SEEDS, Schedule, State
 DESCENT, DESCENT_STEPS = 1e-2, 100_000
 # A loss from which a run counts as diverged.
 LOST = 1e6
+# Steps whose examples are drawn together.
+DRAWN = 1000
 
 
 @dataclass
@@ -45,15 +47,18 @@ class F4:
         stacked = linear_pair.replicated([(world, TwoLayer(params["u"][0], params["w"][0]))])
         return linear_forecast(stacked, 0, nf.SGD(self.lr, 1), seed)
 
-    def train(self, params: State, schedules: Sequence[Schedule], steps: int) -> State:
+    def train(self, params: State, schedules: Sequence[Schedule], steps: int, seeds: Sequence[int]) -> State:
         """SGD with a new example per step, the gradient of |U W x - y|^2 written out."""
-        generator = torch.Generator().manual_seed(2)
         u, w = params["u"].clone(), params["w"].clone()
         (outputs, _), inputs = u.shape[1:], w.shape[2]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         for step in range(steps):
+            if step % DRAWN == 0:
+                shape = DRAWN, inputs + outputs, 1
+                stacks = [torch.randn(shape, generator=each, dtype=torch.float64) for each in generators]
+                drawn = torch.stack(stacks, 1)
             lr = torch.tensor([each(step) for each in schedules], dtype=torch.float64).view(-1, 1, 1)
-            drawn = torch.randn(len(u), inputs + outputs, 1, generator=generator, dtype=torch.float64)
-            x, noise = drawn[:, :inputs], drawn[:, inputs:]
+            x, noise = drawn[step % DRAWN].split([inputs, outputs], 1)
             hidden = w @ x
             error = u @ hidden - self.target @ x - noise
             u, w = u - lr * 2 * error @ hidden.mT, w - lr * 2 * u.mT @ error @ x.mT

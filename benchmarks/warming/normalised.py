@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
 import noetherflow as nf
 from holds.digits import digits, losses
@@ -26,7 +25,6 @@ class Normalised:
 
     def __post_init__(self) -> None:
         self.images, self.labels = digits()
-        self.model = Net()
         self.settings = nf.SGD(self.lr, BATCH, self.weight_decay)
 
     def starts(self) -> State:
@@ -41,35 +39,35 @@ class Normalised:
         return {name: torch.stack([each[name] for each in stacked]) for name in stacked[0]}
 
     def forecast(self, params: State, seed: int) -> nf.Forecast:
-        self.model.load_state_dict({name: tensor[0] for name, tensor in params.items()})
         drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))[:FORECAST]
-        batches = zip(
-            self.images[drawn].split(FORECAST_BATCH), self.labels[drawn].split(FORECAST_BATCH), strict=True
-        )
-        return nf.forecast(self.model, losses, list(batches), self.settings, vectors=VECTORS, progress=False)
+        batches = zip(self.images[drawn].split(FORECAST_BATCH), self.labels[drawn].split(FORECAST_BATCH), strict=True)
+        return nf.forecast(self._model(params, 0), losses, list(batches), self.settings, vectors=VECTORS, progress=False)
 
-    def train(self, params: State, schedules: Sequence[Schedule], steps: int) -> State:
-        """SGD with weight decay, as `torch.optim.SGD` has it; every seed draws examples of its own."""
-        generator = torch.Generator().manual_seed(2)
-        gradient = vmap(grad(self._mean))
-        count = len(schedules)
-        for step in range(steps):
-            drawn = torch.randint(0, len(self.labels), (count, BATCH), generator=generator)
-            slopes = gradient(params, self.images[drawn], self.labels[drawn])
-            lr = torch.tensor([each(step) for each in schedules], dtype=torch.float64)
-            params = {
-                name: tensor - _as(lr, tensor) * (slopes[name] + self.weight_decay * tensor)
-                for name, tensor in params.items()
-            }
-        return params
+    def train(self, params: State, schedules: Sequence[Schedule], steps: int, seeds: Sequence[int]) -> State:
+        """`torch.optim.SGD` with weight decay."""
+        ends = []
+        for row, (seed, schedule) in enumerate(zip(seeds, schedules, strict=True)):
+            model, generator = self._model(params, row), torch.Generator().manual_seed(seed)
+            optimizer = torch.optim.SGD(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = schedule(step)
+                chosen = torch.randint(0, len(self.labels), (BATCH,), generator=generator)
+                optimizer.zero_grad()
+                losses(model, (self.images[chosen], self.labels[chosen])).mean().backward()
+                optimizer.step()
+            ends.append({name: tensor.detach() for name, tensor in model.named_parameters()})
+        return {name: torch.stack([end[name] for end in ends]) for name in ends[0]}
 
     def loss(self, params: State) -> Tensor:
         """The mean loss over all digits."""
         with torch.no_grad():
-            return vmap(lambda each: self._mean(each, self.images, self.labels))(params)
+            models = [self._model(params, row) for row in range(len(next(iter(params.values()))))]
+            return torch.stack([losses(model, (self.images, self.labels)).mean() for model in models])
 
-    def _mean(self, params: State, images: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(functional_call(self.model, params, (images,)), labels)
+    def _model(self, params: State, row: int) -> nn.Module:
+        model = Net()
+        model.load_state_dict({name: tensor[row] for name, tensor in params.items()})
+        return model
 
 
 class Net(nn.Module):
@@ -93,10 +91,6 @@ class Net(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         result: Tensor = self.body(images.view(-1, 1, 8, 8))
         return result
-
-
-def _as(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *(1 for _ in like.shape[1:]))
 
 
 def of_normalised() -> list[Normalised]:

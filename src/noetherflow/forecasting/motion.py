@@ -25,8 +25,6 @@ from noetherflow.equilibrium import Equilibrium
 from noetherflow.forecasting.path import Path
 from noetherflow.optimizers import SGD, AdamW, Optimizer
 
-# Bisections of the logarithm of a time, and where it lies, in relaxation times.
-_BISECTIONS, _SPAN = 50, (1e-40, 1e3)
 # A way that is shorter than this, as a change of a coordinate, is no way.
 _SHORT = 0.02
 # Share of the way to the point of rest that is walked where that point is nearer than the end of a walk.
@@ -84,13 +82,7 @@ class Motion:
         reach = max((float(end.abs().max()) for end in onward.ends.values() if end.numel()), default=0.0)
         if not onward.longest or reach < _SHORT:
             return None
-        goal = min(distance, _NEARLY * reach)
-        low, high = (math.log(factor * onward.longest) for factor in _SPAN)
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            far = _farthest(onward, math.exp(middle)) >= goal
-            low, high = (low, middle) if far else (middle, high)
-        steps = math.exp(high)
+        steps = onward.earliest(min(distance, _NEARLY * reach))
         return Walk(steps, {name: left[name] - moved for name, moved in onward.at(steps).items()})
 
     def _forces(self, name: str, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,7 +126,3 @@ def _decay(settings: Optimizer, name: str) -> float:
         return 4 * settings.step_of(name) * settings.gamma_of(name)
     assert isinstance(settings, AdamW)
     return 2 * settings.lr_of(name) * settings.decay_of(name)
-
-
-def _farthest(path: Path, steps: float) -> float:
-    return max((float(moved.abs().max()) for moved in path.at(steps).values() if moved.numel()), default=0.0)

@@ -81,6 +81,17 @@ class Path:
         ]
         return max(finite, default=0.0)
 
+    def earliest(self, distance: float) -> float:
+        """The steps after which the first coordinate has moved by a distance; infinite if none gets there."""
+        result = math.inf
+        for name, end in self.ends.items():
+            there = (end.abs() > distance) & torch.isfinite(self.times[name])
+            if bool(there.any()):
+                start = end.abs().clamp_min(distance)
+                steps = self._elapsed(start, 1 - distance / start, self.lean[name] * end.sign()) * self.times[name]
+                result = min(result, float(steps[there].min()))
+        return result
+
     def _left(self, name: str, steps: float) -> Tensor:
         """The share of the distance that is left, by bisection."""
         end, lean = self.ends[name].abs(), self.lean[name] * self.ends[name].sign()

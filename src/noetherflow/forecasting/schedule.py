@@ -191,12 +191,12 @@ def _climb(lr: float, goal: float, now: float, then: float, way: Way) -> list[tu
         last = _rate(goal, limit, now, then)
         distance = max(float((left[name] - end).abs().max()) for name, end in stage.left.items() if end.numel())
         for part in range(_PARTS):
-            rate = min(goal, first * (last / first) ** (part / _PARTS))
-            walked = None if rate == goal else way.motion.walk(left, rate / lr, distance / _PARTS)
+            middle, rate = (min(goal, first * (last / first) ** ((part + more) / _PARTS)) for more in (0.5, 1.0))
+            walked = None if points[-1][1] >= goal else way.motion.walk(left, middle / lr, distance / _PARTS)
             if walked is None:
                 break
             left, steps = walked.left, steps + walked.steps
-            points.append((steps, min(goal, first * (last / first) ** ((part + 1) / _PARTS))))
+            points.append((steps, rate))
     return points
 
 

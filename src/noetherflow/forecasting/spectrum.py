@@ -136,9 +136,7 @@ def _eigenpair(
     if not numpy.any(times(start)):
         return 0.0, torch.from_numpy(start / numpy.linalg.norm(start)), ""
     try:
-        values, vectors = scipy.sparse.linalg.eigsh(
-            operator, 1, which="LA", v0=start, tol=tolerance, maxiter=_RESTARTS
-        )
+        values, vectors = scipy.sparse.linalg.eigsh(operator, 1, which="LA", v0=start, tol=tolerance, maxiter=_RESTARTS)
     except scipy.sparse.linalg.ArpackNoConvergence as error:
         return math.nan, torch.from_numpy(start), f"Lanczos' method did not converge ({error})"
     return float(values[0]), torch.from_numpy(vectors[:, 0].copy()), ""
