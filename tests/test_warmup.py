@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import noetherflow as nf
 from cases import squared_error
@@ -11,7 +12,7 @@ from noetherflow.forecasting.estimate import NEVER_UNSTABLE, Estimate, unknown
 from noetherflow.forecasting.motion import Motion, motion_of
 from noetherflow.forecasting.path import Path, path_of
 from noetherflow.forecasting.schedule import Need, Warmup, Way, warmup_of
-from test_forecast_time import DECAY, LR, PAIR, SIZE, Product, coordinate_in_time, normed, product_data
+from test_forecast_time import DECAY, LR, PAIR, SIZE, Product, coordinate_in_time, product_data
 
 # The share of the largest stable step that a schedule takes.
 SAFE = 0.5
@@ -151,22 +152,57 @@ def test_without_a_way_in_time_a_warmup_has_no_length() -> None:
     assert math.isnan(warmup.lr_at(3))
 
 
+def test_the_first_coordinate_that_gets_there_ends_a_walk() -> None:
+    ends, times, lean = (torch.tensor(pair, dtype=torch.float64) for pair in ((2.0, -1.0), (900.0, 50.0), (0.3, -0.2)))
+    motion = Motion(Path({"two": ends}, {}, {"two": times}, {"two": lean}, 2), {"two": 0.0})
+    walk = motion.walk(motion.start, 0.5, 0.4)
+    assert walk is not None
+    moved = motion.coordinates(walk.left)["two"]
+    assert moved.tolist() == pytest.approx(motion.path.at(0.25 * walk.steps)["two"].tolist(), rel=1e-6)
+    assert float(moved.abs().max()) == pytest.approx(0.4, rel=1e-6)
+
+
+@pytest.mark.parametrize(("learnt", "need"), [(False, Need.NONE_NOW), (True, Need.NONE)])
+def test_a_model_that_learns_is_stable_now(learnt: bool, need: Need) -> None:
+    model, data = Product(0.5, 0.5), product_data()
+    pattern = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
+    data = [(x, (x @ torch.tensor([[1.0], [0.4]]).double()) * pattern + 0.3 * y) for x, y in data]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for _ in range(3000 if learnt else 0):
+        optimizer.zero_grad()
+        sum(squared_error(model, batch).mean() for batch in data).backward()
+        optimizer.step()
+    forecast = nf.forecast(model, squared_error, data, nf.SGD(1e-3, 5), PAIR, progress=False)
+    assert forecast.warmup.need is need
+    assert ("still falls" in forecast.warmup.why) != learnt
+
+
 def test_the_learning_rate_between_points() -> None:
     warmup = Warmup(Need.WARMUP, ((0, 1.0), (10, 2.0), (20, 6.0)), "")
     assert [warmup.lr_at(step) for step in (0, 5, 10, 15, 20, 99)] == [1.0, 1.5, 2.0, 4.0, 6.0, 6.0]
 
 
+class Wide(nn.Module):
+    """A weight in front of a normalisation of many entries, which no example makes nearly constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(0.05 * torch.randn(32, 5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x @ self.w.T, (32,), eps=0.0)
+
+
 def test_without_weight_decay_the_end_of_a_growing_norm_cannot_be_told() -> None:
-    model, _, symmetries = normed()
-    x, y = torch.randn(2000, 5).double(), torch.randn(2000, 4).double()
-    batches = list(zip(x.split(250), y.split(250), strict=True))
-    with torch.no_grad():
-        model.w.mul_(0.05)
+    torch.manual_seed(0)
+    model, symmetries = Wide(), {"w": nf.ScalarSymmetry([nf.Axis("w", 0)], [])}
+    x, y = torch.randn(800, 5).double(), torch.randn(800, 32).double()
+    batches = list(zip(x.split(100), y.split(100), strict=True))
     free, held = (
-        nf.forecast(model, squared_error, batches, nf.SGD(0.1, 5, decay), symmetries, progress=False).warmup
-        for decay in (0.0, 0.01)
+        nf.forecast(model, squared_error, batches, nf.SGD(0.5, 5, decay), symmetries, progress=False).warmup
+        for decay in (0.0, 1e-3)
     )
     assert free.need is Need.BEGIN
     assert "grows for ever" in free.why
     assert held.need is Need.WARMUP
-    assert held.lr_at(held.steps) == 0.1
+    assert held.lr_at(held.steps) == 0.5

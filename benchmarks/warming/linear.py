@@ -4,17 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from holds.linear import linear_forecast
 from torch import Tensor
 
 import noetherflow as nf
-from holds.linear import linear_forecast
 from noetherflow.linear import TwoLayer
 from noetherflow.paper import f4_warmup as f4
 from noetherflow.paper import linear_pair
 from warming.case import SEEDS, Schedule, State
 
 # Gradient descent that ends at a minimum.
-DESCENT, DESCENT_STEPS = 1e-2, 100_000
+DESCENT, DESCENT_STEPS = 1e-2, 30_000
 # A loss from which a run counts as diverged.
 LOST = 1e6
 # Steps whose examples are drawn together.

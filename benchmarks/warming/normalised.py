@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from holds.digits import digits, losses
 from torch import Tensor, nn
 
 import noetherflow as nf
-from holds.digits import digits, losses
 from warming.case import SEEDS, Schedule, State
 
 CHANNELS = 8, 16
@@ -41,7 +41,9 @@ class Normalised:
     def forecast(self, params: State, seed: int) -> nf.Forecast:
         drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))[:FORECAST]
         batches = zip(self.images[drawn].split(FORECAST_BATCH), self.labels[drawn].split(FORECAST_BATCH), strict=True)
-        return nf.forecast(self._model(params, 0), losses, list(batches), self.settings, vectors=VECTORS, progress=False)
+        return nf.forecast(
+            self._model(params, 0), losses, list(batches), self.settings, vectors=VECTORS, progress=False
+        )
 
     def train(self, params: State, schedules: Sequence[Schedule], steps: int, seeds: Sequence[int]) -> State:
         """`torch.optim.SGD` with weight decay."""

@@ -31,6 +31,8 @@ from noetherflow.symmetry import Symmetry
 
 # Largest difference between the moved parameters and the equilibrium, relative to the largest entry of a tensor.
 _ROUNDING = 1e-6
+# Why a model may not get to the equilibrium of the function as it is now.
+_LEARNS = "the loss still falls, so that the function and its equilibrium change"
 # Random vectors, at least: their spread is the error.
 _FEWEST = 4
 
@@ -125,13 +127,10 @@ def forecast(
         sides = Sides.measure(mean_loss, equilibrium, given, vectors, seed, microbatches=microbatches, moments=moments)
         half = sides.half_steps()
         learning = sides.learning(half)
-    trace, warmup = sides.trace(), sides.warmup()
+    trace = sides.trace()
     if learning.dominates:
         trace = trace._replace(ratio=unknown(f"the loss still falls: {learning}"))
         half = unknown("the loss still falls")
-        warmup = warmup._replace(
-            why=f"{warmup.why}; the loss still falls: both limits are those of the present function"
-        )
     return Forecast(
         trace=trace,
         blocks=sides.blocks(),
@@ -141,7 +140,7 @@ def forecast(
         noisy_step=sides.noisy_step,
         half_steps=half,
         learning=learning,
-        warmup=warmup,
+        warmup=sides.warmup(_LEARNS if learning.falls else ""),
         norms=norms_of(equilibrium, given, mean_loss.function.params),
         exact=sides.exact,
         status=equilibrium.status,

@@ -30,8 +30,8 @@ _SAFE, _ROOM = 0.5, 1.1
 _STRIDE, _PARTS = 0.5, 4
 # Points at which the stable step is measured, at most.
 _MOST = 24
-# Factor of the learning rate between two points of the schedule that are shown.
-_APART = 1.25
+# Factor of the learning rate between two points of the schedule, and the points that are printed.
+_APART, _SHOWN = 1.25, 12
 
 
 @final
@@ -89,8 +89,10 @@ class Warmup(NamedTuple):
     def __str__(self) -> str:
         if not self.schedule:
             return f"{self.need.value} ({self.why})"
-        points = "; ".join(f"step {step:,}: {lr:.3g}" for step, lr in self.schedule)
-        return f"{self.need.value} ({self.why}). Learning rates, linear in between: {points}"
+        every = math.ceil(len(self.schedule) / _SHOWN)
+        listed = "; ".join(f"step {step:,}: {lr:.3g}" for step, lr in [*self.schedule[:-1:every], self.schedule[-1]])
+        which = "" if every == 1 else f" (every {every} points of {len(self.schedule)})"
+        return f"{self.need.value} ({self.why}). Learning rates, linear in between{which}: {listed}"
 
 
 @final
