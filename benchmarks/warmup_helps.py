@@ -23,7 +23,7 @@ from warming.normalised import of_normalised
 OUT = Path(__file__).parent / "results" / "warmup_helps.json"
 PAGE = Path(__file__).parents[1] / "docs" / "do-i-need-warmup.md"
 # Steps at the learning rate after the longest warmup, and the steps of a linear warmup where none is recommended.
-AFTER = {"F4": 20_000, "CNN": 3_000}
+AFTER = {"F4": 20_000, "CNN": 1_500}
 RAMP = {"F4": 2_000, "CNN": 500}
 
 

@@ -29,6 +29,7 @@ class F4:
     scale: Callable[[int, int], float]
     descends: bool
     lr: float = f4.Config().lr
+    asks: bool = True
 
     def __post_init__(self) -> None:
         self.config = f4.Config(inits=SEEDS)

@@ -11,7 +11,7 @@ import noetherflow as nf
 from warming.case import SEEDS, Schedule, State
 
 CHANNELS = 8, 16
-BATCH, FORECAST, FORECAST_BATCH, VECTORS = 16, 256, 64, 4
+BATCH, FORECAST, FORECAST_BATCH, VECTORS = 16, 128, 32, 4
 
 
 @dataclass
@@ -22,9 +22,11 @@ class Normalised:
     lr: float
     weight_decay: float
     std: float | None = None
+    asks: bool = True
 
     def __post_init__(self) -> None:
-        self.images, self.labels = digits()
+        images, self.labels = digits()
+        self.images = images.float()
         self.settings = nf.SGD(self.lr, BATCH, self.weight_decay)
 
     def starts(self) -> State:
@@ -79,16 +81,16 @@ class Net(nn.Module):
         super().__init__()
         first, second = CHANNELS
         self.body = nn.Sequential(
-            nn.Conv2d(1, first, 3, padding=1, bias=False),
+            nn.Conv2d(1, first, 3, stride=2, padding=1, bias=False),
             nn.GroupNorm(1, first, eps=0.0),
             nn.ReLU(),
-            nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False),
+            nn.Conv2d(first, second, 3, padding=1, bias=False),
             nn.GroupNorm(1, second, eps=0.0),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
             nn.Linear(4 * second, 10),
-        ).double()
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         result: Tensor = self.body(images.view(-1, 1, 8, 8))
@@ -100,5 +102,5 @@ def of_normalised() -> list[Normalised]:
     return [
         Normalised("CNN, kernels of std 1e-4", 0.2, 1e-4, 1e-4),
         Normalised("CNN, default", 0.05, 1e-4),
-        Normalised("CNN, default, large step", 2.0, 1e-4),
+        Normalised("CNN, default, large step", 2.0, 1e-4, asks=False),
     ]

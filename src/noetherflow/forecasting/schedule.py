@@ -27,7 +27,7 @@ from noetherflow.forecasting.motion import Motion
 _SAFE, _ROOM = 0.5, 1.1
 # Distance between two points of the way at which the stable step is measured, as a change of the fastest coordinate,
 # and the points of the schedule from one to the next.
-_STRIDE, _PARTS = 0.5, 4
+_STRIDE, _PARTS = 0.75, 4
 # Points at which the stable step is measured, at most.
 _MOST = 24
 # Factor of the learning rate between two points of the schedule, and the points that are printed.
