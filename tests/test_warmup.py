@@ -154,7 +154,7 @@ def test_without_a_way_in_time_a_warmup_has_no_length() -> None:
 
 def test_the_first_coordinate_that_gets_there_ends_a_walk() -> None:
     ends, times, lean = (torch.tensor(pair, dtype=torch.float64) for pair in ((2.0, -1.0), (900.0, 50.0), (0.3, -0.2)))
-    motion = Motion(Path({"two": ends}, {}, {"two": times}, {"two": lean}, 2), {"two": 0.0})
+    motion = Motion(Path({"two": ends}, {}, {"two": times}, {"two": lean}, 2, {}, ()), {"two": 0.0})
     walk = motion.walk(motion.start, 0.5, 0.4)
     assert walk is not None
     moved = motion.coordinates(walk.left)["two"]

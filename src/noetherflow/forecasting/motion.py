@@ -112,7 +112,7 @@ class Motion:
             times[name] = torch.where((alpha > 0) & (beta > 0), times[name], math.inf)
             ends[name] = torch.where(torch.isfinite(times[name]), left[name] - place, 0.0)
             lean[name] = (minus - plus) / (plus + minus)
-        return Path(ends, {}, times, lean, k)
+        return Path(ends, {}, times, lean, k, {}, ())
 
 
 def motion_of(path: Path, equilibrium: Equilibrium, settings: Optimizer) -> Motion:
