@@ -107,6 +107,19 @@ def test_a_warmup_without_decay_is_exponential() -> None:
     assert expected < warmup.steps < 1.03 * expected + 2 * 0.75 / 4 / rate
 
 
+def test_without_a_warmup_a_norm_jumps_and_comes_back() -> None:
+    lr, weight_decay, small = 0.2, 1e-3, 1e-3
+    goal = (lr * NOISE / (2 * weight_decay)) ** 0.25
+    square = small**2 + lr**2 * NOISE / small**2
+    jump = square**0.5
+    assert jump == pytest.approx((2 * lr * weight_decay) ** 0.5 * goal**2 / small, rel=1e-3)
+    steps = 0
+    while square > (1.05 * goal) ** 2:
+        square = (1 - lr * weight_decay) ** 2 * square + lr**2 * NOISE / square
+        steps += 1
+    assert steps == pytest.approx(math.log(jump / goal) / (lr * weight_decay), rel=0.25)
+
+
 @pytest.mark.parametrize(
     ("lr", "now", "then", "doubt", "need"),
     [
