@@ -20,6 +20,7 @@ from noetherflow.detect import find_symmetries
 from noetherflow.equilibrium import Equilibrium, equilibrate, solve_equilibrium
 from noetherflow.forecasting.assumptions import assumptions_of
 from noetherflow.forecasting.estimate import unknown
+from noetherflow.forecasting.learning import Learning
 from noetherflow.forecasting.mean_loss import MeanLoss
 from noetherflow.forecasting.norms import norms_of
 from noetherflow.forecasting.result import Forecast
@@ -31,8 +32,6 @@ from noetherflow.symmetry import Symmetry
 
 # Largest difference between the moved parameters and the equilibrium, relative to the largest entry of a tensor.
 _ROUNDING = 1e-6
-# Why a model may not get to the equilibrium of the function as it is now.
-_LEARNS = "the loss still falls, so that the function and its equilibrium change"
 # Random vectors, at least: their spread is the error.
 _FEWEST = 4
 
@@ -140,7 +139,7 @@ def forecast(
         noisy_step=sides.noisy_step,
         half_steps=half,
         learning=learning,
-        warmup=sides.warmup(_LEARNS if learning.falls else ""),
+        warmup=sides.warmup(_doubt(learning)),
         norms=norms_of(equilibrium, given, mean_loss.function.params),
         exact=sides.exact,
         status=equilibrium.status,
@@ -174,6 +173,13 @@ def _equilibrium_of(
         every = find_symmetries(model, loss, batch)
         symmetries = {name: s for name, s in every.items() if moments.values.keys() >= set(s.names)}
     return solve_equilibrium(moments.for_symmetries(symmetries, model), settings, model)
+
+
+def _doubt(learning: Learning) -> str:
+    """Why the model may not get to the equilibrium of the present function; empty if there is no reason."""
+    if learning.learns:
+        return "the loss still falls, so that the function and its equilibrium change"
+    return "" if learning.slope.known else str(learning)
 
 
 def _of_model(equilibrium: Equilibrium, model: nn.Module, mean_loss: MeanLoss) -> Equilibrium:
