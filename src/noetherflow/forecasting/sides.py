@@ -187,7 +187,7 @@ class Sides:
         way = None
         if self.in_time is not None and self.in_time.path.longest:
             way = Way(motion_of(self.in_time.path, self.equilibrium, settings), stable)
-        return warmup_of(lr, limits.now, limits.then, way, doubt or self._endless())
+        return warmup_of(lr, limits.now, limits.then, way, self._endless() or doubt)
 
     def _endless(self) -> str:
         """Why the norm of scale-invariant weights has no end; empty if it has."""
