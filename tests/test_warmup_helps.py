@@ -62,7 +62,7 @@ def test_the_steps_of_f4_are_those_of_torch() -> None:
 
 
 def test_the_loss_of_f4_is_that_of_many_examples() -> None:
-    problem = of_f4()[2]
+    problem = of_f4()[1]
     params = {name: 0.3 * tensor for name, tensor in problem.starts().items()}
     drawn = torch.randn(200_000, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x, noise = drawn[:, :20], drawn[:, 20:]
@@ -74,7 +74,7 @@ def test_the_loss_of_f4_is_that_of_many_examples() -> None:
 class Planted:
     """A problem whose forecasts and losses are given: the loss at the end is the sum of all learning rates."""
 
-    name, lr, asks = "planted", 1.0, True
+    name, lr = "planted", 1.0
 
     def __init__(self, warmups: list[Warmup]) -> None:
         self.warmups, self.asked = warmups, 0

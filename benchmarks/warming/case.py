@@ -22,8 +22,6 @@ class Problem(Protocol):
 
     name: str
     lr: float
-    # Whether to train with the schedules of the forecasts, and to ask again where they say so.
-    asks: bool
 
     def starts(self) -> State:
         """The parameters of all seeds, stacked."""
@@ -48,8 +46,6 @@ def recommended(problem: Problem, start: State, seed: int) -> dict[str, Any]:
         warmup = forecast.warmup
         limit = forecast.noisy_step
         said.append({"need": warmup.need.name, "now": limit.now.value, "then": limit.then.value, "steps": warmup.steps})
-        if not problem.asks:
-            break
         points += [(done + step, lr) for step, lr in warmup.schedule]
         if warmup.need is not Need.BEGIN or warmup.lr_at(warmup.steps) >= problem.lr:
             break

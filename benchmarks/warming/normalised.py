@@ -22,7 +22,6 @@ class Normalised:
     lr: float
     weight_decay: float
     std: float | None = None
-    asks: bool = True
 
     def __post_init__(self) -> None:
         images, self.labels = digits()
@@ -98,9 +97,8 @@ class Net(nn.Module):
 
 
 def of_normalised() -> list[Normalised]:
-    """Small kernels, the default initialisation, and a large learning rate."""
+    """Small kernels, and the default initialisation."""
     return [
         Normalised("CNN, kernels of std 1e-4", 0.2, 1e-4, 1e-4),
         Normalised("CNN, default", 0.05, 1e-4),
-        Normalised("CNN, default, large step", 2.0, 1e-4, asks=False),
     ]
