@@ -140,3 +140,16 @@ def test_a_network_of_the_study_is_scale_invariant() -> None:
     torch.testing.assert_close(problem.loss(grown), problem.loss(start))
     other = {**start, "body.8.weight": 7 * start["body.8.weight"]}
     assert not torch.allclose(problem.loss(other), problem.loss(start), rtol=1e-3)
+
+
+def test_the_sentences_of_the_page_hold() -> None:
+    kaiming, xavier, small, default = (SAID[name] for name in SAID)
+    warmed = {"WARMUP", "BEGIN"}
+    assert set(kaiming["verdicts"]) | set(small["verdicts"]) <= warmed
+    assert not warmed & (set(xavier["verdicts"]) | set(default["verdicts"]))
+    assert (kaiming["diverged without"], kaiming["diverged with"]) == (8, 0)
+    assert kaiming["with"][0] - 30 == pytest.approx(0.4, abs=0.05)
+    assert small["worse"] == (pytest.approx(0.42, abs=0.005), pytest.approx(0.04, abs=0.005))
+    assert abs(xavier["worse"][0]) <= 1e-3
+    assert default["worse"][0] == pytest.approx(-0.015, abs=5e-4)
+    assert all(SAID[name][f"diverged {way}"] == 0 for name in [*SAID][1:] for way in ("with", "without"))
