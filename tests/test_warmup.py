@@ -99,7 +99,7 @@ def test_a_scale_invariant_weight_grows_as_the_schedule_says(lr: float, weight_d
 
 def test_a_warmup_without_decay_is_exponential() -> None:
     lr, square = 0.1, 0.01
-    way, then = scale_invariant(lr, 1e-13, square)
+    way, then = scale_invariant(lr, 1e-18, square)
     warmup = warmup_of(lr, Estimate(LIMIT * square, 0.0), Estimate(then, 0.0), way)
     rate = (SAFE * LIMIT) ** 2 * NOISE  # d|theta|^4 = 2 r^2 NOISE with r = SAFE LIMIT |theta|^2
     expected = math.log(lr / (SAFE * LIMIT * square)) / rate
