@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Complete programs: their blocks run one after the other, and their output is compared.
 COMPLETE = [
     "README.md",
+    "docs/do-i-need-warmup.md",
     "docs/does-the-forecast-hold.md",
     "docs/first-ten-minutes.md",
     "docs/how-to-add-an-operation.md",

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 import noetherflow as nf
 from cases import mlp, rescaling, squared_error
-from noetherflow.forecasting.estimate import NEVER_UNSTABLE, Estimate, change_of, unknown
+from noetherflow.forecasting.estimate import Estimate, change_of, unknown
 from noetherflow.forecasting.norms import norms_of
 from noetherflow.forecasting.path import half_time, interpolated, path_of
-from noetherflow.forecasting.schedule import Need, warmup_of
 
 LR, DECAY, SIZE = 0.05, 0.02, 4
 
@@ -159,47 +158,6 @@ def test_without_weight_decay_a_norm_grows_for_ever() -> None:
     assert math.isinf(float(forecast.norms["w"].steps))
     assert forecast.status is nf.Status.AT_INFINITY
     assert "never" in str(forecast)
-
-
-def grown(steps: float) -> float:
-    return 1 - math.exp(-steps / 100)
-
-
-@pytest.mark.parametrize(
-    ("lr", "now", "then", "need"),
-    [
-        (0.1, Estimate(1.0, 0.1), Estimate(2.0, 0.1), Need.NONE),
-        (0.1, Estimate(0.02, 0.001), Estimate(0.5, 0.01), Need.WARMUP),
-        (0.1, Estimate(0.02, 0.001), Estimate(0.05, 0.001), Need.TOO_LARGE),
-        (0.1, Estimate(0.5, 0.01), Estimate(0.02, 0.001), Need.SHARPENS),
-        (0.1, Estimate(0.11, 0.01), Estimate(0.5, 0.01), Need.UNKNOWN),
-        (0.1, unknown("no second derivative"), Estimate(0.5, 0.01), Need.UNKNOWN),
-        (0.1, unknown(NEVER_UNSTABLE), Estimate(0.5, 0.01), Need.NONE),
-    ],
-)
-def test_the_verdict_on_a_learning_rate(lr: float, now: Estimate, then: Estimate, need: Need) -> None:
-    warmup = warmup_of(lr, now, then, grown, 100.0)
-    assert warmup.need is need
-    assert bool(warmup.schedule) == (need is Need.WARMUP)
-    assert need.value in str(warmup)
-
-
-def test_a_schedule_is_stable_at_every_step_and_reaches_the_learning_rate() -> None:
-    lr, now, then = 0.1, 0.02, 0.5
-    warmup = warmup_of(lr, Estimate(now), Estimate(then), grown, 100.0)
-    steps, rates = zip(*warmup.schedule, strict=True)
-    assert rates[-1] == lr
-    assert list(steps) == sorted(set(steps))
-    assert list(rates) == sorted(rates)
-    # Walk along the schedule: the orbit moves with the square of the learning rate.
-    clock = 0.0
-    for step in range(warmup.steps):
-        k = max(i for i, at in enumerate(steps) if at <= step)
-        rate = rates[k] + (rates[k + 1] - rates[k]) * (step - steps[k]) / (steps[k + 1] - steps[k])
-        clock += (rate / lr) ** 2
-        stable = now ** (1 - grown(clock)) * then ** grown(clock)
-        assert rate < 0.75 * stable
-    assert warmup.steps > 100 * math.log(2)
 
 
 def test_a_forecast_is_saved_and_printed(tmp_path: File) -> None:

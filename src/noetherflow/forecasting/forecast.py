@@ -20,6 +20,7 @@ from noetherflow.detect import find_symmetries
 from noetherflow.equilibrium import Equilibrium, equilibrate, solve_equilibrium
 from noetherflow.forecasting.assumptions import assumptions_of
 from noetherflow.forecasting.estimate import unknown
+from noetherflow.forecasting.learning import Learning
 from noetherflow.forecasting.mean_loss import MeanLoss
 from noetherflow.forecasting.norms import norms_of
 from noetherflow.forecasting.result import Forecast
@@ -125,13 +126,10 @@ def forecast(
         sides = Sides.measure(mean_loss, equilibrium, given, vectors, seed, microbatches=microbatches, moments=moments)
         half = sides.half_steps()
         learning = sides.learning(half)
-    trace, warmup = sides.trace(), sides.warmup()
+    trace = sides.trace()
     if learning.dominates:
         trace = trace._replace(ratio=unknown(f"the loss still falls: {learning}"))
         half = unknown("the loss still falls")
-        warmup = warmup._replace(
-            why=f"{warmup.why}; the loss still falls: both limits are those of the present function"
-        )
     return Forecast(
         trace=trace,
         blocks=sides.blocks(),
@@ -141,7 +139,7 @@ def forecast(
         noisy_step=sides.noisy_step,
         half_steps=half,
         learning=learning,
-        warmup=warmup,
+        warmup=sides.warmup(_doubt(learning)),
         norms=norms_of(equilibrium, given, mean_loss.function.params),
         exact=sides.exact,
         status=equilibrium.status,
@@ -175,6 +173,13 @@ def _equilibrium_of(
         every = find_symmetries(model, loss, batch)
         symmetries = {name: s for name, s in every.items() if moments.values.keys() >= set(s.names)}
     return solve_equilibrium(moments.for_symmetries(symmetries, model), settings, model)
+
+
+def _doubt(learning: Learning) -> str:
+    """Why the model may not get to the equilibrium of the present function; empty if there is no reason."""
+    if learning.learns:
+        return "the loss still falls, so that the function and its equilibrium change"
+    return "" if learning.slope.known else str(learning)
 
 
 def _of_model(equilibrium: Equilibrium, model: nn.Module, mean_loss: MeanLoss) -> Equilibrium:

@@ -81,6 +81,17 @@ class Path:
         ]
         return max(finite, default=0.0)
 
+    def earliest(self, distance: float) -> float:
+        """The steps after which the first coordinate has moved by a distance; infinite if none gets there."""
+        result = math.inf
+        for name, end in self.ends.items():
+            there = (end.abs() > distance) & torch.isfinite(self.times[name])
+            if bool(there.any()):
+                start = end.abs().clamp_min(distance)
+                steps = self._elapsed(start, 1 - distance / start, self.lean[name] * end.sign()) * self.times[name]
+                result = min(result, float(steps[there].min()))
+        return result
+
     def _left(self, name: str, steps: float) -> Tensor:
         """The share of the distance that is left, by bisection."""
         end, lean = self.ends[name].abs(), self.lean[name] * self.ends[name].sign()
@@ -94,8 +105,9 @@ class Path:
 
     def _elapsed(self, start: Tensor, left: Tensor, lean: Tensor) -> Tensor:
         """The time, in relaxation times, after which a share of the distance is left."""
-        k = self.exponent
-        return _log_sinh(k * start) - _log_sinh(k * start * left) + k * lean * start * (1 - left)
+        full, rest = self.exponent * start, self.exponent * start * left
+        # ln sinh x = x + ln(1 - e^-2x) - ln 2: for a lean of -1 the terms linear in x cancel.
+        return (full - rest) * (1 + lean) + _log_decay(full) - _log_decay(rest)
 
 
 def path_of(equilibrium: Equilibrium, settings: Optimizer, multipliers: Params, courses: Courses | None = None) -> Path:
@@ -181,6 +193,6 @@ def interpolated(trace: Callable[[float], float], longest: float, points: int) -
     return at
 
 
-def _log_sinh(x: Tensor) -> Tensor:
-    """Log sinh x for x >= 0, without overflow."""
-    return x + torch.log(-torch.expm1(-2 * x)) - math.log(2)
+def _log_decay(x: Tensor) -> Tensor:
+    """ln(1 - e^-2x) for x >= 0, without loss of digits."""
+    return torch.where(x > 0.5, torch.log1p(-torch.exp(-2 * x)), torch.log(-torch.expm1(-2 * x)))

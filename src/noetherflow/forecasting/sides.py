@@ -1,7 +1,6 @@
 """All numbers of a forecast on both sides: where the model is, and at the equilibrium."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -20,8 +19,9 @@ from noetherflow.forecasting.learner import Learner
 from noetherflow.forecasting.learning import Learning, no_learning
 from noetherflow.forecasting.mean_loss import MeanLoss, NoDoubleBackwardError
 from noetherflow.forecasting.metric import Metric, metric_at, reference_lr
+from noetherflow.forecasting.motion import motion_of
 from noetherflow.forecasting.path import path_of
-from noetherflow.forecasting.schedule import Warmup, warmup_of
+from noetherflow.forecasting.schedule import Warmup, Way, warmup_of
 from noetherflow.forecasting.spectrum import largest, stable_steps
 from noetherflow.forecasting.traces import (
     Traces,
@@ -33,10 +33,12 @@ from noetherflow.forecasting.traces import (
     with_error,
 )
 from noetherflow.optimizers import Optimizer
-from noetherflow.symmetry import Action, Grams
+from noetherflow.symmetry import Action, AxisSymmetry, Grams
 
 # Endings of the search after which there is no point to go to.
 _NOWHERE = (Status.NON_FINITE, Status.NOT_CONVERGED)
+# Relative accuracy of the stable step on the way.
+_COARSE = 1e-3
 
 
 @final
@@ -169,22 +171,31 @@ class Sides:
         steps = learner.horizon(half.value)
         return learner.after(steps, after(steps) - after(0.0))
 
-    def warmup(self) -> Warmup:
-        """Whether a warmup is needed."""
+    def warmup(self, doubt: str = "") -> Warmup:
+        """Whether a warmup is needed; `doubt` says why the model may not get to the equilibrium."""
         lr = reference_lr(self.settings, self.mean_loss.names)
-        limits = self.noisy_step if self.noisy_step.now.known else self.stable_step
-        after = self._trace_after()
-        longest = 0.0 if self.in_time is None else self.in_time.path.longest
-        made: Callable[[float], float] | None = None
-        if after is not None and longest:
-            start, end = after(0.0), after(60 * longest)
-            if start > 0 and end > 0 and start != end:
+        quiet = not self.noisy_step.now.known
+        given, settings = self.mean_loss, self.settings
 
-                def made(steps: float) -> float:
-                    here = after(steps)
-                    return math.log(here / start) / math.log(end / start) if here > 0 else 0.0
+        def stable(coordinates: Mapping[str, torch.Tensor]) -> Estimate:
+            params = moved_params(self.equilibrium, given, dict(coordinates))
+            metric = metric_at(given, params, settings)
+            top = largest(given, params, metric, self.seed, tolerance=_COARSE)
+            return stable_steps(given, params, metric, top, settings)[0 if quiet else 1]
 
-        return warmup_of(lr, limits.now, limits.then, made, longest)
+        limits = self.stable_step if quiet else self.noisy_step
+        way = None
+        if self.in_time is not None and self.in_time.path.longest:
+            way = Way(motion_of(self.in_time.path, self.equilibrium, settings), stable)
+        return warmup_of(lr, limits.now, limits.then, way, self._endless() or doubt)
+
+    def _endless(self) -> str:
+        """Why the norm of scale-invariant weights has no end; empty if it has."""
+        for name, symmetry in self.equilibrium.symmetries.items():
+            grows = isinstance(symmetry, AxisSymmetry) and not symmetry.minus
+            if grows and self.equilibrium.outcomes[name].status is Status.AT_INFINITY:
+                return f"without weight decay the norm of {name!r} grows for ever, and the stable step with it"
+        return ""
 
     def _trace_after(self) -> Callable[[float], float] | None:
         """Tr H after a number of steps; None if it cannot be told."""

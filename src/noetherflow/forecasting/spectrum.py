@@ -30,7 +30,9 @@ class Top(NamedTuple):
     vector: dict[str, Tensor]
 
 
-def largest(mean_loss: MeanLoss, params: Params, metric: Metric | None, seed: int) -> Top:
+def largest(
+    mean_loss: MeanLoss, params: Params, metric: Metric | None, seed: int, *, tolerance: float = _TOLERANCE
+) -> Top:
     r"""The largest eigenvalue of $m^{1/2} H m^{1/2}$ by Lanczos' method; without a metric that of H.
 
     Args:
@@ -38,6 +40,7 @@ def largest(mean_loss: MeanLoss, params: Params, metric: Metric | None, seed: in
         params: The parameters.
         metric: The metric, or None.
         seed: Of the first vector.
+        tolerance: The relative accuracy.
 
     Returns:
         The eigenvalue; `error` is the norm of the residual, within which an eigenvalue lies; `sampling` is the error
@@ -56,7 +59,7 @@ def largest(mean_loss: MeanLoss, params: Params, metric: Metric | None, seed: in
         vector = _split(torch.from_numpy(numpy.array(flat, dtype=float).ravel()), shapes, mean_loss)
         return _flat(scaled(mean_loss.hessian_times(params, scaled(vector)))).numpy()
 
-    value, flat, why = _eigenpair(times, size, seed)
+    value, flat, why = _eigenpair(times, size, seed, tolerance)
     vector = _split(flat, shapes, mean_loss)
     if why:
         return Top(unknown(why), vector)
@@ -120,7 +123,9 @@ def _by_batch(mean_loss: MeanLoss, params: Params, vector: Params) -> list[dict[
     return [mean_loss.multiply(params, k, [vector])[0] for k in range(len(mean_loss.batches))]
 
 
-def _eigenpair(times: Callable[[numpy.ndarray], numpy.ndarray], size: int, seed: int) -> tuple[float, Tensor, str]:
+def _eigenpair(
+    times: Callable[[numpy.ndarray], numpy.ndarray], size: int, seed: int, tolerance: float
+) -> tuple[float, Tensor, str]:
     """The largest eigenvalue and its eigenvector, and why there is none."""
     if size <= _DENSE:
         matrix = numpy.stack([times(row) for row in numpy.eye(size)])
@@ -131,9 +136,7 @@ def _eigenpair(times: Callable[[numpy.ndarray], numpy.ndarray], size: int, seed:
     if not numpy.any(times(start)):
         return 0.0, torch.from_numpy(start / numpy.linalg.norm(start)), ""
     try:
-        values, vectors = scipy.sparse.linalg.eigsh(
-            operator, 1, which="LA", v0=start, tol=_TOLERANCE, maxiter=_RESTARTS
-        )
+        values, vectors = scipy.sparse.linalg.eigsh(operator, 1, which="LA", v0=start, tol=tolerance, maxiter=_RESTARTS)
     except scipy.sparse.linalg.ArpackNoConvergence as error:
         return math.nan, torch.from_numpy(start), f"Lanczos' method did not converge ({error})"
     return float(values[0]), torch.from_numpy(vectors[:, 0].copy()), ""
