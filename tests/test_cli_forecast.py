@@ -89,7 +89,7 @@ def test_declared_symmetries_and_options_reach_the_forecast(file: Path) -> None:
     narrow = expected(file, dtype=torch.float32)
     assert str(narrow) in done.output
     # The digits of float32 and float64 that are printed are equal, those that are saved are not.
-    assert repr(nf.Forecast.load(saved).trace) == repr(narrow.trace != expected(file).trace)
+    assert repr(nf.Forecast.load(saved).trace) == repr(narrow.trace) != repr(expected(file).trace)
     file.write_text(BUILD.replace(settings, f"{settings}, {{'wrong': {hidden.replace('2.weight', '0.weight')}}}"))
     assert run("forecast", file).exit_code == 2
 

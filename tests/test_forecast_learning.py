@@ -186,6 +186,10 @@ def test_the_part_along_the_orbit_in_the_metric_of_adamw() -> None:
     # The rest of the step moves no charge of AdamW, sum of q theta^2 / m.
     rates = {n: float((theta[n] / learner.metric.multipliers[n] * step[n]).sum()) for n in theta}
     assert rates["2.weight"] == pytest.approx(rates["0.weight"], rel=1e-6)
+    # What is taken out is a step along the orbit: it scales both tensors by opposite exponents.
+    scales = {n: learner.metric.multipliers[n] * shift[n] / theta[n] for n in theta}
+    torch.testing.assert_close(scales["2.weight"], scales["2.weight"].mean().expand_as(scales["2.weight"]))
+    torch.testing.assert_close(scales["0.weight"].mean(), -scales["2.weight"].mean())
     for n, tensor in theta.items():
         torch.testing.assert_close(learner.metric.multipliers[n] * pull[n] * tensor, 0.1 * tensor)
 
