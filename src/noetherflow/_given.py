@@ -9,10 +9,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.data import DataLoader, Dataset
 
 from noetherflow._autograd import leaf
-from noetherflow._batch import cast, select
+from noetherflow._batch import cast
 from noetherflow._device import require_float64
 from noetherflow._errors import (
-    CoupledExamplesError,
     HiddenParameterError,
     LossError,
     NoetherflowError,
@@ -22,7 +21,7 @@ from noetherflow._errors import (
 from noetherflow._model_function import ModelFunction
 from noetherflow._other_roads import OtherRoads, Roads
 from noetherflow._params import aliases
-from noetherflow._per_example import own_randomness, require_losses, require_uncoupled
+from noetherflow._per_example import own_randomness, require_losses
 from noetherflow._precision import coarsest
 from noetherflow._types import Batch, Loss
 
@@ -60,32 +59,6 @@ def require_model(model: nn.Module) -> torch.device:
             )
     require_float64(tensor.device for tensor in model.parameters())
     return next(model.parameters()).device
-
-
-def examples_of(model: nn.Module, function: ModelFunction, batch: Batch, size: int) -> list[Batch]:
-    """The examples of a batch, each as a batch of size 1; the batch itself if examples cannot be taken out of it.
-
-    A layer that normalises over the batch couples examples. A graph network may hold the nodes of all graphs in one
-    tensor, so that rows of this tensor are no examples.
-
-    Args:
-        model: The model.
-        function: The model as a function.
-        batch: The batch, in the type of the function.
-        size: The number of examples B.
-
-    Returns:
-        B batches, or one.
-    """
-    device = next(iter(function.params.values())).device
-    examples = [select(batch, index.reshape(1), size) for index in torch.arange(size, device=device)]
-    try:
-        require_uncoupled(model)
-        with own_randomness(device, seed=0):
-            function.losses(function.params, examples[0])
-    except (CoupledExamplesError, RuntimeError, IndexError, ValueError):
-        return [batch]
-    return examples
 
 
 def require_batch(batch: Batch) -> None:

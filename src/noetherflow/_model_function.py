@@ -19,7 +19,7 @@ from noetherflow._autograd import accumulate, is_reentrant, leaf, nodes_of
 from noetherflow._batch import is_per_example, tensors_of, with_tensors
 from noetherflow._errors import LossError
 from noetherflow._holder import Holder, eager, places_of
-from noetherflow._params import in_dtype, require_finite, require_names, snapshot
+from noetherflow._params import in_dtype, padding_rows, require_finite, require_names, snapshot
 from noetherflow._per_example import in_a_loop, vectorised
 from noetherflow._precision import TOLERANCES, Tolerance, Watch, coarsest, explained
 from noetherflow._types import Batch, Loss, Params
@@ -43,6 +43,7 @@ class ModelFunction:
     Attributes:
         params: A copy of all parameters, by canonical name.
         trained: The entries of `params` that require gradients.
+        padding: The padding rows of embeddings by canonical name of the weight.
         precision: The coarsest floating-point type in which the loss is computed, also if the losses are converted to a
             finer type. Before the first `observe`, the coarsest type of the parameters.
         reentrant: Whether the observed graph has a reentrant checkpoint, whose backward pass accepts no list of inputs.
@@ -66,6 +67,7 @@ class ModelFunction:
         self.trained = {name: self.params[name] for name, parameter in named.items() if parameter.requires_grad}
         self.precision = coarsest(tensor.dtype for tensor in self.params.values())
         self.reentrant = False
+        self.padding = padding_rows(model)
         self._holder = Holder(model, loss)
         self._places, others = places_of(self._holder, model)
         # A module may write into its buffers, so every call gets copies. The parameters of a loss are constants.

@@ -73,6 +73,22 @@ def aliases(model: nn.Module) -> dict[str, str]:
     return {name: canonical[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
 
 
+def padding_rows(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The padding rows of embeddings, `padding_idx`, by canonical name of the weight: a lookup gives them no gradient.
+
+    Returns:
+        Indices of rows by name; weights without a padding row are left out.
+    """
+    canonical = {id(tensor): name for name, tensor in model.named_parameters()}
+    rows: dict[str, set[int]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+            name = canonical.get(id(module.weight))
+            if name is not None:
+                rows.setdefault(name, set()).add(module.padding_idx % len(module.weight))
+    return {name: tuple(sorted(indices)) for name, indices in rows.items()}
+
+
 def canonical_names(model: nn.Module, names: Iterable[str], what: str) -> dict[str, str]:
     """The canonical names of parameters that were named in a model, or in that model inside a wrapper or out of it.
 

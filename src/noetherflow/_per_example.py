@@ -16,6 +16,13 @@ from noetherflow._errors import CoupledExamplesError, EmptyDataError, LossError,
 from noetherflow._types import Params
 
 
+# What to do about a loss that couples examples, the end of a sentence.
+BETWEEN_BATCHES = (
+    "measure the noise between batches instead, with microbatches=True in analyze, equilibrate and forecast, or with "
+    "MicrobatchMeter"
+)
+
+
 def require_uncoupled(model: nn.Module) -> None:
     """Raise `CoupledExamplesError` if a layer normalises over the batch: then no example has a gradient."""
     for name, module in model.named_modules():
@@ -169,9 +176,9 @@ def require_independent(single: Tensor, batched: Tensor, where: str, tolerance: 
         raise CoupledExamplesError(
             f"{where}: example {first + worst} has loss {batched[worst].item():.6g} within its batch and "
             f"{single[worst].item():.6g} on its own. Either (a) the loss couples examples (contrastive losses, a "
-            "normalisation over the batch), and no example has a gradient of its own; or (b) a tensor of the batch "
-            "that all examples share happens to have the batch size as its leading dimension. For (a), MicrobatchMeter "
-            "measures the noise between microbatches"
+            "normalisation over the batch, a division by the mean of a mask), and no example has a gradient of its "
+            "own; or (b) a tensor of the batch that all examples share happens to have the batch size as its leading "
+            f"dimension. For (a), {BETWEEN_BATCHES}"
         )
 
 

@@ -7,7 +7,7 @@ generic point.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, final
 
 import torch
@@ -130,18 +130,44 @@ def _finite_point(function: ModelFunction, batch: Batch, sizes: Sequence[float],
         for size in sizes:
             perturbation = Perturbation(size, seed)
             change_buffer = _unchanged if note else perturbation.buffer
-            candidate = function.moved(perturbation, change_buffer)
-            if _is_finite(candidate, batch):
+            moved = function.moved(perturbation, change_buffer)
+            gradient = _finite_gradient(moved, batch)
+            candidate = _with_padding_of(function, moved, gradient or {})
+            if gradient is not None and (candidate is moved or _finite_gradient(candidate, batch) is not None):
                 return Point(candidate, size, note)
     return None
+
+
+def _with_padding_of(given: ModelFunction, moved: ModelFunction, gradient: Mapping[str, Tensor]) -> ModelFunction:
+    """The moved function, with padding rows as they are given.
+
+    A lookup reads the padding row of an embedding and gives the row no gradient, so training keeps the row at its
+    initial value, zero. At another value the gradient of a loss lacks a part, and no symmetry could be proved. A weight
+    that is used in a further place, such as an output layer, has a gradient in this row: such a row moves.
+
+    Args:
+        given: The function at the given parameters.
+        moved: The function at perturbed parameters.
+        gradient: The gradient of the sum of the losses at the perturbed parameters, by name.
+
+    Returns:
+        A function with other values of these rows; `moved` itself if there are no such rows.
+    """
+    kept = {}
+    for name, rows in given.padding.items():
+        index = [row for row in rows if name in gradient and not gradient[name][row].any()]
+        if index:
+            kept[name] = moved.params[name].clone()
+            kept[name][index] = given.params[name][index]
+    return moved.with_values(kept) if kept else moved
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _is_finite(function: ModelFunction, batch: Batch) -> bool:
-    """Whether all losses and the gradient of their sum are finite."""
+def _finite_gradient(function: ModelFunction, batch: Batch) -> dict[str, Tensor] | None:
+    """The gradient of the sum of all losses by name; None unless all losses and the gradient are finite."""
     device = next(iter(function.params.values())).device
     try:
         with own_randomness(device, seed=0), warnings.catch_warnings():
@@ -150,5 +176,6 @@ def _is_finite(function: ModelFunction, batch: Batch) -> bool:
             losses, gradient = function.gradient(function.trained or numbers, batch)
     except Exception:
         # At numbers for which it was not made, a model may raise errors of any kind, such as those of a factorisation.
-        return False
-    return bool(torch.isfinite(losses).all()) and all(bool(torch.isfinite(g).all()) for g in gradient.values())
+        return None
+    finite = bool(torch.isfinite(losses).all()) and all(bool(torch.isfinite(g).all()) for g in gradient.values())
+    return gradient if finite else None

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from noetherflow import _spd
 from noetherflow._batch import cast
 from noetherflow._dtype import announced_dtype
-from noetherflow._given import examples_of, require_loss, require_model
+from noetherflow._examples import Examples
+from noetherflow._given import require_loss, require_model
 from noetherflow._model_function import ModelFunction
 from noetherflow._params import aliases
 from noetherflow._per_example import own_randomness, require_losses
@@ -151,9 +152,9 @@ def verify_symmetry(
     generator = generator or torch.Generator().manual_seed(0)
     with own_randomness(device, seed=0):
         size = require_losses(function.losses(function.params, batch), "verify_symmetry")
-    examples = examples_of(model, function, batch, size)
+    examples = Examples(model, function, batch, size)
     with own_randomness(device, seed=0):
-        function.observe(examples[0])
+        function.observe(examples.batches[0])
     tests = _Tests(symmetry, batch, examples, draws, generator)
     residuals = [tests.at(function)[0]]
     tested = torch.zeros((), dtype=torch.bool)
@@ -207,13 +208,13 @@ class _Tests:
     Args:
         symmetry: The symmetry, with canonical names.
         batch: The batch, in the type of the model function.
-        examples: The batches whose gradients are compared with directions: single examples if there are any.
+        examples: The examples whose gradients are compared with directions.
         draws: The number of finite transformations.
         generator: Source of the random coordinates.
     """
 
     def __init__(
-        self, symmetry: Symmetry, batch: Batch, examples: Sequence[Batch], draws: int, generator: torch.Generator
+        self, symmetry: Symmetry, batch: Batch, examples: Examples, draws: int, generator: torch.Generator
     ) -> None:
         self._symmetry = symmetry
         self._batch = batch
@@ -247,17 +248,14 @@ class _Tests:
     def _cosines(self, function: ModelFunction) -> tuple[Tensor, Tensor]:
         """|g . Q theta| / (|g| |Q theta|) for the gradient g of every example, shape (B,), and the rows tested."""
         params = {name: function.params[name] for name in self._symmetry.names}
-        device = next(iter(params.values())).device
         (x,) = random_coordinates(self._symmetry, params, 1, self._generator)
         direction = self._symmetry.generate(x, params)
-        cosines, tested = [], []
-        # One example at a time, because a large model leaves no memory for B gradients.
-        for single in self._examples:
-            with own_randomness(device, seed=0):
-                losses, gradients = function.gradient(params, single)
+
+        def compared(losses: Tensor, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             slope, rows = cosine(gradients, direction).cpu(), active_rows(self._symmetry, gradients, params).cpu()
             if is_rounding(losses, gradients, direction, function.precision):
                 slope, rows = torch.zeros_like(slope), torch.zeros_like(rows)
-            cosines.append(slope)
-            tested.append(rows)
+            return slope, rows
+
+        cosines, tested = zip(*self._examples.each(function, params, compared), strict=True)
         return torch.stack(cosines), torch.stack(tested).any(0)

@@ -8,10 +8,12 @@ from torch import nn
 
 from noetherflow._errors import NoetherflowError, TraceError
 from noetherflow._given import require_loss
+from noetherflow._params import padding_rows
 from noetherflow._per_example import own_randomness
 from noetherflow._precision import TOLERANCES
 from noetherflow._types import Batch, Loss
 from noetherflow._verify import Residual
+from noetherflow.detect.causes import cause_of
 from noetherflow.detect.explanation import Explanation, Finding
 from noetherflow.detect.families import candidates
 from noetherflow.detect.names import named
@@ -72,9 +74,10 @@ def find_symmetries(
 def warn_of_rejected(explanation: Explanation) -> None:
     """A warning for every candidate that the graph allows and the numbers do not."""
     for finding in explanation.rejected:
+        cause = cause_of(finding.residual)
         warnings.warn(
             f"{finding.name}: the graph allows this symmetry, the numbers do not (residual {finding.residual:.1e}); "
-            "it is left out",
+            f"it is left out{cause and ': '}{cause}",
             stacklevel=3,
         )
 
@@ -114,7 +117,8 @@ def explain_axes(
     ]
     proved = tuple(finding for finding in findings if _is_proved(finding))
     rejected = tuple(finding for finding in findings if not _is_proved(finding))
-    notes = axis_notes(parameters, graph.unreached, demands.unknowns.axes, solution, proved, rejected)
+    padding = padding_rows(model)
+    notes = axis_notes(parameters, graph.unreached, demands.unknowns.axes, solution, proved, rejected, padding)
     return Explanation(proved, rejected, tuple(notes))
 
 
@@ -128,8 +132,8 @@ def _proved(
         raise
     except (RuntimeError, NotImplementedError) as error:
         raise TraceError(
-            "symmetries that the graph allows cannot be proved, because the loss or its gradient cannot be computed "
-            f"at the parameters of the proof ({type(error).__name__}: {error})"
+            "symmetries that the graph allows cannot be proved, because the loss of the batch, or its gradient, cannot "
+            f"be computed at the parameters of the proof ({type(error).__name__}: {error})"
         ) from error
 
 

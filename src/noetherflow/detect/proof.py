@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from noetherflow._batch import cast
 from noetherflow._dtype import announced_dtype
-from noetherflow._given import examples_of
+from noetherflow._examples import Examples
 from noetherflow._model_function import ModelFunction
 from noetherflow._per_example import own_randomness, require_losses
 from noetherflow._perturbed import GIVEN_ONLY, generic_points
@@ -56,9 +56,9 @@ def prove(
     batch = cast(batch, dtype, device)
     with own_randomness(device, seed=0):
         size = require_losses(function.losses(function.params, batch), "find_symmetries")
-    examples = examples_of(model, function, batch, size)
+    examples = Examples(model, function, batch, size)
     with own_randomness(device, seed=0):
-        function.observe(examples[0])
+        function.observe(examples.batches[0])
     given = _Point(function, batch, examples, draws=draws)
     residuals = [[residual] for residual in given.residuals(symmetries)[0]]
     del given
@@ -86,7 +86,7 @@ class _Point:
     Args:
         function: The model at these parameters and buffers.
         batch: The batch, in the type of the function.
-        examples: The batches whose gradients are compared with directions.
+        examples: The examples whose gradients are compared with directions.
         draws: The number of finite transformations.
         perturbation: The size of the perturbation that leads to this point; 0 for the given parameters.
     """
@@ -95,7 +95,7 @@ class _Point:
         self,
         function: ModelFunction,
         batch: Batch,
-        examples: Sequence[Batch],
+        examples: Examples,
         *,
         draws: int,
         perturbation: float = 0.0,
@@ -150,20 +150,20 @@ class _Point:
             (x,) = random_coordinates(symmetry, acted_on, 1, self._generator)
             directions.append(symmetry.generate(x, acted_on))
         moved = {name: self._params[name] for symmetry in symmetries for name in symmetry.names}
-        columns = []
         tested = [torch.zeros((), dtype=torch.bool)] * len(symmetries)
-        for example in self._examples:
-            with own_randomness(self._device, seed=0):
-                losses, gradients = self._function.gradient(moved, example)
-            column = []
+
+        def column(losses: Tensor, gradients: dict[str, Tensor]) -> Tensor:
+            slopes = []
             for index, (symmetry, direction) in enumerate(zip(symmetries, directions, strict=True)):
                 rounding = is_rounding(losses, gradients, direction, self._function.precision)
                 slope = cosine(gradients, direction).cpu()
-                column.append(torch.zeros_like(slope) if rounding else slope)
+                slopes.append(torch.zeros_like(slope) if rounding else slope)
                 if not tested[index].all():
                     rows = active_rows(symmetry, gradients, self._params).cpu()
                     tested[index] = tested[index] | (torch.zeros_like(rows) if rounding else rows)
-            columns.append(torch.stack(column))
+            return torch.stack(slopes)
+
+        columns = self._examples.each(self._function, moved, column)
         return list(torch.stack(columns, 1)), tested
 
     def _evaluate(self, params: dict[str, Tensor]) -> Tensor:

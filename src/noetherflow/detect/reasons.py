@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
+from noetherflow.detect.causes import verdict_on
 from noetherflow.detect.explanation import AxisNote, Finding
 from noetherflow.detect.solve import Solution
 from noetherflow.detect.unknowns import AxisUnknowns
@@ -20,6 +21,7 @@ def axis_notes(
     solution: Solution,
     proved: Sequence[Finding],
     rejected: Sequence[Finding],
+    padding: Mapping[str, Sequence[int]],
 ) -> list[AxisNote]:
     """A note for every axis of every parameter.
 
@@ -30,11 +32,13 @@ def axis_notes(
         solution: What the demands of the operations leave free.
         proved: The symmetries.
         rejected: Candidates that the numbers refute.
+        padding: The padding rows of embeddings by canonical name.
 
     Returns:
         The notes, parameter by parameter.
     """
     acting, refuted = _by_axis(proved), _by_axis(rejected)
+    by_name = {finding.name: finding for finding in rejected}
     unknowns: dict[tuple[str, int], list[int]] = {}
     for axis in axes:
         unknowns.setdefault((axis.parameter, axis.axis), []).extend(axis.ids.tolist())
@@ -47,7 +51,7 @@ def axis_notes(
             elif name in unreached:
                 reason = _UNREACHED
             elif not names and (name, dim) in refuted:
-                reason = f"the numbers refute {', '.join(refuted[name, dim][:_MOST])}"
+                reason = verdict_on([by_name[each] for each in refuted[name, dim]], parameters, padding)
             elif not names:
                 reason = _operations(unknowns.get((name, dim), []), solution)
             notes.append(AxisNote(name, dim, tuple(names), reason))

@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from noetherflow._patterns import Cell, cell_of_name, cell_of_sentence, merge
-from noetherflow._table import Column, Table
+from noetherflow._table import Column, Table, starred
+from noetherflow.detect.causes import cause_of
 from noetherflow.symmetry import Axis, DenseSymmetry
 
 if TYPE_CHECKING:
     from noetherflow.detect.explanation import AxisNote, Explanation, Finding
 
 _REJECTED = "REJECTED"
-_REMEDY = (
+_MEANING = (
     f"{_REJECTED}: the operations of the model allow the symmetry, but the numbers do not, so it is left out; resid "
-    "says by how much. A little more than rounding: repeat in float64. Otherwise: the rule of an operation is wrong; "
-    "please report the model."
+    "says by how much."
+)
+_REMEDY = (
+    "A little more than rounding: repeat in float64. Otherwise: the rule of an operation is wrong; please report the "
+    "model."
 )
 # What stands in a table, and what it means.
 _LEGEND = (
@@ -74,8 +78,18 @@ def _symmetries(findings: Sequence["Finding"], rejected: Sequence["Finding"]) ->
         residual = max(listed[number][0].residual for number in pattern.rows)
         counts = (str(len(pattern.rows)),) * counted
         cells.append((name, kind, *counts, plus, minus, f"{residual:.0e}", note))
-    notes = (_REMEDY,) if rejected else ()
-    return Table("Symmetries", columns, tuple(cells), notes)
+    return Table("Symmetries", columns, tuple(cells), _notes(rejected))
+
+
+def _notes(rejected: Sequence["Finding"]) -> tuple[str, ...]:
+    """What a rejection means, and its cause or what to do; the rule of an operation is blamed if no cause is known."""
+    causes = [(finding.name, cause_of(finding.residual)) for finding in rejected]
+    if not causes:
+        return ()
+    unknown = [name for name, cause in causes if not cause]
+    if len(unknown) == len(causes):
+        return (f"{_MEANING} {_REMEDY}",)
+    return (_MEANING, *starred((name, cause or _REMEDY.removesuffix(".")) for name, cause in causes))
 
 
 def _axes_without(axes: Iterable["AxisNote"]) -> Table:

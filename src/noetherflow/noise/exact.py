@@ -21,7 +21,7 @@ from noetherflow._errors import (
 )
 from noetherflow._model_function import ModelFunction
 from noetherflow._params import aliases, require_finite, require_names
-from noetherflow._per_example import require_independent
+from noetherflow._per_example import BETWEEN_BATCHES, require_independent
 from noetherflow._residual import cosine
 from noetherflow._types import Batch, Loss
 from noetherflow.noise.moments import NoiseMoments
@@ -216,15 +216,17 @@ def single_examples(batch: Batch, size: int, where: str) -> Iterator[None]:
             raise CoupledExamplesError(
                 f"{where}: the loss of a single example cannot be computed ({error}): a function of the model, such as "
                 "torch.nn.functional.batch_norm, normalises with the statistics of the batch, which couples its "
-                "examples. Measure the noise between microbatches with MicrobatchMeter, or use GroupNorm or LayerNorm"
+                f"examples. Use GroupNorm or LayerNorm, or {BETWEEN_BATCHES}"
             ) from error
         shapes = [tuple(tensor.shape) for tensor in tensors_of(batch)]
         if all(shape[:1] == (size,) for shape in shapes):
             raise
         raise LossError(
             f"{where}: the loss of a single example cannot be computed ({type(error).__name__}: {error}). The loss has "
-            f"{size} examples, and the tensors of the batch have the shapes {shapes}. If examples cannot be taken out "
-            "of the batch, as with the nodes of all graphs in one tensor, use MicrobatchMeter"
+            f"{size} examples, and the tensors of the batch have the shapes {shapes}. If an example cannot be cut out "
+            "of the batch, as with the nodes of all graphs in a tensor, or with `offsets` of an nn.EmbeddingBag, which "
+            "are positions in another tensor: give every example a row (ids of shape (B, T), filled up with "
+            f"padding_idx), or {BETWEEN_BATCHES}"
         ) from error
 
 

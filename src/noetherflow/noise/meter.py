@@ -12,7 +12,7 @@ from torch import nn
 from noetherflow._batch import is_per_example, length_of, tensors_of
 from noetherflow._errors import CoupledExamplesError, EmptyDataError, SettingsError
 from noetherflow._holder import eager
-from noetherflow._per_example import require_interval, require_uncoupled
+from noetherflow._per_example import BETWEEN_BATCHES, require_interval, require_uncoupled
 from noetherflow._types import Batch, Params
 from noetherflow.noise.between_ranks import Ranks, merge_examples
 from noetherflow.noise.buffers import OF_SUM, Buffers, ModelLayout
@@ -265,7 +265,7 @@ class NoiseMeter:
             raise CoupledExamplesError(
                 "the loss is no sum over the examples of the batch, as far as can be seen: "
                 f"{capture.joined}. The gradient of a single example does not exist, or cannot be told. "
-                "MicrobatchMeter measures the noise between microbatches"
+                f"For such a loss, {BETWEEN_BATCHES}"
             )
         measured = capture.gradients.keys() - capture.refused.keys()
         if not measured and not capture.met and capture.refused:
