@@ -15,7 +15,7 @@ FLOORS = [
     {"_params", "_per_example", "_store", "_other_roads", "record"},
     {"optimizers"},
     {"_model_function", "symmetry", "_user_file"},
-    {"_residual", "_dtype", "_optimizer_state", "_perturbed", "_given"},
+    {"_residual", "_dtype", "_optimizer_state", "_perturbed", "_given", "_examples"},
     {"_verify"},
     {"detect"},
     {"noise", "discover"},

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from noetherflow import _files, _store, _versions
 from noetherflow._errors import ParameterShapeError
-from noetherflow._table import Column, Table, html_of, starred, steps, text_of
-from noetherflow.equilibrium.result import Equilibrium, ratio, totals
+from noetherflow._table import Column, Table, html_of, known, starred, steps, text_of
+from noetherflow.equilibrium.result import NOWHERE, Equilibrium, Status, ratio, totals
 from noetherflow.equilibrium.result import require_consistent as require_consistent_equilibrium
 from noetherflow.noise import NoiseMoments
 from noetherflow.noise.consistency import require_consistent as require_consistent_noise
@@ -180,23 +180,42 @@ _COLUMNS: tuple[tuple[str, str, Callable[[SymmetryReport], str]], ...] = (
     ),
     ("noise+", "gradient noise on the plus side, per example", lambda r: f"{r.noise_plus:.3g}"),
     ("noise-", "gradient noise on the minus side, per example", lambda r: f"{r.noise_minus:.3g}"),
-    ("drift", "change of the charge per step, rms over coordinates", lambda r: f"{r.drift:.1e}"),
-    ("dist", "distance, rms of x; weights are a factor e^x from the equilibrium", lambda r: f"{r.distance:.3f}"),
-    ("error", "standard error of the distance, for another sample of as many examples", lambda r: f"{r.error:.3f}"),
-    ("steps", "median relaxation time: steps in which a departure shrinks by e", lambda r: steps(r.relaxation_steps)),
+    ("drift", "change of the charge per step, rms over coordinates", lambda r: known(r.drift, ".1e")),
+    (
+        "dist",
+        "distance, rms of x; weights are a factor e^x from the equilibrium",
+        lambda r: _of_equilibrium(r, known(r.distance, ".3f")),
+    ),
+    (
+        "error",
+        "standard error of the distance, for another sample of as many examples",
+        lambda r: _of_equilibrium(r, known(r.error, ".3f")),
+    ),
+    (
+        "steps",
+        "median relaxation time: steps in which a departure shrinks by e",
+        lambda r: _of_equilibrium(r, steps(r.relaxation_steps)),
+    ),
 )
+_UNKNOWN = ("-", "not known: the symmetry has no equilibrium, or the number was not measured")
+
+
+def _of_equilibrium(report: SymmetryReport, cell: str) -> str:
+    """A cell about the equilibrium of a symmetry: `-` if the symmetry has no equilibrium, as without a charge."""
+    return "-" if Status[report.status.upper()] in NOWHERE else cell
 
 
 def _tables(analysis: Analysis) -> tuple[Table, ...]:
     """A row per symmetry, with notes on coordinates without an equilibrium; the totals; the legend."""
     columns = (Column("symmetry", folds=True), *(Column(heading, right=True) for heading, _, _ in _COLUMNS))
     # A star refers to the note below the table.
-    rows = ((r.name + "*" * bool(r.message), *(cell(r) for _, _, cell in _COLUMNS)) for r in analysis.reports)
+    rows = tuple((r.name + "*" * bool(r.message), *(cell(r) for _, _, cell in _COLUMNS)) for r in analysis.reports)
     notes = starred((report.name, report.message) for report in analysis.reports)
     notes += analysis.equilibrium.notes
     legend = tuple((heading, meaning) for heading, meaning, _ in _COLUMNS)
+    legend += (_UNKNOWN,) * any("-" in row for row in rows)
     return (
-        Table(f"Symmetries under {type(analysis.settings).__name__}", columns, tuple(rows), tuple(notes)),
+        Table(f"Symmetries under {type(analysis.settings).__name__}", columns, rows, tuple(notes)),
         totals(analysis.equilibrium, f"{analysis.noise.count} examples"),
         Table("", (Column("", right=True), Column("", folds=True)), legend),
     )

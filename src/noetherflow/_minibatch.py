@@ -1,7 +1,7 @@
 """Second moments of the gradients of minibatches, from the noise of single examples or from the state of Adam."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import final
 
 import torch
@@ -64,6 +64,11 @@ class Minibatches(ABC):
                 "they were measured for another model"
             )
         return self.optimizer.terms(name, theta, moment)
+
+    def have_decay(self, names: Iterable[str]) -> bool:
+        """Whether all of these parameters have weight decay: a term for an entry of 1 with a gradient of 1."""
+        unit = torch.ones(1, dtype=torch.float64)
+        return all(bool(self.optimizer.terms(name, unit, unit).decay > 0) for name in names)
 
 
 @final

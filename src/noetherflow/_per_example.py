@@ -15,7 +15,6 @@ from noetherflow._device import every_device
 from noetherflow._errors import CoupledExamplesError, EmptyDataError, LossError, NonFiniteError, SettingsError
 from noetherflow._types import Params
 
-
 # What to do about a loss that couples examples, the end of a sentence.
 BETWEEN_BATCHES = (
     "measure the noise between batches instead, with microbatches=True in analyze, equilibrate and forecast, or with "

@@ -1,6 +1,7 @@
 """Plain tables: as text that fits a terminal, and as HTML for notebooks."""
 
 import html
+import math
 import re
 import shutil
 import unicodedata
@@ -110,6 +111,11 @@ def html_of(tables: Sequence[Table]) -> str:
 def steps(count: float) -> str:
     """A number of steps with separators of thousands, such as `46,853`; `never` for infinity."""
     return f"{count:,.0f}" if count < 1e7 else "never" if count == float("inf") else f"{count:.1e}"
+
+
+def known(value: float, form: str) -> str:
+    """A number in a format, such as `.3f`; `-` for NaN, a number that is not known."""
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def _widths(columns: Sequence[Column], cells: Sequence[Sequence[Sequence[str]]], width: int) -> tuple[list[int], int]:

@@ -26,11 +26,17 @@ _NO_GRADIENT = (
 
 
 def cause_of(residual: Residual) -> str:
-    """The cause of a residual that is more than rounding, in a sentence; empty if the residual does not tell.
+    r"""The cause of a residual that is more than rounding, as far as the residual tells.
 
     A loss or gradient that is not finite proves nothing, and refutes nothing. A part of the computation without a
-    gradient, such as the padding row of an embedding, leaves the losses unchanged while $g \\cdot Q\\theta$ does not
+    gradient, such as the padding row of an embedding, leaves the losses unchanged while $g \cdot Q\theta$ does not
     vanish.
+
+    Args:
+        residual: The residual of a rejected candidate.
+
+    Returns:
+        A sentence without its period; empty if the residual does not tell.
     """
     if not math.isfinite(residual):
         what = "a loss after a finite transformation" if math.isfinite(residual.gradient) else "the gradient of a loss"

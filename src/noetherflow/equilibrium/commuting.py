@@ -46,6 +46,7 @@ class CommutingOrbit(Orbit):
 
     def __init__(self, symmetries: Mapping[str, AxisSymmetry], params: Params, gradients: Minibatches) -> None:
         self._symmetries, self._exponents = dict(symmetries), gradients.optimizer.exponents
+        self._decayed = {name: gradients.have_decay(symmetry.names) for name, symmetry in symmetries.items()}
         axes = [axis for symmetry in symmetries.values() for axis in symmetry.regions(params)]
         self._decay, self._noise, self._charge, self._shares = {}, {}, {}, {}
         for name in dict.fromkeys(axis.name for axis in axes):
@@ -267,7 +268,7 @@ class CommutingOrbit(Orbit):
         relaxation = torch.where(free.coordinates, 1 / rate, torch.inf)
         coordinates, drift, times = (self._unflatten(t) for t in (x, push - pull, relaxation))
         pushes, pulls, frees = (self._unflatten(t) for t in (push, pull, free.coordinates))
-        outcomes = {name: of_rows(frees[name], pushes[name], pulls[name], status) for name in self._symmetries}
+        outcomes = {n: of_rows(frees[n], pushes[n], pulls[n], status, decays=has) for n, has in self._decayed.items()}
         return OrbitMinimum(coordinates, drift, times, outcomes, steps)
 
     def _flatten(self, coordinates: Mapping[str, Tensor]) -> Tensor:

@@ -6,6 +6,10 @@ from noetherflow._forces import no_charge
 from noetherflow.equilibrium.result import Outcome, Status
 from noetherflow.optimizers import Optimizer
 
+# Why nothing acts on the charge of a row, without and with weight decay.
+_NOTHING = "carry neither gradient noise nor weight decay (dead neurons?)"
+_SHRINKS = "get no gradient (dead neurons?), and weight decay without a gradient moves no charge"
+
 
 def not_finite() -> Outcome:
     """For a measurement that is no number."""
@@ -28,13 +32,26 @@ def without_charge(optimizer: Optimizer) -> Outcome:
     return Outcome(Status.NO_CHARGE, no_charge(optimizer))
 
 
-def of_rows(free: Tensor, push: Tensor, pull: Tensor, status: Status) -> Outcome:
-    """For rows of scalings and rescalings: which are free, and the forces on them, of any shape."""
+def of_rows(free: Tensor, push: Tensor, pull: Tensor, status: Status, *, decays: bool) -> Outcome:
+    """For rows of scalings and rescalings.
+
+    Args:
+        free: Which rows are free, of any shape.
+        push: The forces that drive the charges of the rows up.
+        pull: The forces that drive them down.
+        status: How the search ended.
+        decays: Whether the parameters of the rows have weight decay. Under AdamW the force of the decay contains the
+            size of the gradients, so that without a gradient both forces vanish, whatever the weight decay.
+
+    Returns:
+        The outcome.
+    """
     if status is Status.NON_FINITE:
         return not_finite()
     push, pull, free = push.reshape(-1), pull.reshape(-1), free.reshape(-1)
+    dead = _SHRINKS if decays else _NOTHING
     kinds = (
-        ((push <= 0) & (pull <= 0), "carry neither gradient noise nor weight decay (dead neurons?)"),
+        ((push <= 0) & (pull <= 0), dead),
         ((push > 0) & (pull <= 0), "have nothing that keeps the plus side from growing for ever"),
         ((push <= 0) & (pull > 0), "have nothing that keeps the plus side from shrinking to zero"),
         ((push > 0) & (pull > 0) & ~free, "run away together with other symmetries: nothing holds their sum"),
@@ -43,7 +60,8 @@ def of_rows(free: Tensor, push: Tensor, pull: Tensor, status: Status) -> Outcome
     sentences = [f"rows {_listing(rows)} {reason}" for rows, reason in listed if rows]
     held = tuple(sorted(row for rows, _ in listed for row in rows))
     if sentences:
-        sentences.append("left where they are; weight_decay > 0 and noise on both sides give them an equilibrium")
+        needed = "noise on both sides gives" if decays else "weight_decay > 0 and noise on both sides give"
+        sentences.append(f"left where they are; {needed} them an equilibrium")
     if status is Status.NOT_CONVERGED:
         sentences.append("Newton's method did not converge")
     elif held:

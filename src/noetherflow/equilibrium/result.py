@@ -1,6 +1,5 @@
 """The result of a solver, in values and in sentences."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from noetherflow import _store
 from noetherflow._errors import ParameterShapeError
-from noetherflow._table import Column, Table, html_of, starred, steps, text_of
+from noetherflow._table import Column, Table, html_of, known, starred, steps, text_of
 from noetherflow.symmetry import Symmetry
 
 
@@ -40,6 +39,10 @@ class Status(Enum):
     def severity(self) -> int:
         """0 for converged, growing."""
         return list(Status).index(self)
+
+
+# Without an equilibrium in any direction, so that no distance to it is known.
+NOWHERE = frozenset({Status.DEGENERATE, Status.NO_CHARGE, Status.NON_FINITE})
 
 
 @final
@@ -285,13 +288,9 @@ def _tables(equilibrium: Equilibrium) -> tuple[Table, ...]:
         # A star points to the note below.
         marked = name + "*" * bool(outcome.message)
         distance, error = (root_mean_square(x[name]) for x in (equilibrium.coordinates, equilibrium.standard_error))
-        known = "-" if math.isnan(error) else f"{error:.3f}"
-        rows.append((marked, status, f"{distance:.3f}", known, steps(median), steps(slowest)))
-    columns = (
-        Column("symmetry", folds=True),
-        Column("status"),
-        *(Column(heading, right=True) for heading, _ in legend),
-    )
+        cells = known(distance, ".3f"), known(error, ".3f"), steps(median), steps(slowest)
+        rows.append((marked, status, *(("-",) * len(cells) if outcome.status in NOWHERE else cells)))
+    columns = Column("symmetry", folds=True), Column("status"), *(Column(h, right=True) for h, _ in legend)
     return (
         Table("Noise equilibrium", columns, tuple(rows), tuple(notes)),
         totals(equilibrium),
