@@ -259,9 +259,10 @@ symmetry  kind      plus        minus          resid  note
 0 -> 3    diagonal  0.weight 0  3.weight 1 x4    inf  REJECTED
                     0.bias 0
 REJECTED: the operations of the model allow the symmetry, but the numbers do
-not, so it is left out; resid says by how much. A little more than rounding:
-repeat in float64. Otherwise: the rule of an operation is wrong; please report
-the model.
+not, so it is left out; resid says by how much.
+* 0 -> 3: the gradient of a loss is NaN or infinite at the parameters of the
+model, so that nothing is proved. Look for divisions by zero and for square
+roots and logarithms of zero, and keep their arguments from zero (clamp, eps)
 
 Axes on which no symmetry acts
 parameter, axes   because of
@@ -286,6 +287,13 @@ def test_an_explanation_to_the_character() -> None:
     found = dataclasses.replace(explanation.found[0], residual=nf.Residual(1e-16, 2e-16, 0))
     assert str(dataclasses.replace(explanation, found=(found,))) == EXPLAINED
     assert str(dataclasses.replace(explanation, rejected=())) != EXPLAINED
+    # A finite residual in the losses blames a rule, alone and beside a candidate without a proof.
+    wrong = dataclasses.replace(explanation.rejected[0], name="0 -> 4", residual=nf.Residual(0.5, 0.5, 7))
+    for rejected in ((wrong,), (wrong, *explanation.rejected)):
+        text = " ".join(str(dataclasses.replace(explanation, rejected=rejected)).split())
+        assert "resid says by how much." in text
+        assert "Otherwise: the rule of an operation is wrong; please report the model" in text
+        assert ("* 0 -> 3: the gradient of a loss is NaN" in text) == (len(rejected) == 2)
 
 
 def test_slices_and_stacks_are_written_out() -> None:

@@ -241,7 +241,7 @@ def totals(equilibrium: Equilibrium, examples: str = "") -> Table:
         ("potential, decay and noise together", equilibrium.potential_before, equilibrium.potential_after),
     )
     columns = (Column("total", folds=True), *(Column(h, right=True) for h in ("now", "equilibrium", "ratio")))
-    rows = ((n, f"{now:.6g}", f"{then:.6g}", f"{ratio(then, now):.4f}") for n, now, then in pairs)
+    rows = ((n, f"{now:.6g}", f"{then:.6g}", known(ratio(then, now), ".4f")) for n, now, then in pairs)
     return Table(title, columns, tuple(rows))
 
 
