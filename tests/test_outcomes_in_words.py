@@ -76,12 +76,12 @@ def test_a_symmetry_without_a_charge_shows_no_distance() -> None:
     assert report.status == "no_charge"
     assert cells(analysis, report.name)[-4:] == ["-"] * 4  # drift, dist, error, steps
     assert cells(analysis.equilibrium, report.name)[-4:] == ["-"] * 4
-    assert "- not known" in str(analysis)
+    assert "not known:" in str(analysis)
     assert "nan" not in str(analysis)
     # The twin: with a charge there are numbers.
     known = nf.analyze(one.model, one.loss, one.loader(), nf.SGD(0.1, 5, 0.1), one.symmetries, progress=False)
     assert all(math.isfinite(float(cell.replace(",", ""))) for cell in cells(known, report.name)[-4:])
-    assert "- not known" not in str(known)
+    assert "not known:" not in str(known)
 
 
 def test_an_error_that_was_not_measured_is_no_number() -> None:
