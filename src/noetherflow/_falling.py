@@ -1,11 +1,11 @@
 r"""Whether the loss still falls along the mean gradient, from moments that an analysis has anyway.
 
 Without noise, a step of SGD lowers the loss by
-$\sum_p \eta_p\,(G_p\cdot G_p + 2\gamma_p\,G_p\cdot\theta_p)$ to first order, with the mean gradient G. The mean gradient
-of n examples has the excess $\mathrm{Tr}\,\Sigma/n$ in its square, which is taken out. Where the loss does not fall, the
-variance of that number is $2\,\mathrm{Tr}\,\Sigma^2/n^2 + c^T\Sigma\,c/n$ with the weight decay $c = 2\gamma\theta$.
-$\mathrm{Tr}\,\Sigma$ bounds both the root of $\mathrm{Tr}\,\Sigma^2$ and the largest eigenvalue of $\Sigma$, so that the
-error is a bound.
+$\sum_p \eta_p\,(G_p\cdot G_p + 2\gamma_p\,G_p\cdot\theta_p)$ to first order, with the mean gradient G. The mean
+gradient of n examples has the excess $\mathrm{Tr}\,\Sigma/n$ in its square, which is taken out. Where the loss does not
+fall, the variance of that number is $2\,\mathrm{Tr}\,\Sigma^2/n^2 + c^T\Sigma\,c/n$ with the weight decay
+$c = 2\gamma\theta$. $\mathrm{Tr}\,\Sigma$ bounds both the root of $\mathrm{Tr}\,\Sigma^2$ and the largest eigenvalue of
+$\Sigma$, so that the error is a bound.
 """
 
 import math
@@ -22,8 +22,6 @@ WHILE_IT_STAYS = (
     "Distances and steps are those of the present function of the network. Where training still changes the function, "
     "it changes the distances too"
 )
-# The unit in which the fall is said, in steps.
-_STEPS = 1000
 
 
 @final
@@ -40,8 +38,8 @@ class Fall(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"The loss still falls, along the mean gradient by {_STEPS * self.value:.2g} per {_STEPS:,} steps (standard "
-            f"error at most {_STEPS * self.error:.1g}): expect distances to change with the function"
+            f"The loss still falls, along the mean gradient by {self.value:.2g} per step (standard error at most "
+            f"{self.error:.1g}): expect distances to change with the function"
         )
 
 
