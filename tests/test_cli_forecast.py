@@ -49,7 +49,8 @@ def test_the_command_prints_the_forecast_and_saves_it(file: Path) -> None:
     assert done.exit_code == 0, done.output
     forecast = expected(file)
     assert str(forecast) in done.output
-    assert forecast.sentence in " ".join(done.output.split())
+    assert forecast.trace.ratio.why in " ".join(done.output.split())
+    assert "What becomes of the sharpness cannot be told: see above." in " ".join(done.output.split())
     assert f"Written: {file.parent / 'forecast_example.forecast.html'}, " in done.output
     assert f", {saved}" in done.output
     assert repr(nf.Forecast.load(saved).trace) == repr(forecast.trace)

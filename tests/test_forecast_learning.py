@@ -12,14 +12,13 @@ import noetherflow as nf
 from cases import mlp, squared_error
 from curvatures import Data, hessian
 from noetherflow.forecasting import learner as learner_file
-from noetherflow.forecasting.estimate import Change, Estimate, change_of, unknown
+from noetherflow.forecasting.estimate import Estimate
 from noetherflow.forecasting.exact import Exact
 from noetherflow.forecasting.gradient_flow import STAGES, STEPS, flow, reach, stages
 from noetherflow.forecasting.learner import Learner, jackknife
 from noetherflow.forecasting.learning import Learning, no_learning
 from noetherflow.forecasting.mean_loss import MeanLoss
 from noetherflow.forecasting.metric import Metric, metric_at
-from noetherflow.forecasting.said import once, too_wide
 from noetherflow.forecasting.spectrum import largest
 
 
@@ -268,42 +267,3 @@ def test_an_unstable_flow_is_refused() -> None:
     learning = replace(learner, metric=large).after(1000, 1.0)
     assert "not stable" in learning.trace.why
     assert not learning.dominates
-
-
-def test_the_reason_of_a_model_that_learns_is_the_slope_of_its_loss_and_what_to_do() -> None:
-    trace, orbit = Estimate(5.378, 39.0), -1.47
-    falling = Learning(64.0, Estimate(-2e-4, 0.0, 5e-5), -0.1, trace, orbit)
-    assert falling.dominates
-    assert falling.reason == (
-        "the loss still falls, by 0.0002 +- 5e-05 per step: train on, and ask for another forecast when the loss "
-        "has stopped falling"
-    )
-    assert str(falling).startswith("the loss falls by 0.0002 +- 5e-05 per step; within 64 steps, learning alone")
-    # The twin: a loss of which no fall is known, beside a change of Tr H beyond two errors.
-    turning = Learning(64.0, Estimate(-2e-4, 0.0, 5e-4), -0.1, Estimate(9.0, 0.1, 4.0), orbit)
-    assert turning.dominates
-    assert "loss still falls" not in turning.reason
-    assert str(turning).startswith("within 64 steps")
-
-
-def test_an_error_beyond_its_number_names_what_makes_it_smaller() -> None:
-    known = change_of(Estimate(136.7, 17.0), Estimate(33.16, 59.0, 11.0))
-    assert too_wide([("Tr H", known)]) == [
-        "the error of Tr H at the equilibrium exceeds the number: more random vectors (vectors=...) make it smaller"
-    ]
-    assert "more batches" in too_wide([("Tr H", change_of(Estimate(1.0, 0.0, 2.0), Estimate(3.0)))])[0]
-    # The twin: an error below its number, and none.
-    assert not too_wide(
-        [("Tr H", change_of(Estimate(136.7, 17.0), Estimate(-33.16, 30.0))), ("x", Change(*[unknown("why")] * 3))]
-    )
-
-
-def test_a_reason_stands_once() -> None:
-    reasons = ["long reason", "reason"]
-    assert once(["a: long reason", "b: long reason", "c: reason"], reasons) == [
-        "a: long reason",
-        "b: see above",
-        "c: reason",
-    ]
-    assert once(["a: reason", "b: long reason"], reasons) == ["a: reason", "b: long reason"]
-    assert once(["a: long reason", "plain"], reasons, given=True) == ["a: see above", "plain"]

@@ -236,13 +236,6 @@ def test_a_real_forecast_is_shown(browser: Browser, tmp_path: Path) -> None:
     tab.close()
 
 
-def test_a_warmup_of_a_single_learning_rate_has_no_length() -> None:
-    constant = ordinary(warmup=Warmup(Need.WARMUP, ((0, 0.0123),), "the way in time is not known"))
-    text = next(text for text in forecast_words.sentences(constant) if text.startswith("A warmup is needed"))
-    assert text.endswith("(the way in time is not known). The learning rate of the warmup is 0.0123.")
-    assert any("The warmup takes 1,000 steps." in text for text in forecast_words.sentences(ordinary()))
-
-
 class Told(NamedTuple):
     """A part of a forecast that says what it is."""
 

@@ -52,6 +52,8 @@ def embedding_bag(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | No
     if ids.ndim == 2:
         count = len(ids)
         bags = torch.arange(count, device=ids.device).repeat_interleave(ids.shape[1])
+    elif offsets is None:
+        return None  # torch says what is wrong
     else:
         count = len(offsets) - bool(given.get("include_last_offset"))
         bags = torch.bucketize(torch.arange(len(ids), device=ids.device), offsets[:count], right=True) - 1

@@ -48,8 +48,12 @@ class Learning(NamedTuple):
     @property
     def reason(self) -> str:
         """Why the sharpness at the end cannot be told where learning dominates, and what to do."""
-        train = "train on, and ask for another forecast when the loss has stopped falling"
-        return f"the loss still falls, {self._fall}: {train}" if self.falls else f"the model still learns: {train}"
+        if not self.falls:
+            return f"the model still learns ({self}): train on, and ask for another forecast"
+        return (
+            f"the loss still falls, {self._fall}: train on, and ask for another forecast when the loss has stopped "
+            "falling"
+        )
 
     @property
     def _fall(self) -> str:
