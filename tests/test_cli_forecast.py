@@ -95,6 +95,18 @@ def test_declared_symmetries_and_options_reach_the_forecast(file: Path) -> None:
     assert run("forecast", file).exit_code == 2
 
 
+def test_the_number_of_random_vectors_reaches_the_forecast(file: Path) -> None:
+    # The traces of a network with tanh are not exact.
+    file.write_text(BUILD.replace("nn.ReLU()", "nn.Tanh()"))
+    done = run("forecast", file, "--vectors", 5)
+    assert done.exit_code == 0, done.output
+    assert str(expected(file, vectors=5)) in done.output
+    assert str(expected(file)) not in done.output
+    refused = run("forecast", file, "--vectors", 3)
+    assert refused.exit_code == 2
+    assert "vectors must be an integer, 4 or more, got 3" in " ".join(refused.output.split())
+
+
 def test_microbatches_reach_the_forecast(file: Path) -> None:
     done = run("forecast", file, "--microbatches")
     assert done.exit_code == 0, done.output
