@@ -117,6 +117,8 @@ def test_held_out_batches_are_those_that_analyze_is_given(file: Path) -> None:
     assert symmetry["holdout_after"] == pytest.approx(expected.reports[0].holdout_after, rel=1e-9)
     assert symmetry["imbalance_after"] < 1e-9 < symmetry["holdout_after"]
     assert "on data that was held out" in (out / "kept_example.html").read_text()
+    said = f"and from {symmetry['holdout_before']:.3g} to {symmetry['holdout_after']:.3g} on data that was held out"
+    assert said in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(

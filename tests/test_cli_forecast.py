@@ -49,7 +49,8 @@ def test_the_command_prints_the_forecast_and_saves_it(file: Path) -> None:
     assert done.exit_code == 0, done.output
     forecast = expected(file)
     assert str(forecast) in done.output
-    assert forecast.sentence in " ".join(done.output.split())
+    assert forecast.trace.ratio.why in " ".join(done.output.split())
+    assert "What becomes of the sharpness cannot be told: see above." in " ".join(done.output.split())
     assert f"Written: {file.parent / 'forecast_example.forecast.html'}, " in done.output
     assert f", {saved}" in done.output
     assert repr(nf.Forecast.load(saved).trace) == repr(forecast.trace)
@@ -92,6 +93,18 @@ def test_declared_symmetries_and_options_reach_the_forecast(file: Path) -> None:
     assert repr(nf.Forecast.load(saved).trace) == repr(narrow.trace) != repr(expected(file).trace)
     file.write_text(BUILD.replace(settings, f"{settings}, {{'wrong': {hidden.replace('2.weight', '0.weight')}}}"))
     assert run("forecast", file).exit_code == 2
+
+
+def test_the_number_of_random_vectors_reaches_the_forecast(file: Path) -> None:
+    # The traces of a network with tanh are not exact.
+    file.write_text(BUILD.replace("nn.ReLU()", "nn.Tanh()"))
+    done = run("forecast", file, "--vectors", 5)
+    assert done.exit_code == 0, done.output
+    assert str(expected(file, vectors=5)) in done.output
+    assert str(expected(file)) not in done.output
+    refused = run("forecast", file, "--vectors", 3)
+    assert refused.exit_code == 2
+    assert "vectors must be an integer, 4 or more, got 3" in " ".join(refused.output.split())
 
 
 def test_microbatches_reach_the_forecast(file: Path) -> None:

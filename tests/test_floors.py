@@ -22,7 +22,7 @@ FLOORS = [
     {"_second_moments"},
     {"_minibatch"},
     {"_forces"},
-    {"_drift", "linear", "_explain"},
+    {"_drift", "_falling", "linear", "_explain"},
     {"equilibrium"},
     {"_rebalance", "simulation", "_analysis", "forecasting", "watching", "ledger"},
     {"_analyze", "_kept", "integrations", "_doctor"},

@@ -1,14 +1,17 @@
 """The result of `analyze`: as values, as a table, as files."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, final
 
 from torch import Tensor
 
 from noetherflow import _files, _store, _versions
 from noetherflow._errors import ParameterShapeError
+from noetherflow._falling import remarks
 from noetherflow._table import Column, Table, html_of, known, starred, steps, text_of
 from noetherflow.equilibrium.result import NOWHERE, Equilibrium, Status, ratio, totals
 from noetherflow.equilibrium.result import require_consistent as require_consistent_equilibrium
@@ -212,6 +215,9 @@ def _tables(analysis: Analysis) -> tuple[Table, ...]:
     rows = tuple((r.name + "*" * bool(r.message), *(cell(r) for _, _, cell in _COLUMNS)) for r in analysis.reports)
     notes = starred((report.name, report.message) for report in analysis.reports)
     notes += analysis.equilibrium.notes
+    if any(math.isfinite(report.relaxation_steps) for report in analysis.reports):
+        notes += remarks(analysis.noise, analysis.settings, analysis.initial)
+    notes += filter(None, [held_out(analysis)])
     legend = tuple((heading, meaning) for heading, meaning, _ in _COLUMNS)
     legend += (_UNKNOWN,) * any("-" in row for row in rows)
     return (
@@ -219,6 +225,26 @@ def _tables(analysis: Analysis) -> tuple[Table, ...]:
         totals(analysis.equilibrium, f"{analysis.noise.count} examples"),
         Table("", (Column("", right=True), Column("", folds=True)), legend),
     )
+
+
+def held_out(analysis: Analysis) -> str:
+    """The drift that is left on data that was not used; empty without such data."""
+    if not analysis.equilibrium.holdout:
+        return ""
+    sides = ("imbalance_before", "imbalance_after", "holdout_before", "holdout_after")
+    medians = [_median(getattr(report, side) for report in analysis.reports) for side in sides]
+    used, rested, held, carried = ("-" if math.isnan(value) else f"{value:.3g}" for value in medians)
+    return (
+        f"The relative drift (0 is rest, 1 is a force without a counterforce) changes from {used} to {rested} on the "
+        f"data that was used, and from {held} to {carried} on data that was held out; medians over symmetries. The "
+        "numbers on held-out data say what to expect of new data"
+    )
+
+
+def _median(values: Iterator[float]) -> float:
+    """The median of the values that are numbers; NaN if there are none."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return median(numbers) if numbers else math.nan
 
 
 def _require_consistent(analysis: Analysis) -> None:

@@ -103,6 +103,7 @@ def forecast(
     file: Annotated[Path, typer.Argument(help="A Python file with build(), as for analyze.")],
     out: Annotated[Path, typer.Option(help="Folder for the page and the JSON file.")] = Path("results"),
     save: Annotated[Path | None, typer.Option(help="Write the forecast to this .safetensors file.")] = None,
+    vectors: Annotated[int, typer.Option(help="Random vectors for the traces, 4 or more.")] = 32,
     dtype: Annotated[Dtype | None, typer.Option(help="The dtype of losses and gradients.")] = None,
     microbatches: Annotated[
         bool, typer.Option("--microbatches", help="Measure noise between batches, for models with BatchNorm.")
@@ -112,7 +113,9 @@ def forecast(
     try:
         model, loss, loader, settings, declared = load_build(file)
         precision = None if dtype is None else getattr(torch, dtype)
-        result = run_forecast(model, loss, loader, settings, declared, dtype=precision, microbatches=microbatches)
+        result = run_forecast(
+            model, loss, loader, settings, declared, vectors=vectors, dtype=precision, microbatches=microbatches
+        )
         typer.echo(str(result))
         written = _cli_outputs.of_forecast(result, out, file.stem)
         if save is not None:

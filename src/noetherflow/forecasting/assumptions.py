@@ -23,23 +23,11 @@ def assumptions_of(settings: Optimizer, sides: Sides, learning: Learning) -> tup
     Returns:
         A sentence for each.
     """
-    carried = scales_entries(sides.equilibrium)
     result = [
         "The function of the network and the noise of its gradients on the orbit stay as they are now: only the "
         f"position on the orbit changes. {_learnt(learning)}",
         "H is the Hessian of the mean loss of these examples, without weight decay",
-        (
-            "Traces are exact: the network is piecewise linear in every single parameter, which was compared with "
-            "second derivatives of entries of each block"
-            if sides.exact
-            else f"Traces are from random vectors, because {sides.why}"
-        ),
-        (
-            "Traces at the equilibrium are carried along the symmetries, which is exact"
-            if carried
-            else "Traces at the equilibrium are measured at the moved parameters; the error of the equilibrium is not "
-            "in their errors"
-        ),
+        *(_traces(sides) if sides.traces is not None else ()),
         f"{_way(sides)}, at a constant learning rate; the error of the half time is that of the traces alone",
         "The stable step with noise is that of a step along the sharpest direction; the critical sharpness follows the "
         "mean gradient, without weight decay",
@@ -60,6 +48,24 @@ def assumptions_of(settings: Optimizer, sides: Sides, learning: Learning) -> tup
             "about 1 / (1 - beta2) steps, so that times are too short"
         )
     return tuple(result)
+
+
+def _traces(sides: Sides) -> tuple[str, str]:
+    """Where the traces come from, now and at the equilibrium."""
+    return (
+        (
+            "Traces are exact: the network is piecewise linear in every single parameter, which was compared with "
+            "second derivatives of entries of each block"
+            if sides.exact
+            else f"Traces are from random vectors, because {sides.why}"
+        ),
+        (
+            "Traces at the equilibrium are carried along the symmetries, which is exact"
+            if scales_entries(sides.equilibrium)
+            else "Traces at the equilibrium are measured at the moved parameters; the error of the equilibrium is not "
+            "in their errors"
+        ),
+    )
 
 
 def _turns(sides: Sides) -> list[str]:

@@ -128,8 +128,8 @@ def forecast(
         learning = sides.learning(half)
     trace = sides.trace()
     if learning.dominates:
-        trace = trace._replace(ratio=unknown(f"the loss still falls: {learning}"))
-        half = unknown("the loss still falls")
+        trace = trace._replace(ratio=unknown(learning.reason))
+        half = unknown(learning.reason)
     return Forecast(
         trace=trace,
         blocks=sides.blocks(),

@@ -45,14 +45,29 @@ class Learning(NamedTuple):
         """Whether the model learns, and Tr H may change by that as much as along the orbit, within two errors."""
         return self.learns and not abs(self.trace.value) + 2 * _known(self.trace.total) < abs(self.orbit)
 
+    @property
+    def reason(self) -> str:
+        """Why the sharpness at the end cannot be told where learning dominates, and what to do."""
+        if not self.falls:
+            return f"the model still learns ({self}): train on, and ask for another forecast"
+        return (
+            f"the loss still falls, {self._fall}: train on, and ask for another forecast when the loss has stopped "
+            "falling"
+        )
+
+    @property
+    def _fall(self) -> str:
+        return f"by {self.slope._replace(value=-self.slope.value)} per step"
+
     def __str__(self) -> str:
         if not self.trace.known:
             return f"how far the model still learns cannot be told: {self.trace.why}"
         # An exact trace of these batches has the error 0, which says nothing of other batches.
         change = str(self.trace) if self.trace.total else f"{self.trace.value:.4g}"
+        falls = f"the loss falls {self._fall}; " if self.falls else ""
         return (
-            f"within {self.steps:,.0f} steps, learning alone would change Tr H by {change}, and the motion along the "
-            f"orbit changes Tr H by {self.orbit:.4g}"
+            f"{falls}within {self.steps:,.0f} steps, learning alone would change Tr H by {change}, and the motion "
+            f"along the orbit changes Tr H by {self.orbit:.4g}"
         )
 
 

@@ -13,6 +13,7 @@ from noetherflow._errors import NoetherflowError, SettingsError
 from noetherflow._model_function import ModelFunction
 from noetherflow._per_example import own_randomness, require_losses
 from noetherflow._types import Batch, Loss, Params
+from noetherflow.forecasting.differentiable import Differentiable, reason_of
 from noetherflow.optimizers import Optimizer
 
 # Vectors that are held at a time, in bytes.
@@ -23,7 +24,7 @@ _DELAYED = "torch::autograd::Error"
 
 @final
 class NoDoubleBackwardError(NoetherflowError):
-    """An operation of the model has no second derivative."""
+    """An operation of the model has no second derivative; the message is a reason with what to do."""
 
 
 @final
@@ -147,13 +148,13 @@ class MeanLoss:
                     result.append(_product(leaves, curved, vector))
 
         # Of all kernels of attention, only that of plain matrix products has a second derivative.
-        with own_randomness(self.device, seed=0), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with own_randomness(self.device, seed=0), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Differentiable():
             try:
                 self.function.then({**params, **leaves}, self.batches[number], differentiate)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                raise NoDoubleBackwardError(_first_line(error)) from error
+                raise NoDoubleBackwardError(reason_of(_first_line(error))) from error
         return result
 
     def hessian_times(self, params: Params, vector: Params) -> dict[str, Tensor]:
@@ -205,7 +206,7 @@ def _require_second_derivatives(gradients: Sequence[Tensor | None]) -> None:
         if gradient is not None and gradient.grad_fn is not None:
             for node in nodes_of(gradient.grad_fn):
                 if node.name() == _DELAYED:
-                    raise NoDoubleBackwardError("a function is marked with @once_differentiable")
+                    raise NoDoubleBackwardError(reason_of("a function is marked with @once_differentiable"))
 
 
 def _first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from noetherflow.forecasting.estimate import Change, Estimate
 from noetherflow.forecasting.learning import Learning
 from noetherflow.forecasting.norms import Norm
 from noetherflow.forecasting.plain import plain
+from noetherflow.forecasting.said import ending, once, too_wide
 from noetherflow.forecasting.schedule import Warmup
 from noetherflow.optimizers import Optimizer
 
@@ -149,6 +150,23 @@ def numbers_of(forecast: Forecast) -> tuple[tuple[str, Change], ...]:
     )
 
 
+def reasons_of(forecast: Forecast) -> tuple[str, ...]:
+    """Why numbers cannot be told, each reason once."""
+    every = [estimate for _, change in numbers_of(forecast) for estimate in change]
+    every += [forecast.half_steps, forecast.learning.trace]
+    return tuple(dict.fromkeys(estimate.why for estimate in every if not estimate.known))
+
+
+def blocks_told(forecast: Forecast) -> bool:
+    """Whether the trace of a block is known."""
+    return any(change.now.known for change in forecast.blocks.values())
+
+
+def ranked(forecast: Forecast) -> list[tuple[str, Change]]:
+    """The traces of the blocks, the largest first; those that cannot be told at the end."""
+    return sorted(forecast.blocks.items(), key=lambda item: -abs(item[1].now.value) if item[1].now.known else 0.0)
+
+
 def blocks_title(forecast: Forecast) -> str:
     """What the traces of the blocks are."""
     return "Tr H by parameter, " + ("exact on these examples" if forecast.exact else "from random vectors")
@@ -161,10 +179,10 @@ def _tables(forecast: Forecast) -> tuple[Table, ...]:
     columns = (Column("number", folds=True), *(Column(h, right=True) for h in ("now", "equilibrium", "ratio")))
     rows = tuple((label, str(c.now), str(c.then), str(c.ratio)) for label, c in numbers)
     reasons = {c.then.why or c.now.why or c.ratio.why: None for _, c in numbers}
-    notes = [f"cannot be told: {why}" for why in reasons if why]
+    notes = [*(f"cannot be told: {why}" for why in reasons if why), *too_wide(numbers)]
     tables = [
         Table(f"Forecast under {name} ({forecast.examples} examples)", columns, rows, tuple(notes)),
-        _of_blocks(forecast, columns),
+        *([_of_blocks(forecast, columns)] if blocks_told(forecast) else []),
     ]
     if forecast.norms:
         tables.append(norms_table(forecast.norms))
@@ -173,16 +191,19 @@ def _tables(forecast: Forecast) -> tuple[Table, ...]:
         ("sharpness", forecast.sentence),
         ("half time", f"{half} steps" if half.known else f"{half}: {half.why}"),
         ("warmup", str(forecast.warmup)),
-        ("equilibrium", forecast.status.value),
+        ("equilibrium", ending(forecast.status)),
         *(("assumes" if k == 0 else "", text) for k, text in enumerate(forecast.assumptions)),
     )
-    tables.append(Table("", (Column(""), Column("", folds=True)), lines, forecast.notes))
+    given = [why for why in reasons if why]
+    texts = once(once((text for _, text in lines), given, given=True), reasons_of(forecast))
+    told = tuple((label, text) for (label, _), text in zip(lines, texts, strict=True))
+    tables.append(Table("", (Column(""), Column("", folds=True)), told, forecast.notes))
     return tuple(tables)
 
 
 def _of_blocks(forecast: Forecast, columns: tuple[Column, ...]) -> Table:
     """The blocks with the largest traces."""
-    largest = sorted(forecast.blocks.items(), key=lambda item: -abs(item[1].now.value))[:_LISTED]
+    largest = ranked(forecast)[:_LISTED]
     more = len(forecast.blocks) - len(largest)
     notes = (f"{more} more parameters have smaller traces",) if more else ()
     return Table(

@@ -104,7 +104,7 @@ class Sides:
         try:
             traces = measure(mean_loss, exactly, equilibrium, there or mean_loss.params, vectors, seed)
         except NoDoubleBackwardError as error:
-            why = f"an operation has no second derivative ({error})"
+            why = str(error)
         kept = None if moments is None else moments.values
         now = _side(mean_loss, mean_loss.params, settings, seed, kept)
         then = None if nowhere else _side(mean_loss, there, settings, seed, _carried_moments(equilibrium, kept))
@@ -258,5 +258,5 @@ def _side(mean_loss: MeanLoss, params: Params, settings: Optimizer, seed: int, k
             top = largest(mean_loss, params, metric, seed)
         return _Side(metric, top.value, plain.value, critical, *stable_steps(mean_loss, params, metric, top, settings))
     except NoDoubleBackwardError as error:
-        none = unknown(f"an operation has no second derivative ({error})")
+        none = unknown(str(error))
         return _Side(metric, none, none, critical, none, none)

@@ -1,7 +1,7 @@
 """The page of a forecast: plain words, curves, and tables of numbers with their errors, in an HTML file by itself."""
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Template
 
@@ -11,7 +11,8 @@ from noetherflow import _versions
 from noetherflow._table import starred
 from noetherflow.forecasting import Forecast
 from noetherflow.forecasting.estimate import Change, Estimate
-from noetherflow.forecasting.result import blocks_title, norms_table, numbers_of
+from noetherflow.forecasting.result import blocks_title, blocks_told, norms_table, numbers_of, ranked, reasons_of
+from noetherflow.forecasting.said import once, too_wide
 from noetherflow.report import charts, document, forecast_words, parts
 from noetherflow.report.charts import Chart, Choice, Series
 from noetherflow.report.parts import Cell
@@ -33,15 +34,18 @@ def write(path: Path, forecast: Forecast, name: str) -> None:
     Raises:
         FileError: If the file cannot be written.
     """
+    summary = forecast_words.sentences(forecast)
+    reasons = [reason.replace("+-", "±") for reason in reasons_of(forecast)]
+    read = [reason for reason in reasons if any(reason in text for text in summary)]
     body = {
         "name": html.escape(name),
-        "summary": parts.paragraphs(forecast_words.sentences(forecast)),
+        "summary": parts.paragraphs(summary),
         "notes": parts.notes([*dict.fromkeys(forecast.notes)]),
         "introduction": html.escape(forecast_words.INTRODUCTION),
-        "numbers": _numbers(forecast),
-        "blocks": _blocks(forecast),
+        "numbers": _numbers(forecast, read),
+        "blocks": _blocks(forecast, read),
         "norms": _norms(forecast),
-        "assumptions": parts.bullets(forecast.assumptions),
+        "assumptions": parts.bullets(_shown(forecast.assumptions, read)),
         "settings": parts.pairs(forecast.settings.listed | {"examples": forecast.examples}),
         "versions": parts.pairs(_versions.versions()),
     }
@@ -65,24 +69,36 @@ def _charts(forecast: Forecast) -> list[Chart]:
     return [Chart("Schedule of the warmup", text, False, (Choice("warmup", (series,)),))]
 
 
-def _numbers(forecast: Forecast) -> str:
-    """The numbers of the complete model, why a number cannot be told, and the schedule in numbers."""
+def _numbers(forecast: Forecast, read: Sequence[str]) -> str:
+    """The numbers of the complete model, why a number cannot be told, and the schedule in numbers.
+
+    Args:
+        forecast: The forecast.
+        read: Reasons that the head of the page gives.
+
+    Returns:
+        HTML.
+    """
     changes = numbers_of(forecast)
+    (half,) = _shown([forecast_words.time(forecast.half_steps)], read)
     points = [[Cell(f"{step:,}"), Cell(f"{rate:.4g}")] for step, rate in forecast.warmup.schedule]
     return (
         parts.table(("number", *_SIDES), [_row(label, change) for label, change in changes])
-        + _reasons(changes)
-        + parts.pairs({"steps to half of the change": forecast_words.time(forecast.half_steps)})
+        + _reasons(changes, read)
+        + parts.small(too_wide(changes))
+        + parts.pairs({"steps to half of the change": half})
         + parts.folded_table("Points of the schedule", ("step", "learning rate"), points)
     )
 
 
-def _blocks(forecast: Forecast) -> str:
-    """Tr H of every parameter, the largest first."""
-    ranked = sorted(forecast.blocks.items(), key=lambda item: -abs(item[1].now.value) if item[1].now.known else 0.0)
-    rows = [_row(name, change) for name, change in ranked]
+def _blocks(forecast: Forecast, read: Sequence[str]) -> str:
+    """Tr H of every parameter, the largest first; a sentence where no trace is known; arguments as `_numbers`."""
+    if not blocks_told(forecast):
+        return parts.small(["Tr H of the parameters cannot be told: see above."])
+    blocks = ranked(forecast)
+    rows = [_row(name, change) for name, change in blocks]
     table = parts.folded_table(blocks_title(forecast), ("parameter", *_SIDES), rows, sortable=True)
-    return table + _reasons(ranked)
+    return table + _reasons(blocks, read)
 
 
 def _norms(forecast: Forecast) -> str:
@@ -109,7 +125,12 @@ def _cell(estimate: Estimate) -> Cell:
     return Cell(forecast_words.estimate(estimate), estimate.value, message)
 
 
-def _reasons(changes: Iterable[tuple[str, Change]]) -> str:
+def _reasons(changes: Iterable[tuple[str, Change]], read: Sequence[str]) -> str:
     """Why numbers cannot be told; numbers with equal reasons share a sentence."""
     pairs = [(label, why) for label, change in changes for why in dict.fromkeys(e.why for e in change if not e.known)]
-    return parts.small(text.replace("+-", "±") for text in starred(pairs))
+    return parts.small(_shown(starred(pairs), read))
+
+
+def _shown(texts: Iterable[str], read: Sequence[str]) -> list[str]:
+    """Texts that refer to the reasons that were read."""
+    return once((text.replace("+-", "±") for text in texts), read, given=True)

@@ -7,6 +7,8 @@ from dataclasses import fields
 from noetherflow._table import steps
 from noetherflow.forecasting import Forecast
 from noetherflow.forecasting.estimate import Change, Estimate
+from noetherflow.forecasting.result import reasons_of
+from noetherflow.forecasting.said import ending, once
 from noetherflow.forecasting.schedule import Need, Warmup
 
 INTRODUCTION = (
@@ -21,13 +23,14 @@ _PLACED = (Change, Estimate, Warmup)
 
 def sentences(forecast: Forecast) -> list[str]:
     """What the forecast says, most important first; plain text, a paragraph each."""
+    ended = ending(forecast.status)
     texts = (
         forecast.sentence,
         *_further(forecast),
         _warmup(forecast.warmup),
-        f"How the search for the equilibrium ended: {forecast.status.value}.",
+        f"{ended[0].upper()}{ended[1:]}.",
     )
-    return [text.replace("+-", "±") for text in texts]
+    return [text.replace("+-", "±") for text in once(texts, reasons_of(forecast))]
 
 
 def _further(forecast: Forecast) -> Iterator[str]:

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from noetherflow._analysis import Analysis
+from noetherflow._analysis import Analysis, held_out
+from noetherflow._falling import remarks
 from noetherflow._table import steps
 from noetherflow.equilibrium.result import Status
 from noetherflow.report.rows import Row, Standing
@@ -30,9 +31,9 @@ def sentences(analysis: Analysis, rows: Sequence[Row]) -> list[str]:
     if not rows:
         return ["The model has no symmetry: there is nothing to balance."]
     paragraphs = (
-        " ".join([*_standings(rows), *_largest(rows), *_time(rows)]),
+        " ".join([*_standings(rows), *_largest(rows), *_time(analysis, rows)]),
         " ".join(_rebalance(analysis)),
-        " ".join(_held_out(analysis, rows)),
+        *(f"{text}." for text in [held_out(analysis)] if text),
         " ".join(_statuses(rows)),
     )
     return [paragraph for paragraph in paragraphs if paragraph]
@@ -81,15 +82,17 @@ def _largest(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def _time(rows: Sequence[Row]) -> Iterator[str]:
-    """How long training needs by itself."""
+def _time(analysis: Analysis, rows: Sequence[Row]) -> Iterator[str]:
+    """How long training needs by itself, and what that stands on."""
     times = [row.report.relaxation_steps for row in rows if math.isfinite(row.report.relaxation_steps)]
     if times:
         slowest = max(row.report.slowest_steps for row in rows if math.isfinite(row.report.slowest_steps))
         yield (
-            f"Training with these settings moves there by itself: a distance shrinks to about a third (1/e) in "
-            f"{_about(median(times))} steps, the median over symmetries; the slowest direction needs {_about(slowest)}."
+            "While the function of the network stays, training with these settings moves there by itself: a distance "
+            f"shrinks to about a third (1/e) in {_about(median(times))} steps, the median over symmetries; the slowest "
+            f"direction needs {_about(slowest)}."
         )
+        yield from (f"{text}." for text in remarks(analysis.noise, analysis.settings, analysis.initial))
     else:
         yield "Training with these settings does not move any symmetry to rest by itself."
 
@@ -110,29 +113,11 @@ def _rebalance(analysis: Analysis) -> Iterator[str]:
         )
 
 
-def _held_out(analysis: Analysis, rows: Sequence[Row]) -> Iterator[str]:
-    """The drift that is left on data that was not used."""
-    if analysis.equilibrium.holdout:
-        used = [_median(getattr(row.report, f"imbalance_{when}") for row in rows) for when in ("before", "after")]
-        held = [_median(getattr(row.report, f"holdout_{when}") for row in rows) for when in ("before", "after")]
-        yield (
-            f"The relative drift (0 is rest, 1 is a force without a counterforce) changes from {number(used[0])} to "
-            f"{number(used[1])} on the data that was used, and from {number(held[0])} to {number(held[1])} on data "
-            f"that was held out; medians over symmetries. The numbers on held-out data say what to expect of new data."
-        )
-
-
 def _statuses(rows: Sequence[Row]) -> Iterator[str]:
     """The outcomes other than a drift of zero, with the number of symmetries."""
     for status, count in Counter(row.report.status for row in rows).items():
         if status != "converged":
             yield f"For {count:,} of {_symmetries(len(rows))}: {meaning(status)}."
-
-
-def _median(values: Iterator[float]) -> float:
-    """The median of the values that are numbers; NaN if there are none."""
-    numbers = [value for value in values if not math.isnan(value)]
-    return median(numbers) if numbers else math.nan
 
 
 def _about(count: float) -> str:
