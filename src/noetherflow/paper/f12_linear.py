@@ -75,7 +75,7 @@ def _f3(config: Config, phis: tuple[float, ...], lr: float) -> list[Measured]:
     results = []
     for index, phi in enumerate(phis):
         first = index * config.seeds
-        forecasts = [_forecast(config, at, first + seed, settings, seed) for seed in range(config.seeds)]
+        forecasts = [forecast_of(config, at, first + seed, settings, seed) for seed in range(config.seeds)]
         curves, unit = calm[:, index], float(at["rate"][first])
         name = f"F3, phi = {phi:g}" if lr == 1 else f"F3, phi = {phi:g}, lr x {lr:g}"
         results.append(Measured.of(name, trained.steps, curves, curves[-1], forecasts, lr=lr, unit=unit))
@@ -103,7 +103,7 @@ def of_f4(config: Config) -> list[Measured]:
     for (name, start), curves in zip(
         starts.items(), trained.observables["sharpness"].split(config.seeds, dim=1), strict=True
     ):
-        forecasts = [_forecast(config, start, seed, settings, seed) for seed in range(config.seeds)]
+        forecasts = [forecast_of(config, start, seed, settings, seed) for seed in range(config.seeds)]
         ends = curves[-len(curves) // 3 :].mean(0)
         results.append(Measured.of(name, trained.steps, curves, ends, forecasts, lr=config.f4_lr))
     return results
@@ -126,7 +126,7 @@ def _f4_starts(config: Config, theory: f4.Config, common: dict[str, Any]) -> dic
     return starts
 
 
-def _forecast(config: Config, params: dict[str, Tensor], replica: int, settings: SGD, seed: int) -> Forecast:
+def forecast_of(config: Config, params: dict[str, Tensor], replica: int, settings: SGD, seed: int) -> Forecast:
     """The forecast of a replica of a simulation of two linear layers, from examples of the seed."""
     (outputs, hidden), inputs = params["u"].shape[1:], params["w"].shape[2]
     model = LinearPair(inputs, hidden, outputs)
