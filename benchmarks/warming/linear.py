@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from holds.linear import linear_forecast
 from torch import Tensor
 
 import noetherflow as nf
 from noetherflow.linear import TwoLayer
 from noetherflow.paper import f4_warmup as f4
-from noetherflow.paper import linear_pair
+from noetherflow.paper import f12_linear, f12_settings, linear_pair
 from warming.case import SEEDS, Schedule, State
 
 # Gradient descent that ends at a minimum.
@@ -35,7 +34,7 @@ class F4:
         self.target = self.config.world().target
 
     def starts(self) -> State:
-        params = f4._starts(self.config, self.scale, torch.Generator().manual_seed(self.config.seed))
+        params = f4.starts_of(self.config, self.scale, torch.Generator().manual_seed(self.config.seed))
         u, w = params["u"], params["w"]
         for _ in range(DESCENT_STEPS if self.descends else 0):
             error = u @ w - self.target
@@ -45,7 +44,7 @@ class F4:
     def forecast(self, params: State, seed: int) -> nf.Forecast:
         world = self.config.world()
         stacked = linear_pair.replicated([(world, TwoLayer(params["u"][0], params["w"][0]))])
-        return linear_forecast(stacked, 0, nf.SGD(self.lr, 1), seed)
+        return f12_linear.forecast_of(f12_settings.Config(), stacked, 0, nf.SGD(self.lr, 1), seed)
 
     def train(self, params: State, schedules: Sequence[Schedule], steps: int, seeds: Sequence[int]) -> State:
         """SGD with a new example per step, the gradient of |U W x - y|^2 written out."""
@@ -73,6 +72,6 @@ class F4:
 def of_f4() -> list[F4]:
     """From Kaiming and from Xavier initialisation, after gradient descent."""
     return [
-        F4("F4, Kaiming, finished GD", f4._kaiming, True),
-        F4("F4, Xavier, finished GD", f4._xavier, True),
+        F4("F4, Kaiming, finished GD", f4.kaiming_scale, True),
+        F4("F4, Xavier, finished GD", f4.xavier_scale, True),
     ]

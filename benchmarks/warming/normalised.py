@@ -4,14 +4,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from holds.digits import digits, losses
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import noetherflow as nf
+from noetherflow.paper.f12_digits import loss as losses
 from warming.case import SEEDS, Schedule, State
 
 CHANNELS = 8, 16
+FLIPPED = 0.2
 BATCH, FORECAST, FORECAST_BATCH, VECTORS = 16, 128, 32, 4
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """The digits of scikit-learn, with a share of labels drawn at random, so that the noise does not vanish."""
+    data, generator = load_digits(), torch.Generator().manual_seed(7)
+    labels = torch.tensor(data.target)
+    flipped = torch.rand(len(labels), generator=generator) < FLIPPED
+    drawn = torch.randint(0, 10, (len(labels),), generator=generator)
+    return torch.tensor(data.data / 16.0), torch.where(flipped, drawn, labels)
 
 
 @dataclass

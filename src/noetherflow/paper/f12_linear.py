@@ -21,28 +21,44 @@ from noetherflow.simulation import GradientDescent, simulate
 # at a minimum.
 DESCENTS = {"unfinished": (1e-3, 20_000), "finished": (1e-2, 100_000)}
 # Steps at which F3 is recorded: evenly in the logarithm.
-RECORDED = sorted({round(10 * 1.15**k) for k in range(60)})
+RECORDED = sorted({round(10 * 1.15**k) for k in range(75)})
+# The learning rate of further runs, over that of F3.
+SLOW = 0.25
 # Examples that a forecast sees, and those of a batch.
 _EXAMPLES, _BATCH = 3000, 150
 
 
 def of_f3(config: Config) -> list[Measured]:
-    """F3: SGD from the end of gradient descent; at every record gradient descent removes what fluctuates."""
-    theory = f3_theory.Config(phis=config.f3_phis, label_noises=(config.f3_label_noise,), replicas=config.seeds)
+    """F3, at its learning rate and at a quarter of it."""
+    return _f3(config, config.f3_phis, 1.0) + (_f3(config, config.f3_slow, SLOW) if config.f3_slow else [])
+
+
+def _f3(config: Config, phis: tuple[float, ...], lr: float) -> list[Measured]:
+    """SGD from the end of gradient descent; at every record gradient descent removes what fluctuates.
+
+    Args:
+        config: The settings.
+        phis: Variances of the inputs that matter.
+        lr: The learning rate over that of F3, which is a factor of the loss of each replica.
+
+    Returns:
+        A problem for each phi.
+    """
+    theory = f3_theory.Config(phis=phis, label_noises=(config.f3_label_noise,), replicas=config.seeds)
     common: dict[str, Any] = {"model": LinearPair(theory.width, theory.hidden, theory.width), "loss": linear_pair.loss}
     quiet = common | {"data": linear_pair.population(theory.width, theory.width), "dynamics": GradientDescent(1.0)}
     start = f3.small_start(theory, 0.0, torch.Generator().manual_seed(config.seed))
     at = simulate(steps=theory.descent_steps, start=start, record=theory.descent_steps, **quiet).params
-    lr = 1.0  # a replica has its learning rate in the factor of its loss
+    steps = round(config.f3_steps / lr)
     settings = SGD(lr, theory.batch_size)
     trained = simulate(
         data=linear_pair.standard_normal(theory.width, theory.width),
         dynamics=settings,
-        steps=config.f3_steps,
+        steps=steps,
         start=at,
         generator=torch.Generator().manual_seed(config.seed + 3),
         observables={"u": lambda p: p["u"], "w": lambda p: p["w"]},
-        record=[step for step in RECORDED if step < config.f3_steps],
+        record=[step for step in RECORDED if step < steps],
         **common,
     )
     seen = len(trained.steps)
@@ -55,13 +71,13 @@ def of_f3(config: Config) -> list[Measured]:
         record=theory.cool_steps,
         **quiet,
     ).observables["sharpness"]
-    calm = cooled[-1].reshape(seen, len(config.f3_phis), config.seeds)
+    calm = cooled[-1].reshape(seen, len(phis), config.seeds)
     results = []
-    for index, phi in enumerate(config.f3_phis):
+    for index, phi in enumerate(phis):
         first = index * config.seeds
-        forecasts = [_forecast(config, at, first + seed, settings, seed) for seed in range(config.seeds)]
+        forecasts = [forecast_of(config, at, first + seed, settings, seed) for seed in range(config.seeds)]
         curves, unit = calm[:, index], float(at["rate"][first])
-        name = f"F3, phi = {phi:g}"
+        name = f"F3, phi = {phi:g}" if lr == 1 else f"F3, phi = {phi:g}, lr x {lr:g}"
         results.append(Measured.of(name, trained.steps, curves, curves[-1], forecasts, lr=lr, unit=unit))
     return results
 
@@ -87,7 +103,7 @@ def of_f4(config: Config) -> list[Measured]:
     for (name, start), curves in zip(
         starts.items(), trained.observables["sharpness"].split(config.seeds, dim=1), strict=True
     ):
-        forecasts = [_forecast(config, start, seed, settings, seed) for seed in range(config.seeds)]
+        forecasts = [forecast_of(config, start, seed, settings, seed) for seed in range(config.seeds)]
         ends = curves[-len(curves) // 3 :].mean(0)
         results.append(Measured.of(name, trained.steps, curves, ends, forecasts, lr=config.f4_lr))
     return results
@@ -110,7 +126,7 @@ def _f4_starts(config: Config, theory: f4.Config, common: dict[str, Any]) -> dic
     return starts
 
 
-def _forecast(config: Config, params: dict[str, Tensor], replica: int, settings: SGD, seed: int) -> Forecast:
+def forecast_of(config: Config, params: dict[str, Tensor], replica: int, settings: SGD, seed: int) -> Forecast:
     """The forecast of a replica of a simulation of two linear layers, from examples of the seed."""
     (outputs, hidden), inputs = params["u"].shape[1:], params["w"].shape[2]
     model = LinearPair(inputs, hidden, outputs)

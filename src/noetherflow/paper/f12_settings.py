@@ -13,7 +13,8 @@ class Config:
     """Settings of the experiment; the defaults are the full size.
 
     Each of the three networks is trained on from two points: `early`, where it still learns, and at rest. `learn` is
-    the number of steps to the first point, `steps` the number of steps that a forecast is compared with.
+    the number of steps to the first point, `steps` the number of steps that a forecast is compared with. `f3_slow` are
+    the phis with which F3 is run once more at a quarter of its learning rate, and four times the steps.
     """
 
     problems: tuple[str, ...] = PROBLEMS
@@ -21,6 +22,7 @@ class Config:
     f3_phis: tuple[float, ...] = (0.2, 1.0, 5.0)
     f3_label_noise: float = 6.0
     f3_steps: int = 40_000
+    f3_slow: tuple[float, ...] = (0.2,)
     f4_starts: tuple[str, ...] = ("orbit", "finished", "unfinished")
     f4_lr: float = 5e-4
     f4_distance: float = 0.9
@@ -54,6 +56,7 @@ class Config:
             problems=("f3", "mlp"),
             seeds=2,
             f3_phis=(1.0,),
+            f3_slow=(),
             f3_steps=4_000,
             images=200,
             digits_learn=100,
