@@ -65,9 +65,9 @@ def test_the_log_and_every_reporter_have_the_metrics_of_training_only(tmp_path: 
     names |= {f"charge/{name}" for name in symmetries} | {"noise/scale/transformer.h.0.mlp.c_fc"}
     assert names <= training[0].keys()
     plain, _ = runs.watched_run(runs.gpt2(), tmp_path, watched={"every": 2})
-    # An evaluation changes nothing, and neither do symmetries.
+    # An evaluation changes nothing, and neither do symmetries, but for the order in which squares are added.
     for entry, other in zip(runs.logged(run), runs.logged(plain), strict=True):
-        assert {key: entry[key] for key in other} == other
+        assert {key: entry[key] for key in other} == pytest.approx(other, rel=1e-6)
 
 
 @pytest.mark.parametrize("between", ["examples", "microbatches"])
