@@ -220,9 +220,8 @@ class Points:
     def _draw_parameter(self, name: str, count: int, scale: float) -> Tensor:
         numbers = self._normal(count, *self.shapes[name]).to(self._params[name].device)
         if not self._kind.near:
-            if name in self._still:
-                # A row without a gradient that is not zero would refute true symmetries.
-                numbers[:, self._still[name]] = 0.0
+            # A row without a gradient that is not zero would refute true symmetries.
+            numbers[:, self._still.get(name, [])] = 0.0
             return scale * numbers
         numbers *= min(scale, 3.0)  # the logarithm of a factor
         given = self._params[name]
