@@ -123,25 +123,3 @@ def test_rows_that_a_gradient_reaches_move() -> None:
         assert (table[0] != 0).all()
         assert (free[0] == 0).all()
         assert (free[1:] != 0).all()
-
-
-@pytest.mark.parametrize(("padding", "zeros"), [(None, 0), (0, 2)])
-def test_random_points_keep_padding_rows_at_zero(padding: int | None, zeros: int) -> None:
-    """The search for generators has the symmetry of the table, and says so where nothing else is left."""
-
-    class Small(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.table, self.out = nn.Embedding(4, 2, padding), nn.Linear(2, 1)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.out(self.table(ids).sum(1))
-
-    batch = histories()[0] % 4, histories()[1]
-    rescalings = nf.discover_rescalings(Small(), squared, batch, progress=False)
-    assert rescalings.decided
-    exponents = rescalings.exponents["table.weight"]
-    assert exponents.shape == (2, 4, 2)
-    assert int((exponents[0] == 0).sum()) == zeros  # the entries of the padding row do not move
-    assert nf.explain(Small(), squared, batch).off_axis_note.startswith("None: nf.discover_generators finds no")

@@ -116,7 +116,6 @@ class Points:
         self.names = tuple(self._params)
         self.shapes = {name: tensor.shape for name, tensor in self._params.items()}
         self.size = sum(tensor.numel() for tensor in self._params.values())
-        self._still = self._rows_at_rest()
         self._order: Iterator[int] = self._endless_order()
         self._kind = self._choose_kind()
         self.note = self._kind.note
@@ -182,14 +181,6 @@ class Points:
         finite = before.isfinite() & after.isfinite()
         return relative_change(before[finite], after[finite]).cpu() if finite.any() else torch.zeros(0)
 
-    def _rows_at_rest(self) -> dict[str, list[int]]:
-        """The padding rows that are zero and get no gradient, by name: training keeps such a row at zero."""
-        padding = {name: rows for name, rows in self._function.padding.items() if name in self._params}
-        with _explained(), own_randomness(self._device, seed=0):
-            gradient = self._function.gradient(self._params, self._batch)[1] if padding else {}
-        still = {name: ~(self._params[name].any(1) | gradient[name].any(1)) for name in padding}
-        return {name: [row for row in rows if still[name][row]] for name, rows in padding.items()}
-
     def _choose_kind(self) -> _Kind:
         """The first kind of draw at which half of the gradients are finite; the last kind if there is none."""
         for kind in _KINDS:
@@ -220,8 +211,6 @@ class Points:
     def _draw_parameter(self, name: str, count: int, scale: float) -> Tensor:
         numbers = self._normal(count, *self.shapes[name]).to(self._params[name].device)
         if not self._kind.near:
-            # A row without a gradient that is not zero would refute true symmetries.
-            numbers[:, self._still.get(name, [])] = 0.0
             return scale * numbers
         numbers *= min(scale, 3.0)  # the logarithm of a factor
         given = self._params[name]
