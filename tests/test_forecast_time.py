@@ -134,6 +134,33 @@ def test_norms_in_front_of_a_normalisation_under_sgd(scale: float) -> None:
     assert float(norm.steps) == pytest.approx(count, rel=0.01)
 
 
+def test_a_norm_whose_tensor_has_another_symmetry() -> None:
+    """The columns of the weight in front of the normalisation move with the neurons before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 5, bias=False),
+        nn.LeakyReLU(),
+        nn.Linear(5, 3, bias=False),
+        nn.LayerNorm(3, eps=0.0, elementwise_affine=False),
+        nn.Linear(3, 2),
+    ).double()
+    batches = [(torch.randn(20, 4).double(), torch.randn(20, 2).double()) for _ in range(3)]
+    symmetries = {
+        "scale": nf.ScalarSymmetry(plus=nf.Axis("2.weight", 0)),
+        "neurons": nf.DiagonalSymmetry(nf.Axis("0.weight", 0), nf.Axis("2.weight", 1)),
+    }
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().sum(1)
+
+    settings = nf.SGD(0.1, 8, weight_decay=1e-2)
+    equilibrium = nf.equilibrate(model, loss, batches, settings, symmetries, progress=False)
+    norm = norms_of(equilibrium, settings, dict(model.named_parameters()))["scale"]
+    there = float(equilibrium.params["2.weight"].norm())
+    assert float(norm.then) == pytest.approx(there, rel=1e-12)
+    assert float(norm.now * equilibrium.coordinates["scale"].exp()) != pytest.approx(there, rel=1e-2)
+
+
 def test_norms_in_front_of_a_normalisation_under_adamw() -> None:
     model, batches, symmetries = normed()
     settings = nf.AdamW(0.01, weight_decay=0.1, batch_size=20)

@@ -46,7 +46,7 @@ class Norm(NamedTuple):
 
 def norms_of(equilibrium: Equilibrium, settings: Optimizer, params: Params) -> dict[str, Norm]:
     """The norms of all symmetries with a plus side alone, by name."""
-    theta = snapshot(params, device=torch.device("cpu"))
+    theta, there = (snapshot(each, device=torch.device("cpu")) for each in (params, equilibrium.params))
     result = {}
     for name, symmetry in equilibrium.symmetries.items():
         if not isinstance(symmetry, AxisSymmetry) or symmetry.minus or symmetry.action is not Action.SCALES_ENTRIES:
@@ -60,9 +60,10 @@ def norms_of(equilibrium: Equilibrium, settings: Optimizer, params: Params) -> d
             held.fill_(True)
         rate, power = _rate(settings, symmetry.names)
         entries = symmetry.grams({n: torch.ones_like(theta[n]) for n in symmetry.names}).plus.double()
-        then = torch.where(held, math.inf, now * x.exp())
+        # Not now e^x: other symmetries may act on the same tensor.
+        then = torch.where(held, math.inf, symmetry.grams(there).plus.double().sqrt())
         lr_now, lr_then = (_effective(settings, symmetry.names, size, entries) for size in (now, then))
-        steps = torch.where(held | (rate == 0), math.inf, _time((-x).exp() ** power, power) / max(rate, 1e-300))
+        steps = torch.where(held | (rate == 0), math.inf, _time((now / then) ** power, power) / max(rate, 1e-300))
         result[name] = Norm(now, then, then * equilibrium.standard_error[name], lr_now, lr_then, steps)
     return result
 
