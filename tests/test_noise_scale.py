@@ -181,6 +181,18 @@ def test_weighted_squares_of_each_parameter(between: str) -> None:
         assert found != pytest.approx(pair(stack), rel=1e-3)
 
 
+def test_weights_that_do_not_fit_are_refused() -> None:
+    """Without a place of their own, weighted sums would go to another statistic."""
+    model, (batch,) = build(), batches(1)
+    weights = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    wrong = {"2.bias": torch.ones(3)}
+    for weighted, given in ((False, weights), (True, {"0.bias": weights["0.bias"]}), (True, weights | wrong)):
+        examples, parts = (kind(model, {}, weighted=weighted) for kind in (nf.NoiseMeter, nf.MicrobatchMeter))
+        for step in (examples.step(batch, weights=given), parts.step(weights=given)):
+            with pytest.raises(nf.SettingsError, match="weights of squares"), step:
+                loss(model, batch).mean().backward()
+
+
 OPTIMIZERS = {
     "AdamW": (torch.optim.AdamW, {"betas": (0.0, 0.9), "weight_decay": 0.0}),
     "Adam, amsgrad": (torch.optim.Adam, {"betas": (0.0, 0.9), "amsgrad": True}),

@@ -8,8 +8,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from noetherflow._errors import SettingsError
 from noetherflow._types import Params
-from noetherflow.noise.statistics import Requested, Squares, StatisticsLayout
+from noetherflow.noise.statistics import ABSENT, Requested, Squares, StatisticsLayout
 from noetherflow.symmetry import Axis
 
 # Rows of a buffer: sums over examples of the squares of g_b, and the squares of sum_b g_b.
@@ -151,7 +152,15 @@ class Buffers:
 
     @classmethod
     def blank(cls, model_layout: ModelLayout, like: Tensor, weights: Params | None = None) -> "Buffers":
-        """Two rows of zeros, EACH and OF_SUM, on the device of a tensor."""
+        """Two rows of zeros, EACH and OF_SUM, on the device of a tensor; raises unless weights fit the layout."""
+        for name, layout in model_layout.layouts.items() if weights else ():
+            given = (weights or {}).get(name)
+            if layout.weighted == ABSENT or given is None or given.shape != layout.shape:
+                what = "none" if given is None else f"shape {tuple(given.shape)}"
+                raise SettingsError(
+                    "weights of squares are those of all parameters, given to a meter that was made with "
+                    f"weighted=True; of {name!r}, of shape {tuple(layout.shape)}, got {what}"
+                )
         numbers = like.new_zeros(2, model_layout.length, dtype=torch.float64)
         return cls(model_layout, numbers, {}, dict(weights or {}))
 
