@@ -102,6 +102,14 @@ def lr_of(settings: Optimizer, name: str) -> float:
     raise SettingsError(f"a forecast is for nf.SGD and nf.AdamW, got nf.{type(settings).__name__}")
 
 
+def shrinkage(settings: Optimizer, name: str) -> float:
+    """The share of the squared norm of a parameter that weight decay removes in a step."""
+    if isinstance(settings, SGD):
+        return 4 * settings.step_of(name) * settings.gamma_of(name)
+    assert isinstance(settings, AdamW)
+    return 2 * settings.lr_of(name) * settings.decay_of(name)
+
+
 def reference_lr(settings: Optimizer, names: list[str]) -> float:
     """The largest learning rate of the given parameters: the number that a schedule changes."""
     return max(lr_of(settings, name) for name in names)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from noetherflow.equilibrium import Equilibrium
+from noetherflow.forecasting.metric import shrinkage
 from noetherflow.forecasting.path import Path
-from noetherflow.optimizers import SGD, AdamW, Optimizer
+from noetherflow.optimizers import Optimizer
 
 # A way that is shorter than this, as a change of a coordinate, is no way.
 _SHORT = 0.02
@@ -117,12 +118,4 @@ class Motion:
 
 def motion_of(path: Path, equilibrium: Equilibrium, settings: Optimizer) -> Motion:
     """The motion along a path, for the slowest weight decay of the parameters of each symmetry."""
-    return Motion(path, {n: min(_decay(settings, p) for p in s.names) for n, s in equilibrium.symmetries.items()})
-
-
-def _decay(settings: Optimizer, name: str) -> float:
-    """The share of a squared norm that weight decay removes in a step."""
-    if isinstance(settings, SGD):
-        return 4 * settings.step_of(name) * settings.gamma_of(name)
-    assert isinstance(settings, AdamW)
-    return 2 * settings.lr_of(name) * settings.decay_of(name)
+    return Motion(path, {n: min(shrinkage(settings, p) for p in s.names) for n, s in equilibrium.symmetries.items()})

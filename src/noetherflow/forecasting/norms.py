@@ -15,6 +15,7 @@ from torch import Tensor
 from noetherflow._params import snapshot
 from noetherflow._types import Params
 from noetherflow.equilibrium import Equilibrium, Status
+from noetherflow.forecasting.metric import shrinkage
 from noetherflow.optimizers import SGD, AdamW, Optimizer
 from noetherflow.symmetry import Action, AxisSymmetry
 
@@ -70,10 +71,8 @@ def norms_of(equilibrium: Equilibrium, settings: Optimizer, params: Params) -> d
 
 def _rate(settings: Optimizer, names: tuple[str, ...]) -> tuple[float, int]:
     """The rate per step at which a power of the norm relaxes, for the slowest parameter, and that power."""
-    if isinstance(settings, SGD):
-        return min(4 * settings.step_of(name) * 2 * settings.gamma_of(name) for name in names), 4
-    assert isinstance(settings, AdamW)
-    return min(2 * settings.lr_of(name) * settings.decay_of(name) for name in names), 2
+    power = 4 if isinstance(settings, SGD) else 2
+    return power / 2 * min(shrinkage(settings, name) for name in names), power
 
 
 def _effective(settings: Optimizer, names: tuple[str, ...], size: Tensor, entries: Tensor) -> Tensor:
